@@ -1,0 +1,319 @@
+"""Which parameters a tensor comes from, and which of its dimensions hold their units. Pure."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Dims = tuple[int, ...] | None
+
+
+class Lineage(NamedTuple):
+    """What is known of a tensor's origin.
+
+    Args:
+        producers: Names of the parameters behind it, back to the last layer that mixes features.
+        dims: The dimensions that hold the producers' units, counted from the end; empty where unknown, None
+            where they are gone (attention scores).
+        convolutional: True behind a convolution: where a dimension is lost, dimension 1 is meant.
+        passed: Activations passed since the producers. Where tensors join, the nearest producers count.
+        part: Which slice of the producers' output this is: ``chunk`` halves are different units.
+        joined: True behind a sum or concatenation of branches, such as a residual stream.
+        weight: True for a parameter, and for what is computed from parameters alone.
+    """
+
+    producers: frozenset[str] = frozenset()
+    dims: Dims = ()
+    convolutional: bool = False
+    passed: int = 0
+    part: str = ""
+    joined: bool = False
+    weight: bool = False
+
+
+_PERMUTES = frozenset(
+    {"permute", "transpose", "transpose_", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "adjoint"}
+)
+_RESHAPES = frozenset({"view", "reshape", "flatten", "unflatten", "squeeze", "squeeze_", "unsqueeze", "unsqueeze_"})
+_RESHAPES |= frozenset({"view_as", "reshape_as", "ravel", "_unsafe_view"})
+_TRANSPOSED = frozenset({"T", "mT", "H", "mH"})
+_CONTRACTIONS = frozenset({"linear", "bilinear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "inner"})
+_CONTRACTIONS |= {"addmm", "addbmm", "baddbmm", "addmv", "einsum", "tensordot", "embedding", "embedding_bag"}
+_CONTRACTIONS |= {"multi_head_attention_forward", "scaled_dot_product_attention", "lstm", "gru", "rnn_tanh", "rnn_relu"}
+_CONTRACTIONS |= {"lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell", "_scaled_mm", "_grouped_mm", "grouped_mm"}
+_CONVOLUTIONS = re.compile(r"_?conv(olution|(?:_transpose)?([123])d)?(?:_transpose)?$")
+_CHANNEL_NORMS = frozenset({"batch_norm", "group_norm", "instance_norm"})
+_LAST_NORMS = frozenset({"layer_norm", "rms_norm"})
+_REGROUPINGS = _RESHAPES | {"cat", "concat", "concatenate", "stack", "pad"}
+_NEGATIONS = frozenset({"neg", "neg_", "negative", "__neg__", "__rsub__", "rsub"})
+
+
+def function_name(func: Callable[..., Any]) -> str:
+    """Name a torch function; ``x.T`` and its kin arrive as getters and go by their attribute's name.
+
+    Example:
+        >>> function_name(torch.nn.functional.relu), function_name(Tensor.T.__get__)
+        ('relu', 'T')
+    """
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        return str(getattr(getattr(func, "__self__", None), "__name__", ""))
+    return str(name)
+
+
+def parameter(name: str) -> Lineage:
+    """Start a lineage at a parameter.
+
+    Example:
+        >>> sorted(parameter("fc.weight").producers)
+        ['fc.weight']
+    """
+    return Lineage(frozenset({name}), weight=True)
+
+
+def tensors_in(args: Iterable[Any]) -> list[Tensor]:
+    """List the tensors among arguments, and in the lists and tuples among them.
+
+    Example:
+        >>> len(tensors_in([torch.zeros(1), 2, [torch.zeros(1)]]))
+        2
+    """
+    flat = [item for arg in args for item in (arg if isinstance(arg, (list, tuple)) else (arg,))]
+    return [item for item in flat if isinstance(item, Tensor)]
+
+
+class Call(NamedTuple):
+    """One call of a torch function that returned ``output``.
+
+    Args:
+        name: As :func:`function_name` gives it.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        output: A tensor it returned.
+        place: Where it stands, where the function returned several; else -1.
+    """
+
+    name: str
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    output: Tensor
+    place: int = -1
+
+    @property
+    def operands(self) -> list[Tensor]:
+        """The tensors among the arguments."""
+        return tensors_in((*self.args, *self.kwargs.values()))
+
+
+Known = Sequence[tuple[Tensor, Lineage]]
+
+
+def follow(call: Call, known: Known) -> Lineage:
+    """Derive the lineage of a function's output from those of its inputs.
+
+    Layers that mix features (linear, convolution, attention, recurrent) start anew at their weights; a
+    norm adds its own; everything else hands on the nearest producers of its inputs.
+
+    Args:
+        call: What was called.
+        known: The tensors among its arguments whose lineage is known, in order.
+
+    Example:
+        >>> x, weight = torch.zeros(5, 3), torch.zeros(4, 3)
+        >>> call = Call("linear", (x, weight), {}, torch.zeros(5, 4))
+        >>> follow(call, [(weight, parameter("fc.weight"))]).dims
+        (-1,)
+    """
+    weights = [(tensor, lineage) for tensor, lineage in known if lineage.weight]
+    activations = [(tensor, lineage) for tensor, lineage in known if not lineage.weight]
+    if len(weights) == len(call.operands):
+        return Lineage(_union(weights), weight=True)
+    if _CONVOLUTIONS.match(call.name):
+        return Lineage(_union(weights or activations), _convolution_dims(call), convolutional=True)
+    if call.name in _CONTRACTIONS:
+        dims = _weight_dims(call, weights) if weights else _mixed_dims(call, activations)
+        return Lineage(_union(weights or activations), dims)
+    return _pass_on(call, weights, activations)
+
+
+def of_module(parameters: Sequence[tuple[str, Tensor]], output: Tensor) -> Lineage | None:
+    """Take a module's own parameters for the producers of an output that no seen function returned.
+
+    Custom autograd functions and scripted modules compute out of sight.
+
+    Args:
+        parameters: The module's own parameters by name, the weight first.
+        output: What the module returned.
+
+    Example:
+        >>> of_module([("fc.weight", torch.zeros(4, 3))], torch.zeros(5, 4)).dims
+        (-1,)
+    """
+    if not parameters or output.ndim == 0:
+        return None
+    weight = parameters[0][1]
+    wide, units = weight.ndim >= 3, weight.shape[0] if weight.ndim else 0
+    fits = [
+        dim
+        for dim in ((1 - output.ndim, -1) if wide else (-1, 1 - output.ndim))
+        if dim < 0 and output.shape[dim] == units
+    ]
+    return Lineage(frozenset(name for name, _ in parameters), tuple(fits[:1]), convolutional=wide)
+
+
+def _union(known: Known) -> frozenset[str]:
+    return frozenset[str]().union(*(lineage.producers for _, lineage in known))
+
+
+def _convolution_dims(call: Call) -> Dims:
+    match = _CONVOLUTIONS.match(call.name)
+    spatial = int(match[2]) if match and match[2] else call.output.ndim - 2
+    return (-spatial - 1,)
+
+
+def _weight_dims(call: Call, weights: Known) -> Dims:
+    matrix = next((tensor for tensor, _ in weights if tensor.ndim >= 2), None)
+    if matrix is None or call.output.ndim < 2:
+        return (-1,)
+    if call.name == "einsum":
+        return _einsum_dims(call, matrix)
+    stacked = range(-matrix.ndim, -2) if call.name not in {"embedding", "linear", "bilinear"} else ()
+    own = tuple(dim for dim in stacked if -dim <= call.output.ndim and matrix.shape[dim] > 1)
+    left = call.operands[0] is matrix and call.name in {"matmul", "__matmul__", "mm", "bmm"}
+    return (*own, -2 if left else -1)
+
+
+def _einsum_dims(call: Call, weight: Tensor) -> Dims:
+    place = next((i for i, operand in enumerate(call.operands) if operand is weight), None)
+    equation = call.args[0] if call.args else None
+    if place is None or not isinstance(equation, str) or "->" not in equation:
+        return (-1,)
+    terms, result = re.sub(r"\s", "", equation).split("->")
+    tail = result.rsplit("...", 1)[-1]
+    return tuple(i - len(tail) for i, letter in enumerate(tail) if letter in terms.split(",")[place])
+
+
+def _mixed_dims(call: Call, activations: Known) -> Dims:
+    """Follow the last operand: attention weights times values keep the values' features."""
+    place = 2 if call.name == "scaled_dot_product_attention" and len(call.operands) > 2 else -1
+    dims = next((lineage.dims for tensor, lineage in activations if tensor is call.operands[place]), ())
+    return dims if dims and -1 in dims else None
+
+
+def _pass_on(call: Call, weights: Known, activations: Known) -> Lineage:
+    nearest = min((lineage.passed for _, lineage in activations), default=0)
+    near = [(tensor, lineage) for tensor, lineage in activations if lineage.passed == nearest]
+    main, lineage = near[0] if near else (call.output, Lineage())
+    joined = any(other.joined or other.producers != lineage.producers for _, other in near)
+    dims = _norm_dims(call) or _travel(call, main, lineage)
+    own_norm = bool(weights) and call.name in _CHANNEL_NORMS | _LAST_NORMS
+    return Lineage(
+        # what reaches a norm through a residual stream differs from call to call: its own weights do not
+        _union(weights if own_norm and joined else [*near, *weights]),
+        dims,
+        lineage.convolutional or call.name in _CHANNEL_NORMS,
+        0 if own_norm else nearest,
+        _part(call, main, lineage, dims),
+        joined and not own_norm,
+    )
+
+
+def _norm_dims(call: Call) -> Dims:
+    if call.name in _CHANNEL_NORMS and call.output.ndim >= 2:
+        return (1 - call.output.ndim,)
+    return (-1,) if call.name in _LAST_NORMS else ()
+
+
+def _part(call: Call, main: Tensor, lineage: Lineage, dims: Dims) -> str:
+    if call.name in _NEGATIONS:
+        return lineage.part.removesuffix("-") if lineage.part.endswith("-") else lineage.part + "-"
+    if not dims or not lineage.dims or call.name in _REGROUPINGS:
+        return lineage.part
+    if math.prod(call.output.shape[d] for d in dims) == math.prod(main.shape[d] for d in lineage.dims):
+        return lineage.part
+    which = str(call.place) if call.place >= 0 else _spell([*call.args[1:], *call.kwargs.values()])
+    return f"{lineage.part}/{which}"
+
+
+def _spell(value: Any) -> str:
+    """Write arguments down without reading a tensor's values, which would wait for the device."""
+    if isinstance(value, Tensor):
+        return "tensor"
+    if isinstance(value, (list, tuple)):
+        return f"({','.join(_spell(item) for item in value)})"
+    return str(value)
+
+
+def _travel(call: Call, main: Tensor, lineage: Lineage) -> Dims:
+    """Say where the unit dimensions of ``main`` are in the output."""
+    output, dims = call.output, lineage.dims
+    if not dims or output.ndim == 0:
+        return dims and None
+    if call.name in _PERMUTES or call.name in _TRANSPOSED:
+        return _permuted(call, main.ndim, dims)
+    if call.name in _RESHAPES:
+        return _reshaped(tuple(main.shape), tuple(output.shape), dims)
+    if output.ndim != main.ndim and (found := _sliced(main, dims, output)):
+        return found
+    if output.ndim >= main.ndim:
+        return dims
+    return (1 - output.ndim,) if lineage.convolutional and output.ndim >= 2 else (-1,)
+
+
+def _permuted(call: Call, ndim: int, dims: tuple[int, ...]) -> Dims:
+    """Permute a storage-free stand-in whose sizes number its dimensions, and read where they went."""
+    stand_in = torch.empty((), device="cpu").expand(tuple(range(ndim)))
+    if call.name in _TRANSPOSED:
+        moved = getattr(stand_in, call.name)
+    else:
+        moved = getattr(Tensor, call.name.removesuffix("_"))(stand_in, *call.args[1:], **call.kwargs)
+    return tuple(place - ndim for place, number in enumerate(moved.shape) if number - ndim in dims)
+
+
+def _reshaped(old: tuple[int, ...], new: tuple[int, ...], dims: tuple[int, ...]) -> Dims:
+    """Carry dimensions through a row-major reshape; one merged with others takes them along."""
+    own = {dim + len(old) for dim in dims}
+    found: list[int] = []
+    for sources, targets in _blocks(old, new):
+        wide = [i for i in sources if old[i] > 1] or sources
+        if own.intersection(wide):
+            found += [j - len(new) for j in targets if new[j] > 1] or [j - len(new) for j in targets[:1]]
+    return tuple(found)
+
+
+def _blocks(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
+    """Pair the shortest runs of dimensions of equal product.
+
+    Example:
+        >>> _blocks((2, 3, 4), (6, 4))
+        [([0, 1], [0]), ([2], [1])]
+    """
+    blocks: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        sources: list[int] = []
+        targets: list[int] = []
+        left = right = 1
+        while (i < len(old) or j < len(new)) and not (sources and targets and left == right):
+            if (left <= right and i < len(old)) or j >= len(new):
+                sources.append(i)
+                left, i = left * old[i], i + 1
+            else:
+                targets.append(j)
+                right, j = right * new[j], j + 1
+        blocks.append((sources, targets))
+    return blocks
+
+
+def _sliced(main: Tensor, dims: tuple[int, ...], output: Tensor) -> Dims:
+    """Find the dimensions of a view by their sizes and strides, which taking one index elsewhere leaves alone."""
+    if output.untyped_storage().data_ptr() != main.untyped_storage().data_ptr():
+        return ()
+    steps = [(main.shape[dim], main.stride(dim)) for dim in dims]
+    left = [(output.shape[j], output.stride(j)) for j in range(output.ndim)]
+    return tuple(left.index(step) - output.ndim for step in steps) if all(step in left for step in steps) else ()

@@ -1,0 +1,367 @@
+"""See every rectifier call of a model while armed; leave nothing behind when not.
+
+The probe is a :class:`~torch.overrides.TorchFunctionMode` plus two global module hooks, all of them in
+place only between :meth:`Probe.arm` and :meth:`Probe.disarm`. Nothing is attached to the model, so it can
+be copied, pickled, compiled and exported at any time.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from fnmatch import fnmatchcase
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.utils.hooks import RemovableHandle
+
+from lightning_deadrelu.lineage import Call, Lineage, follow, function_name, of_module, parameter, tensors_in
+from lightning_deadrelu.sites import (
+    Rectifier,
+    Site,
+    base_name,
+    clean,
+    count_units,
+    guess_dims,
+    is_rectifier_module,
+    rectifier_of,
+)
+
+# asked for all the time, and never a tensor that matters
+_IGNORED = frozenset(
+    {"shape", "dtype", "device", "dim", "size", "ndim", "is_cuda", "requires_grad", "grad_fn", "numel"}
+)
+_IGNORED |= {
+    "is_leaf",
+    "layout",
+    "stride",
+    "_set_grad_enabled",
+    "is_floating_point",
+    "data_ptr",
+    "is_contiguous",
+    "backward",
+    "grad",
+    "names",
+}
+_ZEROS = frozenset({"zeros", "zeros_like", "new_zeros"})
+_MOST_WIDTHS = 4  # a site whose number of units differs between calls more often has no units
+
+
+class Sink(Protocol):
+    """Takes what the probe sees: a site, its rectifier, input, output and unit dimensions."""
+
+    def __call__(self, site: Site, rectifier: Rectifier, x: Tensor, out: Tensor, dims: tuple[int, ...]) -> None:
+        """Take one call."""
+
+
+class _Frame:
+    """One running forward: the module's path, and how often each untraced rectifier was called in it."""
+
+    def __init__(self, path: str, module: nn.Module) -> None:
+        self.path = path
+        self.module = module
+        self.calls: Counter[str] = Counter()
+
+    def owned(self, producers: frozenset[str]) -> tuple[str, ...]:
+        prefix = f"{self.path}." if self.path else ""
+        return tuple(sorted(name for name in producers if name.startswith(prefix)))
+
+
+class Probe(TorchFunctionMode):
+    """Hand every rectifier call of a model to a sink, with the site it belongs to.
+
+    Args:
+        model: The model to watch. It is never changed.
+        sink: Called once for each call of a rectifier, with detached tensors, under ``no_grad``.
+        unit_dims: The dimension that holds the units, by pattern over site names, where the producers
+            tell it wrongly or not at all.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
+        >>> probe = Probe(model, lambda site, rectifier, x, out, dims: print(site.owner, site.source, dims))
+        >>> with probe:
+        ...     _ = model(torch.zeros(5, 3))
+        1 ('0.bias', '0.weight') (-1,)
+    """
+
+    def __init__(self, model: nn.Module, sink: Sink, unit_dims: Mapping[str, int] | None = None) -> None:
+        super().__init__()
+        self._model: nn.Module = getattr(model, "_orig_mod", model)
+        self._sink = sink
+        self._unit_dims = dict(unit_dims or {})
+        self._zero_buffers = [buffer for buffer in self._model.buffers() if buffer.numel() == 1 and not buffer.any()]
+        self._widths: dict[tuple[Any, ...], set[int]] = {}
+        self._handles: list[RemovableHandle] = []
+        self._stance: AbstractContextManager[None] | None = None
+        self._modules: dict[int, tuple[nn.Module, str]] = {}
+        self._parameters: dict[int, tuple[Tensor, Lineage]] = {}
+        self._known: dict[int, tuple[weakref.ref[Tensor], Lineage]] = {}
+        self._zeros: dict[int, weakref.ref[Tensor]] = {}
+        self._frames: list[_Frame] = []
+        self.unwatched: dict[str, str] = {}
+        """Why, by name, a rectifier that ran is not watched."""
+        self.failure: Exception | None = None
+        """What went wrong inside the probe, which stopped it; the model's own errors pass through."""
+        self.tracing_error: Exception | None = None
+        """The first call whose producers could not be followed, which stopped nothing."""
+
+    @property
+    def armed(self) -> bool:
+        """Whether the probe is looking now."""
+        return bool(self._handles)
+
+    def __enter__(self) -> Probe:
+        self.arm()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.disarm()
+
+    def arm(self) -> None:
+        """Start to look. Compiled code runs eagerly meanwhile: a compiler would not see what comes later."""
+        if self.armed or self.failure:
+            return
+        self._forget()
+        self._modules = {id(module): (module, clean(name)) for name, module in self._model.named_modules()}
+        named = self._model.named_parameters(remove_duplicate=False)
+        self._parameters = {id(tensor): (tensor, parameter(clean(name))) for name, tensor in named}
+        self._handles = [
+            register_module_forward_pre_hook(self._enter_module),
+            register_module_forward_hook(self._leave_module, always_call=True),
+        ]
+        if "torch._dynamo" in sys.modules:
+            self._stance = torch.compiler.set_stance("force_eager")
+        _push_mode(self)
+
+    def disarm(self) -> None:
+        """Stop to look and leave no trace, wherever other modes were entered meanwhile. Harmless when not armed."""
+        if not self.armed:
+            return
+        _remove_mode(self)
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self._stance is not None:
+            self._stance.__exit__(None, None, None)
+            self._stance = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._modules.clear()
+        self._parameters.clear()
+        self._known.clear()
+        self._zeros.clear()
+        self._frames.clear()
+
+    def _enter_module(self, module: nn.Module, args: Any) -> None:
+        if (entry := self._modules.get(id(module))) is not None:
+            self._frames.append(_Frame(entry[1], module))
+
+    def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
+        place = next((i for i in reversed(range(len(self._frames))) if self._frames[i].module is module), None)
+        if place is None:
+            return
+        path = self._frames[place].path
+        del self._frames[place:]
+        if isinstance(output, Tensor) and self._lineage(output) is None:
+            prefix = f"{path}." if path else ""
+            own = [(clean(prefix + name), tensor) for name, tensor in module.named_parameters(recurse=False)]
+            self._remember(output, of_module(own, output))
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = function_name(func)
+        if name in _IGNORED or self.failure or torch._C._current_graph_task_id() != -1:  # recomputed in backward
+            return func(*args, **kwargs)
+        found = self._guard(self._find, name, args, kwargs)
+        output = func(*args, **kwargs)
+        self._guard(self._note, name, args, kwargs, output, found)
+        return output
+
+    def _guard(self, step: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return step(*args)
+        except Exception as error:
+            self.failure = error
+            return None
+
+    def _find(
+        self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Rectifier, Tensor, Tensor] | None:
+        """Tell the rectifier, its input, and that input's values before the call."""
+        rectifier = rectifier_of(name, args, kwargs, self._is_zero)
+        if rectifier is None:
+            return None
+        operands = tensors_in((*args, *kwargs.values()))
+        x = next((tensor for tensor in operands if not self._is_zero(tensor)), operands[0])
+        in_place = name.endswith("_") or kwargs.get("inplace") or kwargs.get("out") is not None
+        in_place = in_place or any(arg is True for arg in args[1:])  # F.relu(x, True)
+        return rectifier, x, x.detach().clone() if in_place else x
+
+    def _note(
+        self,
+        name: str,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        output: Any,
+        found: tuple[Rectifier, Tensor, Tensor] | None,
+    ) -> None:
+        outputs = [output] if isinstance(output, Tensor) else _tensor_list(output)
+        if not outputs:
+            return
+        if name in _ZEROS or (name == "tensor" and args and isinstance(args[0], (int, float)) and args[0] == 0):
+            self._zeros[id(outputs[0])] = weakref.ref(outputs[0])
+        operands = tensors_in((*args, *kwargs.values()))
+        known = [(tensor, lineage) for tensor in operands if (lineage := self._lineage(tensor)) is not None]
+        if found is not None:
+            self._rectified(found, known, name, args, kwargs, outputs[0])
+        elif known:
+            for place, tensor in enumerate(outputs):
+                index = place if tensor is not output else -1
+                self._remember(tensor, self._follow(Call(name, args, kwargs, tensor, index), known))
+
+    def _follow(self, call: Call, known: list[tuple[Tensor, Lineage]]) -> Lineage | None:
+        try:
+            return follow(call, known)
+        except Exception as error:  # an untraced site is still watched
+            self.tracing_error = self.tracing_error or error
+            return None
+
+    def _rectified(
+        self,
+        found: tuple[Rectifier, Tensor, Tensor],
+        known: list[tuple[Tensor, Lineage]],
+        name: str,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        output: Tensor,
+    ) -> None:
+        rectifier, x, values = found
+        if rectifier.fused:
+            lineage = self._follow(Call(name, args, kwargs, output), known) or Lineage()
+            values = output
+        else:
+            lineage = self._lineage(x) or Lineage()
+        self._remember(output, lineage._replace(passed=lineage.passed + 1))
+        if (shape := _watchable(values)) is not None:
+            self._hand_over(rectifier, lineage, shape, _watchable(output) if output is not values else shape)
+
+    def _hand_over(self, rectifier: Rectifier, lineage: Lineage, values: Tensor, output: Tensor | None) -> None:
+        place = self._place(lineage)
+        if place is None or output is None:
+            return
+        owner, functional, source = place
+        name = base_name(owner, functional, rectifier.kind)
+        dims = self._dims(name, lineage, values)
+        if dims is None:
+            self.unwatched.setdefault(name, "no dimension of its input holds units; name one with `unit_dims`")
+            return
+        units = count_units(values, dims)
+        widths = self._widths.setdefault((owner, functional, rectifier.kind, source), set())
+        widths.add(units)
+        if len(widths) > _MOST_WIDTHS:
+            self.unwatched[name] = (
+                "its number of units changes from call to call; name their dimension with `unit_dims`"
+            )
+            return
+        traced = bool(lineage.producers)
+        site = Site(owner, functional, rectifier.kind, source, units, rectifier.smooth, rectifier.cap, traced)
+        with torch.no_grad(), _no_caching_modes():
+            self._sink(site, rectifier, values, output, dims)
+
+    def _dims(self, name: str, lineage: Lineage, x: Tensor) -> tuple[int, ...] | None:
+        for pattern, dim in self._unit_dims.items():
+            if fnmatchcase(name, pattern):
+                return (dim if dim < 0 else dim - x.ndim,)
+        fits = lineage.dims is not None and all(-dim <= x.ndim for dim in lineage.dims)
+        return (lineage.dims or guess_dims(x.ndim)) if fits else None
+
+    def _place(self, lineage: Lineage) -> tuple[str, bool, tuple[str, ...]] | None:
+        """Tell the owner of this call and what tells it from the owner's other calls; None if it is no site."""
+        frames = list(self._frames)
+        functional = not (frames and is_rectifier_module(frames[-1].module))
+        owner = frames[-1].path if frames else ""
+        own = next(
+            (names for frame in reversed(frames) if frame.path and (names := frame.owned(lineage.producers))), ()
+        )
+        if functional and not own and not (lineage.producers and self._in_forward()):
+            return None
+        if lineage.producers:
+            return owner, functional, (*(own or sorted(lineage.producers)), *([lineage.part] if lineage.part else []))
+        calls = frames[-1 if functional else -2].calls if functional or len(frames) > 1 else Counter[str]()
+        calls[owner] += 1
+        return owner, functional, (f"#{calls[owner] - 1}",)
+
+    def _in_forward(self) -> bool:
+        """Whether the model's own forward is running: a hinge in ``training_step`` is a loss, not a layer."""
+        code = getattr(inspect.unwrap(type(self._model).forward), "__code__", None)
+        frame = inspect.currentframe()
+        while frame is not None:
+            if frame.f_code is code:
+                return True
+            frame = frame.f_back
+        return False
+
+    def _lineage(self, tensor: Tensor) -> Lineage | None:
+        if (entry := self._known.get(id(tensor))) is not None and entry[0]() is tensor:
+            return entry[1]
+        if (given := self._parameters.get(id(tensor))) is not None and given[0] is tensor:
+            return given[1]
+        return None
+
+    def _remember(self, tensor: Tensor, lineage: Lineage | None) -> None:
+        if lineage is not None:
+            self._known[id(tensor)] = weakref.ref(tensor), lineage
+
+    def _is_zero(self, value: Any) -> bool:
+        if not isinstance(value, Tensor):
+            return False
+        reference = self._zeros.get(id(value))
+        return (reference is not None and reference() is value) or any(value is buffer for buffer in self._zero_buffers)
+
+
+def _tensor_list(output: Any) -> list[Tensor]:
+    if not isinstance(output, (list, tuple)) or isinstance(output, torch.Size):
+        return []
+    return [item for item in output if isinstance(item, Tensor)]
+
+
+def _watchable(x: Tensor) -> Tensor | None:
+    """Detach a plain, non-empty tensor of real numbers; None for anything else."""
+    if not x.is_floating_point() or x.is_nested or x.layout is not torch.strided or x.device.type == "meta":
+        return None
+    if x.ndim == 0 or x.numel() == 0 or torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return None
+    if type(x) not in (Tensor, nn.Parameter):
+        if type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            return None
+        x = x.as_subclass(Tensor)
+    return x.detach()
+
+
+def _no_caching_modes() -> AbstractContextManager[Any]:
+    """Hide from selective checkpointing, which replays in backward just the operations it saw in forward."""
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return nullcontext()
+    from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
+
+    caching = any("Cach" in type(mode).__name__ for mode in _get_current_dispatch_mode_stack())
+    return _disable_current_modes() if caching else nullcontext()
+
+
+def _remove_mode(mode: TorchFunctionMode) -> None:
+    above = []
+    while mode in _get_current_function_mode_stack():
+        if (top := _pop_mode()) is not mode:
+            above.append(top)
+    for other in reversed(above):
+        _push_mode(other)

@@ -1,0 +1,622 @@
+"""From activations to counts, from counts to verdicts. Pure functions under :class:`UnitLiveness`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_deadrelu.sites import Rectifier, Site, names_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+RELU = Rectifier("relu", plain=True)
+_RARE = 0.01
+_EXACT_IN_FLOAT32 = 2**24
+_FINITE, _INFINITE, _NAN = 0, 1, 2
+_UNKNOWN, _CONSTANT, _VARIES = 0, 1, 2
+# rows of UnitLiveness.maxima
+_PEAK, _LAST, _VARIED, _NONFINITE = range(4)
+
+
+class Counts(NamedTuple):
+    """What one call of a rectifier tells about each unit.
+
+    Args:
+        fired: Elements above the hinge, shape ``(units,)``, whole numbers.
+        magnitude: Sum of the absolute output, shape ``(units,)``.
+        peak: Largest input above the hinge, shape ``(units,)``; negative infinity where it was not a number.
+        varied: 2 where the output took several values, 1 where several elements shared one value, 0 where
+            there was but one element, which says nothing, shape ``(units,)``.
+        nonfinite: 0 where all inputs were finite, 1 where one was infinite, 2 where one was not a number.
+        samples: Rows or images.
+        elements: Inputs per unit.
+    """
+
+    fired: Tensor
+    magnitude: Tensor
+    peak: Tensor
+    varied: Tensor
+    nonfinite: Tensor
+    samples: int | Tensor
+    elements: int | Tensor
+
+
+def count(
+    x: Tensor,
+    out: Tensor,
+    dims: tuple[int, ...] = (-1,),
+    rectifier: Rectifier = RELU,
+    valid: Tensor | None = None,
+) -> Counts:
+    """Reduce one call of a rectifier to a few numbers per unit, on the device and without waiting for it.
+
+    Args:
+        x: The rectifier's input, any shape, not empty.
+        out: Its output, of the same shape.
+        dims: The dimensions that hold the units, counted from the end.
+        rectifier: What it is.
+        valid: Boolean, True for data and False for padding, of the shape of ``x`` without the unit
+            dimension, or None.
+
+    Example:
+        >>> x = torch.tensor([[1.0, -1.0], [2.0, -3.0]])
+        >>> counts = count(x, x.relu())
+        >>> counts.fired, counts.peak
+        (tensor([2., 0.]), tensor([ 2., -1.]))
+    """
+    if x.ndim == len(dims):
+        x, out = x[None], out[None]
+    over = tuple(dim for dim in range(-x.ndim, 0) if dim not in dims)
+    samples, elements = _sizes(x, dims, over)
+    if valid is not None:
+        return _count_valid(x, out, over, rectifier, valid[..., None])
+    peak, trough = x.amax(over).flatten(), x.amin(over).flatten()
+    fired, magnitude = _fired(x, out, over, rectifier, elements), _magnitude(out, over, rectifier)
+    return _summary(fired, magnitude, peak, trough, rectifier, samples, elements)
+
+
+def _count_valid(x: Tensor, out: Tensor, over: tuple[int, ...], rectifier: Rectifier, valid: Tensor) -> Counts:
+    elements = valid.sum()
+    peak = x.masked_fill(~valid, -math.inf).amax(over).flatten()
+    trough = x.masked_fill(~valid, math.inf).amin(over).flatten()
+    x, out = x.masked_fill(~valid, -math.inf), out.masked_fill(~valid, 0)
+    fired, magnitude = _fired(x, out, over, rectifier, valid.numel()), _magnitude(out, over, rectifier)
+    counts = _summary(fired, magnitude, peak, trough, rectifier, elements, elements)
+    return counts._replace(nonfinite=counts.nonfinite * (elements > 0))
+
+
+def _sizes(x: Tensor, dims: tuple[int, ...], over: tuple[int, ...]) -> tuple[int, int]:
+    """Count samples and elements per unit: rows where the last dimension holds units, else images."""
+    elements = math.prod(x.shape[dim] for dim in over)
+    samples = elements if -1 in dims else math.prod(x.shape[dim] for dim in over if dim < min(dims))
+    return samples, elements
+
+
+def _fired(x: Tensor, out: Tensor, over: tuple[int, ...], rectifier: Rectifier, elements: int) -> Tensor:
+    """Count who fired; the sum of signs is an order of magnitude faster than that of booleans."""
+    fires = out.sign() if rectifier.plain else (x > rectifier.hinge).to(torch.float32)
+    dtype = torch.float32 if elements <= _EXACT_IN_FLOAT32 else torch.float64
+    return fires.sum(over, dtype=dtype).flatten()
+
+
+def _magnitude(out: Tensor, over: tuple[int, ...], rectifier: Rectifier) -> Tensor:
+    dtype = torch.promote_types(out.dtype, torch.float32)
+    magnitude = out if rectifier.plain else out.abs()
+    return magnitude.sum(over, dtype=dtype).flatten().nan_to_num(0.0, 0.0, 0.0)
+
+
+def _summary(
+    fired: Tensor,
+    magnitude: Tensor,
+    peak: Tensor,
+    trough: Tensor,
+    rectifier: Rectifier,
+    samples: int | Tensor,
+    elements: int | Tensor,
+) -> Counts:
+    missing, infinite = peak.isnan(), peak.isinf() | trough.isinf()
+    above = (peak - rectifier.hinge).masked_fill(missing, -math.inf)
+    constant = torch.as_tensor(elements, device=peak.device) > 1  # 1 and 0 are _CONSTANT and _UNKNOWN
+    varied = torch.where(peak.clamp(max=rectifier.cap) > trough.clamp(max=rectifier.cap), _VARIES, constant.long())
+    nonfinite = torch.where(missing, _NAN, infinite.long())
+    return Counts(fired.masked_fill(missing, 0), magnitude, above, varied, nonfinite, samples, elements)
+
+
+_UNIT_DIM = {"maxima": 1}
+_SUMS = ("fired", "samples", "elements", "magnitude")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a verdict asks for.
+
+    Args:
+        min_samples: A silent unit is dead from this age on.
+        tau: A unit is dormant if its mean output is at most this share of its layer's mean.
+    """
+
+    min_samples: int = 299
+    tau: float = 0.025
+
+
+@dataclass(frozen=True, eq=False)
+class Totals:
+    """The counts of one window; see :class:`UnitLiveness`.
+
+    Args:
+        fired: Elements that fired, shape ``(units,)``, int64; merges by sum.
+        samples: Samples by site and observation, shape ``(sites, window)``, int64; merges by sum.
+        elements: Elements per unit by site, shape ``(sites,)``, int64; merges by sum.
+        magnitude: Sum of the absolute output, shape ``(units,)``; merges by sum.
+        maxima: Peak, last observation that fired or -1, variation and finiteness as in :class:`Counts`, shape
+            ``(4, units)``; merges by maximum.
+    """
+
+    fired: Tensor
+    samples: Tensor
+    elements: Tensor
+    magnitude: Tensor
+    maxima: Tensor
+
+    def to_host(self) -> Totals:
+        """Copy to the CPU in one transfer, as bytes, so that no count is rounded."""
+        parts = [getattr(self, f.name) for f in fields(self)]
+        host = torch.cat([part.flatten().view(torch.uint8) for part in parts]).cpu()
+        flat = host.split([part.numel() * part.element_size() for part in parts])
+        return Totals(*(raw.view(part.dtype).view(part.shape) for raw, part in zip(flat, parts, strict=True)))
+
+    def sums(self) -> Tensor:
+        """Lay what merges by sum end to end, as float64, which holds counts exactly up to 2^53."""
+        return torch.cat([getattr(self, name).flatten().double() for name in _SUMS])
+
+    def merged(self, sums: Tensor, maxima: Tensor) -> Totals:
+        """Put merged values in place of this rank's."""
+        own = [getattr(self, name) for name in _SUMS]
+        parts = sums.split([mine.numel() for mine in own])
+        pairs = zip(_SUMS, own, parts, strict=True)
+        return Totals(**{name: part.to(mine.dtype).view(mine.shape) for name, mine, part in pairs}, maxima=maxima)
+
+
+@dataclass(frozen=True, eq=False)
+class History:
+    """What outlives a window, one entry for each unit of all sites.
+
+    Args:
+        age: Samples since the unit last fired, int64.
+        ever: Whether it has ever fired.
+        dead: Whether it was dead when last judged.
+        revived: Whether it ever fired again after it had been dead.
+    """
+
+    age: Tensor
+    ever: Tensor
+    dead: Tensor
+    revived: Tensor
+
+    @classmethod
+    def empty(cls, units: int = 0) -> History:
+        """Start with units of which nothing is known."""
+        none = torch.zeros(units, dtype=torch.bool)
+        return cls(torch.zeros(units, dtype=torch.int64), none, none.clone(), none.clone())
+
+    def extended(self, units: int) -> History:
+        """Add unknown units at the end, up to ``units``."""
+        new = History.empty(units - len(self.age))
+        return History(*(torch.cat([getattr(self, f.name), getattr(new, f.name)]) for f in fields(self)))
+
+    def part(self, place: slice) -> History:
+        """Cut one site out."""
+        return History(*(getattr(self, f.name)[place] for f in fields(self)))
+
+
+@dataclass(frozen=True, eq=False)
+class SiteReport:
+    """The verdicts on the units of one site, and their evidence.
+
+    All tensors have shape ``(units,)`` and live on the CPU.
+
+    Args:
+        name: The module's path; ``-relu`` is appended where a function was called, ``-1`` for a second site.
+        kind: ``"relu"``, ``"relu6"``, ``"hardtanh"``, ...
+        units: How many units there are.
+        samples: Samples observed in the window, on all ranks.
+        elements: Inputs observed per unit in the window.
+        trainable: Whether an optimizer trains what feeds it; frozen sites stay out of the headlines.
+        smooth: Whether no input is exactly dead, as with GELU: only dormancy is judged.
+        dead: Silent in the window, and for at least ``min_samples`` samples. Bool.
+        silent: Never fired in the window. Bool.
+        rare: Fired on less than 1 % of the elements, but fired. Bool.
+        always_on: Fired on all elements: the unit is linear. Bool.
+        frozen: Fired, but put out one value whatever the input: it is downstream of a dead layer. Bool.
+        dormant: Dormancy at most ``tau``. Bool.
+        nonfinite: Met an infinity or a value that is not a number. Bool.
+        judged: Whether the evidence suffices: it fired, or its age reached ``min_samples``. Bool.
+        born_dead: Dead, and has never fired. Bool.
+        newly_dead: Dead, and was not at the verdict before. Bool.
+        revived: Fires, and was dead when last judged. Bool.
+        redied: Newly dead, and had come back to life before. Bool.
+        firing_rate: Share of the elements that fired.
+        peak: Largest input, measured from the hinge.
+        dormancy: Mean absolute output, divided by its mean over the site (Sokar et al. 2023, arXiv 2302.12902).
+        age: Samples observed since the unit last fired, int64.
+        rate_bound: At 95 % confidence the firing rate is below this: ``1 - 0.05 ** (1 / age)``.
+    """
+
+    name: str
+    kind: str
+    units: int
+    samples: int
+    elements: int
+    trainable: bool
+    smooth: bool
+    dead: Tensor
+    silent: Tensor
+    rare: Tensor
+    always_on: Tensor
+    frozen: Tensor
+    dormant: Tensor
+    nonfinite: Tensor
+    judged: Tensor
+    born_dead: Tensor
+    newly_dead: Tensor
+    revived: Tensor
+    redied: Tensor
+    firing_rate: Tensor
+    peak: Tensor
+    dormancy: Tensor
+    age: Tensor
+
+    @property
+    def rate_bound(self) -> Tensor:
+        """Upper 95 % confidence bound of the firing rate, given silence for ``age`` samples; 1 at age 0."""
+        return 1 - 0.05 ** (1 / self.age.double())
+
+    @property
+    def dead_fraction(self) -> float:
+        """Share of the units that are dead, 0 to 1."""
+        return int(self.dead.sum()) / self.units
+
+    @property
+    def in_headline(self) -> bool:
+        """Whether the site counts in the report's totals."""
+        return self.trainable and not self.smooth
+
+    def to_dict(self) -> dict[str, Any]:
+        """Turn into plain JSON values; masks become lists of unit numbers."""
+        plain: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            plain[f.name] = _plain(value) if isinstance(value, Tensor) else value
+        return plain | {"dead_fraction": self.dead_fraction, "rate_bound": _plain(self.rate_bound)}
+
+
+def _plain(value: Tensor) -> list[Any]:
+    if value.dtype == torch.bool:
+        return list(value.nonzero().flatten().tolist())
+    return [number if math.isfinite(number) else None for number in value.tolist()]
+
+
+@dataclass(frozen=True, eq=False)
+class LivenessReport:
+    """One verdict over all sites.
+
+    Args:
+        sites: The sites in the order of their first execution.
+        step: The training batch after which it was made, as loggers count; 0 for an audit.
+        unwatched: Why, by name, a rectifier that exists is not among the sites.
+
+    Example:
+        >>> from lightning_deadrelu import find_dead_units
+        >>> layer = torch.nn.Linear(2, 3)
+        >>> _ = layer.bias.data.copy_(torch.tensor([5.0, -5.0, 5.0]))
+        >>> report = find_dead_units(torch.nn.Sequential(layer, torch.nn.ReLU()), [torch.rand(300, 2)])
+        >>> report["1"].dead, report.dead_units, report.units
+        (tensor([False,  True, False]), 1, 3)
+    """
+
+    sites: tuple[SiteReport, ...]
+    step: int = 0
+    unwatched: Mapping[str, str] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> SiteReport:
+        for site in self.sites:
+            if site.name == name:
+                return site
+        raise KeyError(f"{name!r} is no site of this report. Sites: {', '.join(site.name for site in self.sites)}")
+
+    @property
+    def headline(self) -> tuple[SiteReport, ...]:
+        """The rectifier sites that are being trained: the denominators of all totals."""
+        return tuple(site for site in self.sites if site.in_headline)
+
+    @property
+    def units(self) -> int:
+        """Units of the headline sites."""
+        return sum(site.units for site in self.headline)
+
+    @property
+    def dead_units(self) -> int:
+        """Dead units of the headline sites."""
+        return self.total("dead")
+
+    @property
+    def dead_fraction(self) -> float:
+        """Share of the headline sites' units that are dead, 0 to 1; 0 where there are none."""
+        return self.fraction("dead")
+
+    def total(self, mask: str) -> int:
+        """Count the units of the headline sites in one of the masks of :class:`SiteReport`."""
+        return sum(int(getattr(site, mask).sum()) for site in self.headline)
+
+    def fraction(self, mask: str) -> float:
+        """Divide :meth:`total` by the number of units."""
+        return self.total(mask) / self.units if self.units else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Turn into plain values that ``json.dumps`` takes."""
+        sites = [site.to_dict() for site in self.sites]
+        totals = {"units": self.units, "dead_units": self.dead_units, "dead_fraction": self.dead_fraction}
+        return {"step": self.step, **totals, "sites": sites, "unwatched": dict(self.unwatched)}
+
+    def plot(self, ax: Axes | None = None) -> tuple[Figure, Axes]:
+        """Draw the share of dead, rare, always-on and other units of each site; needs matplotlib.
+
+        Args:
+            ax: Where to draw; a new figure by default.
+        """
+        from lightning_deadrelu.drawing import plot
+
+        return plot(self, ax)
+
+    def __str__(self) -> str:
+        from lightning_deadrelu.drawing import table
+
+        return table(self)
+
+
+def judge(
+    totals: Totals,
+    history: History,
+    sites: Sequence[Site],
+    rules: Rules = Rules(),
+    *,
+    trainable: Sequence[bool] | None = None,
+    step: int = 0,
+    unwatched: Mapping[str, str] | None = None,
+) -> tuple[LivenessReport, History]:
+    """Turn the counts of a window into verdicts.
+
+    Args:
+        totals: The window's counts, merged over ranks.
+        history: What is known from the windows before.
+        sites: The layout of the flat tensors.
+        rules: What a verdict asks for.
+        trainable: For each site, whether an optimizer trains what feeds it; by default all do.
+        step: The step the report bears.
+        unwatched: What could not be watched, and why.
+
+    Returns:
+        The report, and the history for the next window.
+    """
+    history = history.extended(sum(site.units for site in sites))
+    reports, parts, start = [], [], 0
+    for index, (site, name) in enumerate(zip(sites, names_of(sites), strict=True)):
+        place = slice(start, start := start + site.units)
+        learns = trainable is None or trainable[index]
+        report, part = _judge_site(totals, index, place, history.part(place), site, name, rules, learns)
+        if site.units:  # without, the site was left out and only keeps its place
+            reports.append(report)
+        parts.append(part)
+    joined = (
+        History(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(History))) if parts else history
+    )
+    return LivenessReport(tuple(reports), step, dict(unwatched or {})), joined
+
+
+def _judge_site(
+    totals: Totals, index: int, place: slice, before: History, site: Site, name: str, rules: Rules, trainable: bool
+) -> tuple[SiteReport, History]:
+    samples, elements = int(totals.samples[index].sum()), int(totals.elements[index])
+    peak, last, varied, nonfinite = totals.maxima[:, place].unbind()
+    fires, known = last >= 0, torch.full((site.units,), samples > 0)
+    age = _age(totals.samples[index], last.long(), before.age)
+    silent = known & ~fires & (nonfinite < _NAN) & (not site.smooth)
+    dead = silent & (age >= rules.min_samples)
+    rate = totals.fired[place].double() / max(elements, 1)
+    dormancy = dormancy_of(totals.magnitude[place] / max(elements, 1))
+    revived = fires & before.dead
+    newly_dead = dead & ~before.dead
+    report = SiteReport(
+        name,
+        site.kind,
+        site.units,
+        samples,
+        elements,
+        trainable,
+        site.smooth,
+        dead=dead,
+        silent=silent,
+        rare=fires & (rate < _RARE),
+        always_on=known & (totals.fired[place] == elements),
+        frozen=fires & (varied == _CONSTANT),
+        dormant=known & (dormancy <= rules.tau),
+        nonfinite=nonfinite > _FINITE,
+        judged=fires | dead,
+        born_dead=dead & ~before.ever,
+        newly_dead=newly_dead,
+        revived=revived,
+        redied=newly_dead & before.revived,
+        firing_rate=rate,
+        peak=peak,
+        dormancy=dormancy,
+        age=age,
+    )
+    return report, History(age, before.ever | fires, dead | (before.dead & ~fires), before.revived | revived)
+
+
+def _age(samples: Tensor, last: Tensor, before: Tensor) -> Tensor:
+    """Add up the samples observed after the last observation in which each unit fired."""
+    after = samples.flip(0).cumsum(0).flip(0)  # after[k] = samples in observation k and later
+    after = torch.cat([after, after.new_zeros(1)])
+    return after[last + 1] + torch.where(last < 0, before, 0)
+
+
+def dormancy_of(mean: Tensor) -> Tensor:
+    """Divide each unit's mean absolute output by the layer's mean: the ReDo score.
+
+    A layer that puts out nothing at all scores 0 throughout. Source: Sokar et al. 2023, arXiv 2302.12902,
+    whose scores average 1.
+
+    Args:
+        mean: Mean absolute output, shape ``(units,)``.
+
+    Example:
+        >>> dormancy_of(torch.tensor([0.0, 1.0, 3.0, 4.0]))
+        tensor([0.0000, 0.5000, 1.5000, 2.0000])
+    """
+    layer = mean.mean()
+    return torch.where(layer > 0, mean / layer, 0.0)
+
+
+class UnitLiveness(Metric):
+    """Count, for all sites in one flat state, who fired, how often, how strongly and when last.
+
+    Counts are int64; ranks, calls and batches merge by sum and maximum. Sites are known from the start or
+    added as they are met with :meth:`add_site`.
+
+    Args:
+        sites: Number of units by name, where they are known.
+        window: How many observations fit in before :meth:`reset`; ``observation`` numbers the current one.
+        rules: What a verdict asks for.
+        dtype: Of the sums and maxima that are no counts; float32 where a device has no float64.
+        **kwargs: See :class:`torchmetrics.Metric`.
+
+    Example:
+        >>> metric = UnitLiveness({"relu": 3}, rules=Rules(min_samples=2))
+        >>> metric.update(torch.tensor([[1.0, 0.0, -2.0], [0.5, 0.0, 3.0]]))
+        >>> metric.compute()
+        {'relu': tensor([False,  True, False])}
+    """
+
+    full_state_update = False
+    fired: Tensor
+    magnitude: Tensor
+    maxima: Tensor
+    samples: Tensor
+    elements: Tensor
+
+    def __init__(
+        self,
+        sites: Mapping[str, int] | None = None,
+        *,
+        window: int = 1,
+        rules: Rules = Rules(),
+        dtype: torch.dtype = torch.float64,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**{"compute_with_cache": False, **kwargs})
+        self.rules = rules
+        self.observation = 0
+        self.sites: list[Site] = []
+        self._starts = [0]
+        self.add_state("fired", torch.zeros(0, dtype=torch.int64), "sum")
+        self.add_state("magnitude", torch.zeros(0, dtype=dtype), "sum")
+        self.add_state("maxima", torch.zeros(4, 0, dtype=dtype), "max")
+        self.add_state("samples", torch.zeros(0, window, dtype=torch.int64), "sum")
+        self.add_state("elements", torch.zeros(0, dtype=torch.int64), "sum")
+        for name, units in (sites or {}).items():
+            self.add_site(Site(name, False, "relu", (), units))
+
+    @property
+    def units(self) -> int:
+        """Units of all sites."""
+        return self._starts[-1]
+
+    def add_site(self, site: Site) -> int:
+        """Append a site and return its number."""
+        self.sites.append(site)
+        self._starts.append(self.units + site.units)
+        for name, default in self._defaults.items():
+            assert isinstance(default, Tensor)
+            fresh = _fresh(name, default, site.units)
+            self._defaults[name] = torch.cat([default, fresh], dim=_UNIT_DIM.get(name, 0))
+            setattr(self, name, torch.cat([getattr(self, name), fresh], dim=_UNIT_DIM.get(name, 0)))
+        return len(self.sites) - 1
+
+    def place(self, site: int) -> slice:
+        """Tell where a site's units are in the flat tensors."""
+        return slice(self._starts[site], self._starts[site + 1])
+
+    def update(
+        self,
+        x: Tensor,
+        out: Tensor | None = None,
+        site: int = 0,
+        dims: tuple[int, ...] = (-1,),
+        rectifier: Rectifier = RELU,
+        valid: Tensor | None = None,
+    ) -> None:
+        """Add one call of a rectifier.
+
+        Args:
+            x: Its input, any shape; an empty one changes nothing.
+            out: Its output; computed where it is None.
+            site: Number of the site.
+            dims: The dimensions that hold the units, counted from the end.
+            rectifier: What it is.
+            valid: Boolean, True for data and False for padding, of the shape of ``x`` without the units.
+        """
+        if x.numel() == 0:
+            return
+        counts = count(x, x.clamp(min=0) if out is None else out, dims, rectifier, valid)
+        place = self.place(site)
+        self.fired[place] += counts.fired.to(self.fired)
+        self.magnitude[place] += counts.magnitude.to(self.magnitude)
+        self.samples[site, self.observation] += counts.samples
+        self.elements[site] += counts.elements
+        last = torch.where(counts.peak > 0, self.observation, -1)
+        rows = torch.stack([row.to(self.maxima) for row in (counts.peak, last, counts.varied, counts.nonfinite)])
+        torch.maximum(self.maxima[:, place], rows, out=self.maxima[:, place])
+
+    def copy_site(self, other: UnitLiveness, theirs: int, ours: int) -> None:
+        """Take over the counts of one site of another metric."""
+        self.samples[ours], self.elements[ours] = other.samples[theirs], other.elements[theirs]
+        for name in ("fired", "magnitude", "maxima"):
+            getattr(self, name)[..., self.place(ours)] = getattr(other, name)[..., other.place(theirs)]
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the dead units of each site by name, boolean, shape ``(units,)``."""
+        return {site.name: site.dead for site in self.report().sites}
+
+    def report(self) -> LivenessReport:
+        """Judge what was counted since the last :meth:`reset`, on this rank alone."""
+        return judge(self.totals().to_host(), History.empty(), self.sites, self.rules)[0]
+
+    def totals(self) -> Totals:
+        """Return the counts as they stand, on the device."""
+        return Totals(*(getattr(self, f.name) for f in fields(Totals)))
+
+    def load(self, totals: Totals) -> None:
+        """Put counts in place of the present ones."""
+        for f in fields(Totals):
+            getattr(self, f.name).copy_(getattr(totals, f.name))
+
+    def reset(self) -> None:
+        """Forget all counts and start at observation 0; the sites stay."""
+        super().reset()
+        self.observation = 0
+
+
+def _fresh(name: str, like: Tensor, units: int) -> Tensor:
+    """Make the entries of a new site: what changes nothing when it is merged."""
+    if name == "maxima":
+        return like.new_tensor([[-math.inf], [-1.0], [_UNKNOWN], [_FINITE]]).repeat(1, units)
+    return like.new_zeros({"samples": (1, *like.shape[1:]), "elements": (1,)}.get(name, (units,)))

@@ -1,0 +1,123 @@
+"""Join a probe to a metric: which calls are counted, and where in the flat state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_deadrelu.probe import Probe
+from lightning_deadrelu.sites import Rectifier, Site, clean, is_rectifier_module, is_selected, names_of, unmatched
+from lightning_deadrelu.statistics import Rules, UnitLiveness
+
+
+class Watch:
+    """Count what a probe sees of a model.
+
+    Every site met gets a place in the layout, so that names do not depend on what is left out; a site that
+    is left out has no units there.
+
+    Args:
+        model: The model to watch.
+        include: Shell patterns over site names, or kinds; empty for all rectifiers.
+        exclude: Patterns or kinds to leave out.
+        rules: What a verdict asks for.
+        window: Observations per window.
+        unit_dims: See :class:`~lightning_deadrelu.probe.Probe`.
+        device: Where to count; by default where the model's first parameter is.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        rules: Rules = Rules(),
+        window: int = 1,
+        unit_dims: Mapping[str, int] | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self._model = model
+        self._include, self._exclude = tuple(include), tuple(exclude)
+        self._places: dict[Site, int] = {}
+        self._window, self._rules = window, rules
+        self._device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.liveness = self._new_liveness()
+        self.probe = Probe(model, self._take, unit_dims)
+        self.valid: Tensor | None = None
+        """True where the current batch holds data, False where padding; None where all is data."""
+
+    def _new_liveness(self) -> UnitLiveness:
+        dtype = torch.float32 if self._device.type == "mps" else torch.float64  # MPS has no float64
+        return UnitLiveness(window=self._window, rules=self._rules, dtype=dtype).to(self._device)
+
+    @property
+    def sites(self) -> list[Site]:
+        """The layout: every site met, in order; those left out have 0 units."""
+        return self.liveness.sites
+
+    def _take(self, site: Site, rectifier: Rectifier, x: Tensor, out: Tensor, dims: tuple[int, ...]) -> None:
+        place = self._places.get(site, self._places.get(site._replace(units=0)))
+        if place is None:
+            place = self._places[site] = self._add(site)
+        if self.sites[place].units:
+            self.liveness.update(x, out, place, dims, rectifier, _fit(self.valid, x, dims))
+
+    def _add(self, site: Site) -> int:
+        name = names_of([*self.sites, site])[-1]
+        selected = is_selected(name, site.kind, site.smooth, self._include, self._exclude)
+        return self.liveness.add_site(site if selected else site._replace(units=0))
+
+    def adopt(self, layout: Iterable[Site]) -> None:
+        """Move the counts to another layout, which has all sites of the present one and perhaps more."""
+        old = self.liveness
+        self.liveness = self._new_liveness()
+        self.liveness.observation = old.observation
+        for place, site in enumerate(layout):
+            self.liveness.add_site(site)
+            if site in old.sites:
+                self.liveness.copy_site(old, old.sites.index(site), place)
+        self._places = {site: place for place, site in enumerate(self.sites)}
+
+    def unwatched(self) -> dict[str, str]:
+        """Say, by name, why a rectifier of the model is not watched."""
+        owners = {site.owner for site in self.sites}
+        idle = {
+            path: "it has not run while observed"
+            for name, module in self._model.named_modules()
+            if (path := clean(name)) not in owners and is_rectifier_module(module) and _is_exact(module)
+        }
+        return {**{path: why for path, why in idle.items() if path not in self.probe.unwatched}, **self.probe.unwatched}
+
+    def check_patterns(self) -> None:
+        """Refuse patterns that match nothing that ran.
+
+        Raises:
+            ValueError: If a pattern of ``include`` or ``exclude`` matches no site.
+        """
+        names, kinds = names_of(self.sites), [site.kind for site in self.sites]
+        for argument, patterns in (("include", self._include), ("exclude", self._exclude)):
+            if missing := unmatched(patterns, names, kinds):
+                known = ", ".join(f"`{name}`" for name in names) or "none"
+                raise ValueError(
+                    f"`{argument}={list(patterns)}`: {missing} matches no activation that ran. Mend or drop it; the"
+                    f" sites of this model: {known}."
+                )
+
+
+_SMOOTH_MODULES = (nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.CELU, nn.SELU, nn.Softplus, nn.RReLU, nn.LeakyReLU, nn.PReLU)
+
+
+def _is_exact(module: nn.Module) -> bool:
+    return not isinstance(module, _SMOOTH_MODULES) and not (isinstance(module, nn.Hardtanh) and module.min_val != 0)
+
+
+def _fit(valid: Tensor | None, x: Tensor, dims: tuple[int, ...]) -> Tensor | None:
+    """Give the padding mask the shape of the rows of ``x``; None where it does not speak of them."""
+    if valid is None or dims != (-1,):
+        return None
+    if x.shape[:-1] == valid.shape:
+        return valid
+    return valid.flatten() if x.shape[:-1] == (valid.numel(),) else None
