@@ -42,6 +42,8 @@ def find_dead_units(
 
     Raises:
         ValueError: If there is no batch, or a pattern matches no site.
+        TypeError: If ``include`` or ``exclude`` is a string.
+        RuntimeError: If the audit itself failed.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU())

@@ -26,6 +26,9 @@ class Watch:
         window: Observations per window.
         unit_dims: See :class:`~lightning_deadrelu.probe.Probe`.
         device: Where to count; by default where the model's first parameter is.
+
+    Raises:
+        TypeError: If ``include`` or ``exclude`` is a string.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class Watch:
         unit_dims: Mapping[str, int] | None = None,
         device: torch.device | None = None,
     ) -> None:
+        _check_lists(include=include, exclude=exclude)
         self._model = model
         self._include, self._exclude = tuple(include), tuple(exclude)
         self._places: dict[Site, int] = {}
@@ -105,6 +109,12 @@ class Watch:
                     f"`{argument}={list(patterns)}`: {missing} matches no activation that ran. Mend or drop it; the"
                     f" sites of this model: {known}."
                 )
+
+
+def _check_lists(**arguments: Sequence[str]) -> None:
+    for name, patterns in arguments.items():
+        if isinstance(patterns, str):
+            raise TypeError(f"`{name}={patterns!r}`: it takes a list of patterns. Try `{name}={[patterns]}`.")
 
 
 _SMOOTH_MODULES = (nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.CELU, nn.SELU, nn.Softplus, nn.RReLU, nn.LeakyReLU, nn.PReLU)

@@ -1,0 +1,416 @@
+"""Every statistic against a slow, independent loop over single numbers."""
+
+import copy
+import json
+import math
+import pickle
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from torch.nn import functional as F
+
+from lightning_deadrelu.sites import Rectifier, Site
+from lightning_deadrelu.statistics import (
+    History,
+    LivenessReport,
+    Rules,
+    Totals,
+    UnitLiveness,
+    count,
+    dormancy_of,
+    judge,
+)
+
+RELU = Rectifier("relu", plain=True)
+RECTIFIERS = {
+    "relu": (RELU, torch.relu),
+    "relu6": (Rectifier("relu6", cap=6.0, plain=True), F.relu6),
+    "hardtanh": (Rectifier("hardtanh", cap=1.0, plain=True), lambda x: F.hardtanh(x, 0, 1)),
+    "threshold": (Rectifier("threshold", hinge=0.5), lambda x: F.threshold(x, 0.5, -2.0)),
+    "hardswish": (Rectifier("hardswish", hinge=-3.0), F.hardswish),
+}
+
+
+def slow_units(x, dims):
+    """Yield, for each unit, the list of its inputs in order, by walking every index."""
+    sizes = [x.shape[d] for d in dims]
+    units = [[] for _ in range(math.prod(sizes))]
+    for index in torch.cartesian_prod(*[torch.arange(n) for n in x.shape]).view(-1, x.ndim).tolist():
+        number = 0
+        for d, size in zip(dims, sizes, strict=True):
+            number = number * size + index[d]
+        units[number].append(x[tuple(index)].item())
+    return units
+
+
+@pytest.mark.parametrize("kind", RECTIFIERS)
+@pytest.mark.parametrize(
+    ("shape", "dims", "samples"),
+    [
+        ((5, 4), (-1,), 5),
+        ((4,), (-1,), 1),
+        ((2, 3, 4), (-1,), 6),
+        ((2, 4, 3), (-2,), 2),
+        ((2, 4, 3, 3), (-3,), 2),
+        ((4, 3, 3), (-3,), 1),
+        ((2, 4, 2, 2, 2), (-4,), 2),
+        ((2, 3, 5, 4), (-3, -1), 10),
+        ((1, 4), (-1,), 1),
+    ],
+)
+def test_count_equals_a_loop_over_single_numbers(kind, shape, dims, samples):
+    rectifier, function = RECTIFIERS[kind]
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 4
+    counts = count(x, function(x), dims, rectifier)
+    inputs, outputs = slow_units(x, dims), slow_units(function(x), dims)
+    assert counts.samples == samples
+    assert counts.elements == len(inputs[0])
+    assert counts.fired.tolist() == [sum(z > rectifier.hinge for z in zs) for zs in inputs]
+    assert counts.peak.tolist() == pytest.approx([max(zs) - rectifier.hinge for zs in inputs], rel=1e-6)
+    assert counts.magnitude.tolist() == pytest.approx([sum(map(abs, hs)) for hs in outputs], rel=1e-5)
+    varied = [2 if len({min(z, rectifier.cap) for z in zs}) > 1 else int(len(zs) > 1) for zs in inputs]
+    assert counts.varied.tolist() == varied
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_count_is_exact_in_every_precision(dtype):
+    x = torch.randn(3000, 3, generator=torch.Generator().manual_seed(1)).to(dtype)
+    assert count(x, x.relu()).fired.tolist() == [sum(z > 0 for z in column) for column in x.T.tolist()]
+
+
+def test_the_smallest_positive_number_fires():
+    x = torch.tensor([[5e-324, -1.0], [-1.0, -1.0]], dtype=torch.float64)
+    metric = UnitLiveness({"relu": 2}, rules=Rules(1))
+    metric.update(x)
+    assert metric.report().sites[0].silent.tolist() == [False, True]
+
+
+def test_not_a_number_is_not_silence_and_infinity_is_noted():
+    x = torch.tensor([[math.nan, -math.inf, math.inf, -1.0], [-1.0, -1.0, -1.0, -1.0]])
+    metric = UnitLiveness({"relu": 4}, rules=Rules(1))
+    metric.update(x)
+    site = metric.report()["relu"]
+    assert site.silent.tolist() == [False, True, False, True]
+    assert site.nonfinite.tolist() == [True, True, True, False]
+    assert site.dead.tolist() == [False, True, False, True]
+    assert site.judged.tolist() == [False, True, True, True]
+    assert site.dormancy.isfinite().all()
+
+
+def test_not_a_number_does_not_stick():
+    metric = UnitLiveness({"relu": 1}, rules=Rules(1))
+    metric.update(torch.tensor([[math.nan]]))
+    metric.update(torch.tensor([[2.0]]))
+    site = metric.report()["relu"]
+    assert (site.peak.item(), site.judged.item(), site.nonfinite.item()) == (2.0, True, True)
+
+
+def test_an_empty_batch_says_nothing():
+    metric = UnitLiveness({"relu": 3}, rules=Rules(1))
+    metric.update(torch.zeros(0, 3))
+    site = metric.report()["relu"]
+    assert site.samples == 0
+    assert not (site.silent | site.dead | site.judged | site.always_on | site.dormant).any()
+
+
+def test_one_sample_cannot_show_that_a_unit_is_frozen():
+    metric = UnitLiveness({"relu": 2})
+    metric.update(torch.tensor([[1.0, 2.0]]))
+    assert not metric.report()["relu"].frozen.any()
+    metric.update(torch.tensor([[1.0, 2.0], [1.0, 3.0]]))
+    assert metric.report()["relu"].frozen.tolist() == [True, False]
+
+
+def test_a_unit_that_always_hits_the_cap_is_frozen():
+    metric = UnitLiveness({"relu6": 2})
+    x = torch.tensor([[7.0, 1.0], [9.0, 2.0]])
+    metric.update(x, F.relu6(x), rectifier=RECTIFIERS["relu6"][0])
+    assert metric.report()["relu6"].frozen.tolist() == [True, False]
+
+
+def test_counts_do_not_stop_at_the_limits_of_float32_and_int32():
+    metric = UnitLiveness({"relu": 1})
+    for name, limit in (("fired", 2**31), ("elements", 2**31), ("samples", 2**31)):
+        getattr(metric, name).fill_(limit)
+    metric.update(torch.ones(1, 1))
+    assert metric.fired.item() == metric.elements.item() == metric.samples.item() == 2**31 + 1
+    sums = metric.totals().sums()
+    assert metric.totals().merged(sums, metric.maxima).fired.item() == 2**31 + 1
+
+
+@pytest.mark.parametrize(
+    ("tensor", "dead"),
+    [  # the published tests of keras-contrib's detector and of a sparse-autoencoder library
+        (torch.ones(9, 3, 4) @ torch.cat([torch.zeros(4, 1), torch.ones(4, 10)], 1), [True] + 10 * [False]),
+        (torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]), [False, True, False]),
+        (torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]]), [False, False, False]),
+        (torch.tensor([[-1.0, 2.0], [-3.0, 4.0]]), [True, False]),
+    ],
+)
+def test_published_cases(tensor, dead):
+    metric = UnitLiveness({"relu": tensor.shape[-1]}, rules=Rules(1))
+    metric.update(tensor)
+    assert metric.compute()["relu"].tolist() == dead
+
+
+def test_a_zero_fraction_is_not_deadness():
+    x = torch.full((400, 5), -1.0)
+    x[torch.arange(5) * 70, torch.arange(5)] = 1.0  # each unit fires once: 99.75 % zeros
+    metric = UnitLiveness({"relu": 5})
+    metric.update(x)
+    site = metric.report()["relu"]
+    assert site.dead_fraction == 0
+    assert site.rare.all()
+
+
+def test_padding_is_left_out():
+    x = torch.tensor([[[1.0, -1.0], [-1.0, 5.0]], [[-1.0, -1.0], [9.0, 9.0]]])
+    valid = torch.tensor([[True, False], [True, False]])
+    counts, alone = count(x, x.relu(), valid=valid), count(x[valid], x[valid].relu())
+    for one, other in zip(counts, alone, strict=True):
+        assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
+    nothing = count(x, x.relu(), valid=torch.zeros(2, 2, dtype=torch.bool))
+    assert nothing.samples == nothing.elements == 0
+    assert not nothing.nonfinite.any()
+
+
+def test_dormancy_is_the_share_of_the_layers_mean():
+    mean = torch.tensor([0.0, 0.02, 2.0, 1.98])
+    assert dormancy_of(mean).tolist() == pytest.approx([0, 0.02, 2.0, 1.98])
+    assert dormancy_of(torch.zeros(3)).tolist() == [0, 0, 0]  # a wholly dead layer is no division by zero
+
+
+@pytest.mark.parametrize(
+    ("age", "bound"), [(10, 0.2589), (29, 0.0981), (299, 0.00997), (2995, 0.0009998), (10_000, 2.995e-4)]
+)
+def test_rate_bound_is_clopper_and_pearsons(age, bound):
+    site = report_of([[torch.full((age, 1), -1.0)]], 1)[0].sites[0]
+    assert site.rate_bound.item() == pytest.approx(bound, rel=1e-3)
+    assert (1 - site.rate_bound.item()) ** age == pytest.approx(0.05)  # the definition, read backwards
+
+
+# -- several calls, observations, windows and ranks -------------------------------------------------------
+
+
+def report_of(windows, min_samples, ranks=1):
+    """Run windows of observations; an observation is a list of calls, dealt out to ranks in turn."""
+    history, reports = History.empty(), []
+    for window in windows:
+        metrics = [UnitLiveness({"relu": _width(windows)}, window=len(window)) for _ in range(ranks)]
+        for number, observation in enumerate(window):
+            calls = observation if isinstance(observation, list) else [observation]
+            for place, x in enumerate(calls):
+                metrics[place % ranks].observation = number
+                metrics[place % ranks].update(x)
+        report, history = judge(merge(metrics), history, metrics[0].sites, Rules(min_samples))
+        reports.append(report)
+    return reports
+
+
+def _width(windows):
+    first = windows[0][0]
+    return (first[0] if isinstance(first, list) else first).shape[-1]
+
+
+def merge(metrics) -> Totals:
+    sums = sum(metric.totals().sums() for metric in metrics)
+    maxima = torch.stack([metric.maxima for metric in metrics]).amax(0)
+    return metrics[0].totals().merged(sums, maxima).to_host()
+
+
+def slow_verdicts(windows, min_samples):
+    """Walk over all numbers, unit by unit, with plain Python lists."""
+    verdicts = []
+    units = _width(windows)
+    age, ever, was_dead, came_back = [0] * units, [False] * units, [False] * units, [False] * units
+    for window in windows:
+        row = {
+            "silent": [],
+            "dead": [],
+            "age": [],
+            "born_dead": [],
+            "newly_dead": [],
+            "revived": [],
+            "redied": [],
+            "rate": [],
+        }
+        for unit in range(units):
+            fired = elements = 0
+            for observation in window:
+                calls = observation if isinstance(observation, list) else [observation]
+                numbers = [z for x in calls for z in x[:, unit].tolist()]
+                hits = sum(z > 0 for z in numbers)
+                fired, elements = fired + hits, elements + len(numbers)
+                age[unit] = 0 if hits else age[unit] + len(numbers)
+            silent = elements > 0 and fired == 0
+            dead = silent and age[unit] >= min_samples
+            row["silent"].append(silent)
+            row["dead"].append(dead)
+            row["age"].append(age[unit])
+            row["born_dead"].append(dead and not ever[unit])
+            row["newly_dead"].append(dead and not was_dead[unit])
+            row["revived"].append(fired > 0 and was_dead[unit])
+            row["redied"].append(dead and not was_dead[unit] and came_back[unit])
+            row["rate"].append(fired / elements if elements else 0.0)
+            came_back[unit] |= fired > 0 and was_dead[unit]
+            was_dead[unit] = dead or (was_dead[unit] and not fired)
+            ever[unit] |= fired > 0
+        verdicts.append(row)
+    return verdicts
+
+
+batches = arrays.arrays(
+    "float32",
+    st.tuples(st.integers(0, 5), st.just(3)),
+    elements=st.sampled_from([-2.0, -1.0, 0.0, 0.5, 3.0]),
+    fill=st.just(-1.0),
+).map(torch.from_numpy)
+windows_strategy = st.lists(
+    st.lists(st.lists(batches, min_size=1, max_size=3), min_size=1, max_size=3), min_size=1, max_size=4
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(windows_strategy, st.integers(1, 12), st.integers(1, 3))
+def test_verdicts_equal_a_loop_over_all_activations_on_any_number_of_ranks(windows, min_samples, ranks):
+    expected = slow_verdicts(windows, min_samples)
+    for report, verdict in zip(report_of(windows, min_samples, ranks), expected, strict=True):
+        site = report.sites[0]
+        for name in ("silent", "dead", "age", "born_dead", "newly_dead", "revived", "redied"):
+            assert getattr(site, name).tolist() == verdict[name], name
+        assert site.firing_rate.tolist() == pytest.approx(verdict["rate"])
+
+
+def test_death_revival_and_second_death_are_told_apart():
+    silent, alive = torch.full((4, 1), -1.0), torch.full((4, 1), 1.0)
+    reports = report_of([[silent], [alive], [silent], [silent]], min_samples=4)
+    names = ("dead", "born_dead", "newly_dead", "revived", "redied")
+    seen = [{name for name in names if getattr(report.sites[0], name).item()} for report in reports]
+    assert seen == [{"dead", "born_dead", "newly_dead"}, {"revived"}, {"dead", "newly_dead", "redied"}, {"dead"}]
+
+
+def test_without_data_a_dead_unit_is_neither_dead_nor_newly_dead_afterwards():
+    silent, nothing = torch.full((4, 1), -1.0), torch.zeros(0, 1)
+    _, idle, again = report_of([[silent], [nothing], [silent]], min_samples=4)
+    assert not idle.sites[0].dead.any()
+    assert not idle.sites[0].judged.any()
+    assert again.sites[0].dead.all()
+    assert not again.sites[0].newly_dead.any()
+
+
+def test_a_site_met_late_starts_with_no_history():
+    metric = UnitLiveness({"a": 2})
+    metric.update(torch.full((9, 2), -1.0))
+    _, history = judge(metric.totals().to_host(), History.empty(), metric.sites, Rules(5))
+    late = metric.add_site(Site("b", False, "relu", (), 1))
+    metric.update(torch.full((3, 1), -1.0), site=late)
+    report, _ = judge(metric.totals().to_host(), history, metric.sites, Rules(5))
+    assert report["a"].age.tolist() == [18, 18]
+    assert report["b"].age.tolist() == [3]
+
+
+# -- the report -------------------------------------------------------------------------------------------
+
+
+def two_sites(trainable=(True, True)) -> LivenessReport:
+    metric = UnitLiveness({"a": 2, "b": 3}, rules=Rules(1))
+    metric.update(torch.tensor([[1.0, -1.0]]), site=0)
+    metric.update(torch.tensor([[-1.0, -1.0, 2.0], [-1.0, -1.0, 1.0]]), site=1)
+    return judge(metric.totals().to_host(), History.empty(), metric.sites, Rules(1), trainable=trainable, step=7)[0]
+
+
+def test_report_counts_the_sites_that_are_trained():
+    report = two_sites()
+    assert (report.units, report.dead_units, report.dead_fraction, report.step) == (5, 3, 0.6, 7)
+    frozen = two_sites(trainable=(True, False))
+    assert (frozen.units, frozen.dead_units, frozen.dead_fraction) == (2, 1, 0.5)
+    assert frozen["b"].dead_fraction == pytest.approx(2 / 3)
+
+
+def test_report_names_its_sites_when_asked_for_another():
+    with pytest.raises(KeyError, match=r"'c' is no site of this report. Sites: a, b"):
+        two_sites()["c"]
+
+
+def test_report_is_frozen_and_survives_json():
+    report = two_sites()
+    with pytest.raises(AttributeError):
+        report.step = 3
+    plain = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert plain["dead_units"] == 3
+    assert plain["sites"][1]["dead"] == [0, 1]
+    assert plain["sites"][1]["age"] == [2, 2, 0]
+
+
+def test_a_smooth_activation_is_never_dead():
+    site = Site("gelu", False, "gelu", (), 2, smooth=True)
+    metric = UnitLiveness(rules=Rules(1))
+    metric.add_site(site)
+    x = torch.tensor([[-9.0, 1.0]])
+    metric.update(x, F.gelu(x), rectifier=Rectifier("gelu", smooth=True))
+    report = metric.report()
+    assert not report["gelu"].dead.any()
+    assert report["gelu"].dormant.tolist() == [True, False]
+    assert report.units == 0
+
+
+# -- the metric -------------------------------------------------------------------------------------------
+
+
+def test_merged_metrics_equal_one_that_saw_everything():
+    x = torch.randn(20, 4, generator=torch.Generator().manual_seed(3))
+    whole, left, right = (UnitLiveness({"relu": 4}) for _ in range(3))
+    whole.update(x)
+    left.update(x[:13])
+    right.update(x[13:])
+    left.merge_state(right)
+    for name in ("fired", "samples", "elements", "maxima"):
+        assert torch.equal(getattr(left, name), getattr(whole, name)), name
+    assert torch.allclose(left.magnitude, whole.magnitude)
+
+
+@pytest.mark.parametrize("copied", [lambda m: m.clone(), copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_go_their_own_way(copied):
+    metric = UnitLiveness({"relu": 2}, rules=Rules(1))
+    metric.update(torch.tensor([[1.0, -1.0]]))
+    other = copied(metric)
+    other.update(torch.tensor([[1.0, 1.0]]))
+    assert metric.compute()["relu"].tolist() == [False, True]
+    assert other.compute()["relu"].tolist() == [False, False]
+
+
+def test_reset_keeps_the_sites_and_forward_answers_for_the_batch():
+    metric = UnitLiveness({"relu": 2}, rules=Rules(1))
+    assert metric(torch.tensor([[1.0, -1.0]]))["relu"].tolist() == [False, True]
+    assert metric(torch.tensor([[-1.0, 1.0]]))["relu"].tolist() == [True, False]
+    assert metric.compute()["relu"].tolist() == [False, False]
+    metric.reset()
+    assert metric.units == 2
+    assert metric.elements.item() == 0
+
+
+def test_state_is_small():
+    metric = UnitLiveness({"relu": 1000}, window=10)
+    states = [getattr(metric, name) for name in metric._defaults]
+    history = History.empty(1000)
+    total = sum(t.numel() * t.element_size() for t in (*states, *vars(history).values()))
+    assert total / 1000 < 100
+
+
+def test_packed_totals_are_unpacked_bit_for_bit():
+    metric = UnitLiveness({"a": 3, "b": 2}, window=4)
+    metric.update(torch.randn(5, 3))
+    packed = metric.totals().to_host()
+    for name, value in vars(metric.totals()).items():
+        assert torch.equal(getattr(packed, name), value)
+
+
+def test_layout_is_end_to_end():
+    metric = UnitLiveness({"a": 3, "b": 2, "c": 4})
+    places = [metric.place(i) for i in range(3)]
+    assert [p.stop - p.start for p in places] == [3, 2, 4]
+    assert all(a.stop == b.start for a, b in pairwise(places))
