@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_deadrelu.probe import Probe
 from lightning_deadrelu.sites import Rectifier, Site, clean, is_rectifier_module, is_selected, names_of, unmatched
-from lightning_deadrelu.statistics import Rules, UnitLiveness
+from lightning_deadrelu.statistics import Rules, UnitLiveness, count
 
 
 class Watch:
@@ -67,7 +67,7 @@ class Watch:
         if place is None:
             place = self._places[site] = self._add(site)
         if self.sites[place].units:
-            self.liveness.update(x, out, place, dims, rectifier, _fit(self.valid, x, dims))
+            self.liveness.add(place, count(x, out, dims, rectifier, _fit(self.valid, x, dims)))
 
     def _add(self, site: Site) -> int:
         name = names_of([*self.sites, site])[-1]

@@ -72,8 +72,7 @@ def test_count_equals_a_loop_over_single_numbers(kind, shape, dims, samples):
     assert counts.fired.tolist() == [sum(z > rectifier.hinge for z in zs) for zs in inputs]
     assert counts.peak.tolist() == pytest.approx([max(zs) - rectifier.hinge for zs in inputs], rel=1e-6)
     assert counts.magnitude.tolist() == pytest.approx([sum(map(abs, hs)) for hs in outputs], rel=1e-5)
-    varied = [2 if len({min(z, rectifier.cap) for z in zs}) > 1 else int(len(zs) > 1) for zs in inputs]
-    assert counts.varied.tolist() == varied
+    assert counts.trough.tolist() == pytest.approx([min(zs) - rectifier.hinge for zs in inputs], rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -126,7 +125,8 @@ def test_one_sample_cannot_show_that_a_unit_is_frozen():
 
 
 def test_a_unit_that_always_hits_the_cap_is_frozen():
-    metric = UnitLiveness({"relu6": 2})
+    metric = UnitLiveness()
+    metric.add_site(Site("relu6", False, "relu6", (), 2, cap=6.0))
     x = torch.tensor([[7.0, 1.0], [9.0, 2.0]])
     metric.update(x, F.relu6(x), rectifier=RECTIFIERS["relu6"][0])
     assert metric.report()["relu6"].frozen.tolist() == [True, False]
@@ -173,9 +173,11 @@ def test_padding_is_left_out():
     counts, alone = count(x, x.relu(), valid=valid), count(x[valid], x[valid].relu())
     for one, other in zip(counts, alone, strict=True):
         assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
-    nothing = count(x, x.relu(), valid=torch.zeros(2, 2, dtype=torch.bool))
+    metric = UnitLiveness({"relu": 2}, rules=Rules(1))
+    metric.update(x, valid=torch.zeros(2, 2, dtype=torch.bool))
+    nothing = metric.report()["relu"]
     assert nothing.samples == nothing.elements == 0
-    assert not nothing.nonfinite.any()
+    assert not (nothing.nonfinite | nothing.silent | nothing.frozen).any()
 
 
 def test_dormancy_is_the_share_of_the_layers_mean():
@@ -205,7 +207,8 @@ def report_of(windows, min_samples, ranks=1):
             calls = observation if isinstance(observation, list) else [observation]
             for place, x in enumerate(calls):
                 metrics[place % ranks].observation = number
-                metrics[place % ranks].update(x)
+                if len(x):
+                    metrics[place % ranks].add(0, count(x, x.relu()))
         report, history = judge(merge(metrics), history, metrics[0].sites, Rules(min_samples))
         reports.append(report)
     return reports
@@ -236,6 +239,7 @@ def slow_verdicts(windows, min_samples):
             "newly_dead": [],
             "revived": [],
             "redied": [],
+            "frozen": [],
             "rate": [],
         }
         for unit in range(units):
@@ -255,12 +259,20 @@ def slow_verdicts(windows, min_samples):
             row["newly_dead"].append(dead and not was_dead[unit])
             row["revived"].append(fired > 0 and was_dead[unit])
             row["redied"].append(dead and not was_dead[unit] and came_back[unit])
+            row["frozen"].append(fired > 0 and _never_varies(window, unit))
             row["rate"].append(fired / elements if elements else 0.0)
             came_back[unit] |= fired > 0 and was_dead[unit]
             was_dead[unit] = dead or (was_dead[unit] and not fired)
             ever[unit] |= fired > 0
         verdicts.append(row)
     return verdicts
+
+
+def _never_varies(window, unit):
+    """Whether all elements of each observation are equal, and some observation has two."""
+    calls = [observation if isinstance(observation, list) else [observation] for observation in window]
+    numbers = [[z for x in observation for z in x[:, unit].tolist()] for observation in calls]
+    return any(len(zs) > 1 for zs in numbers) and all(len(set(zs)) <= 1 for zs in numbers)
 
 
 batches = arrays.arrays(
@@ -283,6 +295,8 @@ def test_verdicts_equal_a_loop_over_all_activations_on_any_number_of_ranks(windo
         for name in ("silent", "dead", "age", "born_dead", "newly_dead", "revived", "redied"):
             assert getattr(site, name).tolist() == verdict[name], name
         assert site.firing_rate.tolist() == pytest.approx(verdict["rate"])
+        if ranks == 1:  # an observation is compared within a rank, not between ranks
+            assert site.frozen.tolist() == verdict["frozen"]
 
 
 def test_death_revival_and_second_death_are_told_apart():

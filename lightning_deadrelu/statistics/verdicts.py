@@ -1,137 +1,26 @@
-"""From activations to counts, from counts to verdicts. Pure functions under :class:`UnitLiveness`."""
+"""From the counts of a window to verdicts and their evidence."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
-from lightning_deadrelu.sites import Rectifier, Site, names_of
+from lightning_deadrelu.sites import Site, names_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-RELU = Rectifier("relu", plain=True)
 _RARE = 0.01
-_EXACT_IN_FLOAT32 = 2**24
-_FINITE, _INFINITE, _NAN = 0, 1, 2
-_UNKNOWN, _CONSTANT, _VARIES = 0, 1, 2
-# rows of UnitLiveness.maxima
-_PEAK, _LAST, _VARIED, _NONFINITE = range(4)
-
-
-class Counts(NamedTuple):
-    """What one call of a rectifier tells about each unit.
-
-    Args:
-        fired: Elements above the hinge, shape ``(units,)``, whole numbers.
-        magnitude: Sum of the absolute output, shape ``(units,)``.
-        peak: Largest input above the hinge, shape ``(units,)``; negative infinity where it was not a number.
-        varied: 2 where the output took several values, 1 where several elements shared one value, 0 where
-            there was but one element, which says nothing, shape ``(units,)``.
-        nonfinite: 0 where all inputs were finite, 1 where one was infinite, 2 where one was not a number.
-        samples: Rows or images.
-        elements: Inputs per unit.
-    """
-
-    fired: Tensor
-    magnitude: Tensor
-    peak: Tensor
-    varied: Tensor
-    nonfinite: Tensor
-    samples: int | Tensor
-    elements: int | Tensor
-
-
-def count(
-    x: Tensor,
-    out: Tensor,
-    dims: tuple[int, ...] = (-1,),
-    rectifier: Rectifier = RELU,
-    valid: Tensor | None = None,
-) -> Counts:
-    """Reduce one call of a rectifier to a few numbers per unit, on the device and without waiting for it.
-
-    Args:
-        x: The rectifier's input, any shape, not empty.
-        out: Its output, of the same shape.
-        dims: The dimensions that hold the units, counted from the end.
-        rectifier: What it is.
-        valid: Boolean, True for data and False for padding, of the shape of ``x`` without the unit
-            dimension, or None.
-
-    Example:
-        >>> x = torch.tensor([[1.0, -1.0], [2.0, -3.0]])
-        >>> counts = count(x, x.relu())
-        >>> counts.fired, counts.peak
-        (tensor([2., 0.]), tensor([ 2., -1.]))
-    """
-    if x.ndim == len(dims):
-        x, out = x[None], out[None]
-    over = tuple(dim for dim in range(-x.ndim, 0) if dim not in dims)
-    samples, elements = _sizes(x, dims, over)
-    if valid is not None:
-        return _count_valid(x, out, over, rectifier, valid[..., None])
-    peak, trough = x.amax(over).flatten(), x.amin(over).flatten()
-    fired, magnitude = _fired(x, out, over, rectifier, elements), _magnitude(out, over, rectifier)
-    return _summary(fired, magnitude, peak, trough, rectifier, samples, elements)
-
-
-def _count_valid(x: Tensor, out: Tensor, over: tuple[int, ...], rectifier: Rectifier, valid: Tensor) -> Counts:
-    elements = valid.sum()
-    peak = x.masked_fill(~valid, -math.inf).amax(over).flatten()
-    trough = x.masked_fill(~valid, math.inf).amin(over).flatten()
-    x, out = x.masked_fill(~valid, -math.inf), out.masked_fill(~valid, 0)
-    fired, magnitude = _fired(x, out, over, rectifier, valid.numel()), _magnitude(out, over, rectifier)
-    counts = _summary(fired, magnitude, peak, trough, rectifier, elements, elements)
-    return counts._replace(nonfinite=counts.nonfinite * (elements > 0))
-
-
-def _sizes(x: Tensor, dims: tuple[int, ...], over: tuple[int, ...]) -> tuple[int, int]:
-    """Count samples and elements per unit: rows where the last dimension holds units, else images."""
-    elements = math.prod(x.shape[dim] for dim in over)
-    samples = elements if -1 in dims else math.prod(x.shape[dim] for dim in over if dim < min(dims))
-    return samples, elements
-
-
-def _fired(x: Tensor, out: Tensor, over: tuple[int, ...], rectifier: Rectifier, elements: int) -> Tensor:
-    """Count who fired; the sum of signs is an order of magnitude faster than that of booleans."""
-    fires = out.sign() if rectifier.plain else (x > rectifier.hinge).to(torch.float32)
-    dtype = torch.float32 if elements <= _EXACT_IN_FLOAT32 else torch.float64
-    return fires.sum(over, dtype=dtype).flatten()
-
-
-def _magnitude(out: Tensor, over: tuple[int, ...], rectifier: Rectifier) -> Tensor:
-    dtype = torch.promote_types(out.dtype, torch.float32)
-    magnitude = out if rectifier.plain else out.abs()
-    return magnitude.sum(over, dtype=dtype).flatten().nan_to_num(0.0, 0.0, 0.0)
-
-
-def _summary(
-    fired: Tensor,
-    magnitude: Tensor,
-    peak: Tensor,
-    trough: Tensor,
-    rectifier: Rectifier,
-    samples: int | Tensor,
-    elements: int | Tensor,
-) -> Counts:
-    missing, infinite = peak.isnan(), peak.isinf() | trough.isinf()
-    above = (peak - rectifier.hinge).masked_fill(missing, -math.inf)
-    constant = torch.as_tensor(elements, device=peak.device) > 1  # 1 and 0 are _CONSTANT and _UNKNOWN
-    varied = torch.where(peak.clamp(max=rectifier.cap) > trough.clamp(max=rectifier.cap), _VARIES, constant.long())
-    nonfinite = torch.where(missing, _NAN, infinite.long())
-    return Counts(fired.masked_fill(missing, 0), magnitude, above, varied, nonfinite, samples, elements)
-
-
-_UNIT_DIM = {"maxima": 1}
 _SUMS = ("fired", "samples", "elements", "magnitude")
+# what the last two rows of Totals.maxima hold
+UNKNOWN, CONSTANT, VARIES = 0, 1, 2
+FINITE, INFINITE, NAN = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -156,8 +45,9 @@ class Totals:
         samples: Samples by site and observation, shape ``(sites, window)``, int64; merges by sum.
         elements: Elements per unit by site, shape ``(sites,)``, int64; merges by sum.
         magnitude: Sum of the absolute output, shape ``(units,)``; merges by sum.
-        maxima: Peak, last observation that fired or -1, variation and finiteness as in :class:`Counts`, shape
-            ``(4, units)``; merges by maximum.
+        maxima: Shape ``(4, units)``; merges by maximum. The rows: peak; last observation that fired, or -1; 2
+            where the output varied, 1 where it was constant, 0 where a single element says nothing; 0 where the
+            input was finite, 1 where infinite, 2 where not a number.
     """
 
     fired: Tensor
@@ -428,10 +318,10 @@ def _judge_site(
     peak, last, varied, nonfinite = totals.maxima[:, place].unbind()
     fires, known = last >= 0, torch.full((site.units,), samples > 0)
     age = _age(totals.samples[index], last.long(), before.age)
-    silent = known & ~fires & (nonfinite < _NAN) & (not site.smooth)
+    silent = known & ~fires & (nonfinite < NAN) & (not site.smooth)
     dead = silent & (age >= rules.min_samples)
     rate = totals.fired[place].double() / max(elements, 1)
-    dormancy = dormancy_of(totals.magnitude[place] / max(elements, 1))
+    dormancy = dormancy_of(totals.magnitude[place].nan_to_num(0.0, 0.0) / max(elements, 1))
     revived = fires & before.dead
     newly_dead = dead & ~before.dead
     report = SiteReport(
@@ -446,9 +336,9 @@ def _judge_site(
         silent=silent,
         rare=fires & (rate < _RARE),
         always_on=known & (totals.fired[place] == elements),
-        frozen=fires & (varied == _CONSTANT),
+        frozen=fires & (varied == CONSTANT),
         dormant=known & (dormancy <= rules.tau),
-        nonfinite=nonfinite > _FINITE,
+        nonfinite=nonfinite > FINITE,
         judged=fires | dead,
         born_dead=dead & ~before.ever,
         newly_dead=newly_dead,
@@ -484,139 +374,3 @@ def dormancy_of(mean: Tensor) -> Tensor:
     """
     layer = mean.mean()
     return torch.where(layer > 0, mean / layer, 0.0)
-
-
-class UnitLiveness(Metric):
-    """Count, for all sites in one flat state, who fired, how often, how strongly and when last.
-
-    Counts are int64; ranks, calls and batches merge by sum and maximum. Sites are known from the start or
-    added as they are met with :meth:`add_site`.
-
-    Args:
-        sites: Number of units by name, where they are known.
-        window: How many observations fit in before :meth:`reset`; ``observation`` numbers the current one.
-        rules: What a verdict asks for.
-        dtype: Of the sums and maxima that are no counts; float32 where a device has no float64.
-        **kwargs: See :class:`torchmetrics.Metric`.
-
-    Example:
-        >>> metric = UnitLiveness({"relu": 3}, rules=Rules(min_samples=2))
-        >>> metric.update(torch.tensor([[1.0, 0.0, -2.0], [0.5, 0.0, 3.0]]))
-        >>> metric.compute()
-        {'relu': tensor([False,  True, False])}
-    """
-
-    full_state_update = False
-    fired: Tensor
-    magnitude: Tensor
-    maxima: Tensor
-    samples: Tensor
-    elements: Tensor
-
-    def __init__(
-        self,
-        sites: Mapping[str, int] | None = None,
-        *,
-        window: int = 1,
-        rules: Rules = Rules(),
-        dtype: torch.dtype = torch.float64,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**{"compute_with_cache": False, **kwargs})
-        self.rules = rules
-        self.observation = 0
-        self.sites: list[Site] = []
-        self._starts = [0]
-        self.add_state("fired", torch.zeros(0, dtype=torch.int64), "sum")
-        self.add_state("magnitude", torch.zeros(0, dtype=dtype), "sum")
-        self.add_state("maxima", torch.zeros(4, 0, dtype=dtype), "max")
-        self.add_state("samples", torch.zeros(0, window, dtype=torch.int64), "sum")
-        self.add_state("elements", torch.zeros(0, dtype=torch.int64), "sum")
-        for name, units in (sites or {}).items():
-            self.add_site(Site(name, False, "relu", (), units))
-
-    @property
-    def units(self) -> int:
-        """Units of all sites."""
-        return self._starts[-1]
-
-    def add_site(self, site: Site) -> int:
-        """Append a site and return its number."""
-        self.sites.append(site)
-        self._starts.append(self.units + site.units)
-        for name, default in self._defaults.items():
-            assert isinstance(default, Tensor)
-            fresh = _fresh(name, default, site.units)
-            self._defaults[name] = torch.cat([default, fresh], dim=_UNIT_DIM.get(name, 0))
-            setattr(self, name, torch.cat([getattr(self, name), fresh], dim=_UNIT_DIM.get(name, 0)))
-        return len(self.sites) - 1
-
-    def place(self, site: int) -> slice:
-        """Tell where a site's units are in the flat tensors."""
-        return slice(self._starts[site], self._starts[site + 1])
-
-    def update(
-        self,
-        x: Tensor,
-        out: Tensor | None = None,
-        site: int = 0,
-        dims: tuple[int, ...] = (-1,),
-        rectifier: Rectifier = RELU,
-        valid: Tensor | None = None,
-    ) -> None:
-        """Add one call of a rectifier.
-
-        Args:
-            x: Its input, any shape; an empty one changes nothing.
-            out: Its output; computed where it is None.
-            site: Number of the site.
-            dims: The dimensions that hold the units, counted from the end.
-            rectifier: What it is.
-            valid: Boolean, True for data and False for padding, of the shape of ``x`` without the units.
-        """
-        if x.numel() == 0:
-            return
-        counts = count(x, x.clamp(min=0) if out is None else out, dims, rectifier, valid)
-        place = self.place(site)
-        self.fired[place] += counts.fired.to(self.fired)
-        self.magnitude[place] += counts.magnitude.to(self.magnitude)
-        self.samples[site, self.observation] += counts.samples
-        self.elements[site] += counts.elements
-        last = torch.where(counts.peak > 0, self.observation, -1)
-        rows = torch.stack([row.to(self.maxima) for row in (counts.peak, last, counts.varied, counts.nonfinite)])
-        torch.maximum(self.maxima[:, place], rows, out=self.maxima[:, place])
-
-    def copy_site(self, other: UnitLiveness, theirs: int, ours: int) -> None:
-        """Take over the counts of one site of another metric."""
-        self.samples[ours], self.elements[ours] = other.samples[theirs], other.elements[theirs]
-        for name in ("fired", "magnitude", "maxima"):
-            getattr(self, name)[..., self.place(ours)] = getattr(other, name)[..., other.place(theirs)]
-
-    def compute(self) -> dict[str, Tensor]:
-        """Return the dead units of each site by name, boolean, shape ``(units,)``."""
-        return {site.name: site.dead for site in self.report().sites}
-
-    def report(self) -> LivenessReport:
-        """Judge what was counted since the last :meth:`reset`, on this rank alone."""
-        return judge(self.totals().to_host(), History.empty(), self.sites, self.rules)[0]
-
-    def totals(self) -> Totals:
-        """Return the counts as they stand, on the device."""
-        return Totals(*(getattr(self, f.name) for f in fields(Totals)))
-
-    def load(self, totals: Totals) -> None:
-        """Put counts in place of the present ones."""
-        for f in fields(Totals):
-            getattr(self, f.name).copy_(getattr(totals, f.name))
-
-    def reset(self) -> None:
-        """Forget all counts and start at observation 0; the sites stay."""
-        super().reset()
-        self.observation = 0
-
-
-def _fresh(name: str, like: Tensor, units: int) -> Tensor:
-    """Make the entries of a new site: what changes nothing when it is merged."""
-    if name == "maxima":
-        return like.new_tensor([[-math.inf], [-1.0], [_UNKNOWN], [_FINITE]]).repeat(1, units)
-    return like.new_zeros({"samples": (1, *like.shape[1:]), "elements": (1,)}.get(name, (units,)))

@@ -1,0 +1,313 @@
+"""From activations to counts, on the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_deadrelu.sites import Rectifier, Site
+from lightning_deadrelu.statistics.verdicts import (
+    FINITE,
+    INFINITE,
+    NAN,
+    UNKNOWN,
+    VARIES,
+    History,
+    LivenessReport,
+    Rules,
+    Totals,
+    judge,
+)
+
+RELU = Rectifier("relu", plain=True)
+_EXACT_IN_FLOAT32 = 2**24
+_SCRATCH = 2**20  # numbers: 4 MiB that stay in the cache
+_UNIT_DIM = {"maxima": 1}
+
+
+class Counts(NamedTuple):
+    """What one call of a rectifier tells about each unit.
+
+    Args:
+        fired: Elements above the hinge, shape ``(units,)``, whole numbers.
+        magnitude: Sum of the absolute output, shape ``(units,)``.
+        peak: Largest input, measured from the hinge, shape ``(units,)``.
+        trough: Smallest input, measured from the hinge, shape ``(units,)``.
+        samples: Rows or images.
+        elements: Inputs per unit.
+    """
+
+    fired: Tensor
+    magnitude: Tensor
+    peak: Tensor
+    trough: Tensor
+    samples: int | Tensor
+    elements: int | Tensor
+
+
+def count(
+    x: Tensor,
+    out: Tensor,
+    dims: tuple[int, ...] = (-1,),
+    rectifier: Rectifier = RELU,
+    valid: Tensor | None = None,
+) -> Counts:
+    """Reduce one call of a rectifier to a few numbers per unit, on the device and without waiting for it.
+
+    Args:
+        x: The rectifier's input, any shape, not empty.
+        out: Its output, of the same shape.
+        dims: The dimensions that hold the units, counted from the end.
+        rectifier: What it is.
+        valid: Boolean, True for data and False for padding, of the shape of ``x`` without the unit
+            dimension, or None.
+
+    Example:
+        >>> x = torch.tensor([[1.0, -1.0], [2.0, -3.0]])
+        >>> counts = count(x, x.relu())
+        >>> counts.fired, counts.peak
+        (tensor([2., 0.]), tensor([ 2., -1.]))
+    """
+    if x.ndim == len(dims):
+        x, out = x[None], out[None]
+    over = tuple(dim for dim in range(-x.ndim, 0) if dim not in dims)
+    samples, elements = _sizes(x, dims, over)
+    lowest = x
+    if valid is not None:
+        samples = elements = valid.sum()  # type: ignore[assignment]
+        padding = ~valid[..., None]
+        x, lowest, out = (t.masked_fill(padding, v) for t, v in ((x, -math.inf), (x, math.inf), (out, 0.0)))
+    peak, trough = x.amax(over).flatten(), lowest.amin(over).flatten()
+    if rectifier.hinge:
+        peak, trough = peak - rectifier.hinge, trough - rectifier.hinge
+    return Counts(_fired(x, out, over, rectifier), _magnitude(out, over, rectifier), peak, trough, samples, elements)
+
+
+def _sizes(x: Tensor, dims: tuple[int, ...], over: tuple[int, ...]) -> tuple[int, int]:
+    """Count samples and elements per unit: rows where the last dimension holds units, else images."""
+    elements = math.prod(x.shape[dim] for dim in over)
+    samples = elements if -1 in dims else math.prod(x.shape[dim] for dim in over if dim < min(dims))
+    return samples, elements
+
+
+def _fired(x: Tensor, out: Tensor, over: tuple[int, ...], rectifier: Rectifier) -> Tensor:
+    """Count who fired; the sum of signs, which are 0 for NaN, is ten times faster than that of booleans."""
+    if not rectifier.plain:
+        return (x > rectifier.hinge).sum(over).flatten()
+    if out.device.type == "cpu" and out.dtype == torch.float32 and -out.ndim in over:
+        return _sum_of_signs(out, over)
+    exact = out.numel() <= _EXACT_IN_FLOAT32 or out.device.type == "mps"
+    return out.sign().sum(over, dtype=torch.float32 if exact else torch.float64).flatten()
+
+
+def _sum_of_signs(out: Tensor, over: tuple[int, ...]) -> Tensor:
+    """Go through a little memory again and again: on a CPU, fresh pages cost more than the arithmetic."""
+    rows = max(1, _SCRATCH * out.shape[0] // out.numel())
+    dense = out.is_contiguous() or (out.ndim == 4 and out.is_contiguous(memory_format=torch.channels_last))
+    if rows >= out.shape[0] or not dense:
+        rows = out.shape[0]
+    scratch = torch.empty_like(out[:rows])
+    parts = [torch.sign(part, out=scratch[: len(part)]).sum(over) for part in out.split(rows)]
+    return (parts[0] if len(parts) == 1 else torch.stack(parts).sum(0, dtype=torch.float64)).flatten()
+
+
+def _magnitude(out: Tensor, over: tuple[int, ...], rectifier: Rectifier) -> Tensor:
+    dtype = torch.promote_types(out.dtype, torch.float32)
+    return (out if rectifier.plain else out.abs()).sum(over, dtype=dtype).flatten()
+
+
+class UnitLiveness(Metric):
+    """Count, for all sites in one flat state, who fired, how often, how strongly and when last.
+
+    Counts are int64; ranks, calls and batches merge by sum and maximum. Sites are known from the start or
+    added as they are met with :meth:`add_site`.
+
+    Args:
+        sites: Number of units by name, where they are known.
+        window: How many observations fit in before :meth:`reset`; ``observation`` numbers the current one.
+        rules: What a verdict asks for.
+        dtype: Of the sums and maxima that are no counts; float32 where a device has no float64.
+        **kwargs: See :class:`torchmetrics.Metric`.
+
+    Example:
+        >>> metric = UnitLiveness({"relu": 3}, rules=Rules(min_samples=2))
+        >>> metric.update(torch.tensor([[1.0, 0.0, -2.0], [0.5, 0.0, 3.0]]))
+        >>> metric.compute()
+        {'relu': tensor([False,  True, False])}
+    """
+
+    full_state_update = False
+    fired: Tensor
+    magnitude: Tensor
+    maxima: Tensor
+    samples: Tensor
+    elements: Tensor
+
+    def __init__(
+        self,
+        sites: Mapping[str, int] | None = None,
+        *,
+        window: int = 1,
+        rules: Rules = Rules(),
+        dtype: torch.dtype = torch.float64,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**{"compute_with_cache": False, **kwargs})
+        self.rules = rules
+        self.sites: list[Site] = []
+        self._starts = [0]
+        self._observation = 0
+        self._extremes: Tensor | None = None  # peak and trough of the present observation, shape (2, units)
+        self._elements: dict[int, int | Tensor] = {}  # of the present observation, by site
+        self.add_state("fired", torch.zeros(0, dtype=torch.int64), "sum")
+        self.add_state("magnitude", torch.zeros(0, dtype=dtype), "sum")
+        self.add_state("maxima", torch.zeros(4, 0, dtype=dtype), "max")
+        self.add_state("samples", torch.zeros(0, window, dtype=torch.int64), "sum")
+        self.add_state("elements", torch.zeros(0, dtype=torch.int64), "sum")
+        for name, units in (sites or {}).items():
+            self.add_site(Site(name, False, "relu", (), units))
+
+    @property
+    def observation(self) -> int:
+        """Number of the observation that is being counted, from 0 to ``window``."""
+        return self._observation
+
+    @observation.setter
+    def observation(self, number: int) -> None:
+        self.fold()
+        self._observation = number
+
+    @property
+    def units(self) -> int:
+        """Units of all sites."""
+        return self._starts[-1]
+
+    def add_site(self, site: Site) -> int:
+        """Append a site and return its number."""
+        self.sites.append(site)
+        self._starts.append(self.units + site.units)
+        for name, default in self._defaults.items():
+            assert isinstance(default, Tensor)
+            fresh = _fresh(name, default, site.units)
+            self._defaults[name] = torch.cat([default, fresh], dim=_UNIT_DIM.get(name, 0))
+            setattr(self, name, torch.cat([getattr(self, name), fresh], dim=_UNIT_DIM.get(name, 0)))
+        if self._extremes is not None:
+            self._extremes = torch.cat([self._extremes, _no_extremes(site.units, self._extremes)], dim=1)
+        return len(self.sites) - 1
+
+    def place(self, site: int) -> slice:
+        """Tell where a site's units are in the flat tensors."""
+        return slice(self._starts[site], self._starts[site + 1])
+
+    def update(
+        self,
+        x: Tensor,
+        out: Tensor | None = None,
+        site: int = 0,
+        dims: tuple[int, ...] = (-1,),
+        rectifier: Rectifier = RELU,
+        valid: Tensor | None = None,
+    ) -> None:
+        """Count one call of a rectifier.
+
+        Args:
+            x: Its input, any shape; an empty one changes nothing.
+            out: Its output; computed where it is None.
+            site: Number of the site.
+            dims: The dimensions that hold the units, counted from the end.
+            rectifier: What it is.
+            valid: Boolean, True for data and False for padding, of the shape of ``x`` without the units.
+        """
+        if x.numel():
+            self.add(site, count(x, x.clamp(min=0) if out is None else out, dims, rectifier, valid))
+            self.fold()
+
+    def add(self, site: int, counts: Counts) -> None:
+        """Add a call to the present observation, which :meth:`fold` ends; cheaper than :meth:`update` per call."""
+        place = self.place(site)
+        if self._extremes is None:
+            self._extremes = _no_extremes(self.units, self.maxima)
+        peak, trough = self._extremes[:, place]
+        torch.fmax(peak, counts.peak.to(peak), out=peak)  # passes over NaN, which the minimum keeps
+        torch.minimum(trough, counts.trough.to(trough), out=trough)
+        self.fired[place] += counts.fired.to(self.fired)
+        self.magnitude[place] += counts.magnitude.to(self.magnitude)
+        self.samples[site, self._observation] += counts.samples
+        self.elements[site] += counts.elements
+        self._elements[site] = self._elements.get(site, 0) + counts.elements
+
+    def fold(self) -> None:
+        """Take what was added since the last fold into the state. Harmless when there is nothing."""
+        if self._extremes is None:
+            return
+        peak, trough = self._extremes
+        missing, infinite = trough.isnan(), peak.isposinf() | trough.isneginf()
+        varied = missing | (peak.minimum(caps := self._caps()) > trough.minimum(caps))
+        last = torch.where(peak > 0, self._observation, -1)
+        nonfinite = torch.where(missing, NAN, torch.where(infinite, INFINITE, FINITE))
+        rows = [peak, last, torch.where(varied, VARIES, self._constant()), nonfinite]
+        torch.maximum(self.maxima, torch.stack([row.to(self.maxima) for row in rows]), out=self.maxima)
+        self._extremes = None
+        self._elements = {}
+
+    def _caps(self) -> Tensor:
+        caps = self.maxima.new_full((self.units,), math.inf)
+        for number, site in enumerate(self.sites):
+            if math.isfinite(site.cap):
+                caps[self.place(number)] = site.cap
+        return caps
+
+    def _constant(self) -> Tensor:
+        """Mark units with several elements in this observation: only those can be seen to be constant."""
+        constant = self.maxima.new_zeros(self.units)
+        for number, elements in self._elements.items():
+            constant[self.place(number)] = elements > 1
+        return constant
+
+    def copy_site(self, other: UnitLiveness, theirs: int, ours: int) -> None:
+        """Take over the counts of one site of another metric."""
+        self.samples[ours], self.elements[ours] = other.samples[theirs], other.elements[theirs]
+        for name in ("fired", "magnitude", "maxima"):
+            getattr(self, name)[..., self.place(ours)] = getattr(other, name)[..., other.place(theirs)]
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the dead units of each site by name, boolean, shape ``(units,)``."""
+        return {site.name: site.dead for site in self.report().sites}
+
+    def report(self) -> LivenessReport:
+        """Judge what was counted since the last :meth:`reset`, on this rank alone."""
+        return judge(self.totals().to_host(), History.empty(), self.sites, self.rules)[0]
+
+    def totals(self) -> Totals:
+        """Return the counts as they stand, on the device."""
+        self.fold()
+        return Totals(*(getattr(self, f.name) for f in fields(Totals)))
+
+    def load(self, totals: Totals) -> None:
+        """Put counts in place of the present ones."""
+        self._extremes, self._elements = None, {}
+        for f in fields(Totals):
+            getattr(self, f.name).copy_(getattr(totals, f.name))
+
+    def reset(self) -> None:
+        """Forget all counts and start at observation 0; the sites stay."""
+        super().reset()
+        self._extremes, self._elements = None, {}
+        self._observation = 0
+
+
+def _no_extremes(units: int, like: Tensor) -> Tensor:
+    return like.new_tensor([[-math.inf], [math.inf]]).repeat(1, units)
+
+
+def _fresh(name: str, like: Tensor, units: int) -> Tensor:
+    """Make the entries of a new site: what changes nothing when it is merged."""
+    if name == "maxima":
+        return like.new_tensor([[-math.inf], [-1.0], [UNKNOWN], [FINITE]]).repeat(1, units)
+    return like.new_zeros({"samples": (1, *like.shape[1:]), "elements": (1,)}.get(name, (units,)))
