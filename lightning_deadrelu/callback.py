@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,17 +9,20 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_deadrelu.reporting import Reporter, prepare
-from lightning_deadrelu.sites import Site, clean
+from lightning_deadrelu import ranks
+from lightning_deadrelu.reporting import Reporter
+from lightning_deadrelu.sites import Site
 from lightning_deadrelu.statistics import History, LivenessReport, Rules, Totals, judge
+from lightning_deadrelu.trainable import Gradients, trainable_sites
 from lightning_deadrelu.watch import Watch
+
+_SAVED = ("batches", "observing", "observation", "step", "judged", "unjudged", "score")
 
 
 class DeadReLUMonitor(Callback):
@@ -83,6 +85,7 @@ class DeadReLUMonitor(Callback):
         _check_counts(every_n_steps=every_n_steps, window=window, min_samples=min_samples)
         _check_shares(threshold=threshold, tau=tau)
         _check_patterns(include=include, exclude=exclude)
+        _check_unit_dims(unit_dims)
         if not isinstance(name, str) or not name.isidentifier():
             _refuse("name", name, "metric keys start with it", 'name="dead_relu"')
         if mask is not None and not callable(mask):
@@ -99,20 +102,30 @@ class DeadReLUMonitor(Callback):
         self.name = name
         self.report: LivenessReport | None = None
         """The latest verdict; None before the first."""
-        self._pending: dict[str, Any] | None = None
+        self._pending: dict[str, Any] | None = None  # what a checkpoint held, until training starts
         self._clear()
 
     def _clear(self) -> None:
+        self.report = None
         self._watch: Watch | None = None
         self._history = History.empty()
+        self._gradients = Gradients()
         self._reporter = Reporter(self.name)
         self._failure: Exception | None = None
-        self._batches = 0  # training batches begun, accumulated ones as one
+        self._batches = 0  # training batches done, accumulated ones as one
         self._observing = False  # whether the present training batch is being observed
+        self._observation = 0  # observations done in the open window
+        self._step = 0  # the last training batch, as loggers count
         self._judged = False  # whether there was a verdict in this fit
-        self._together = False  # whether all ranks run the same hooks
+        self._unjudged = False  # whether there was an observation since the last verdict
+        self._score = 0.0  # the dead fraction; units not yet judged count as not dead
+        self._running = False  # whether training has begun, and not ended
+        self._joint = False  # whether other ranks come to the same hooks
+        self._device = torch.device("cpu")  # where ranks communicate
         self._off = False  # whether some rank has failed, and all know
-        self._told: set[str] = set()  # sites already warned about; "" once the layout has been checked
+        self._checked = False  # whether the patterns were held against the sites
+        self._told: set[str] = set()  # sites already warned about
+        self._status: Any = None  # the Trainer's state
 
     # -- what a user may override ------------------------------------------------------------------------
 
@@ -133,38 +146,46 @@ class DeadReLUMonitor(Callback):
         return self._generate_state_key(name=self.name)
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # checkpoints are loaded after this and before or after on_fit_start
+        self._pending = None
+        if stage == "fit":
+            self._disarm()
+            self._clear()
+
+    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._disarm()
-        self._clear()
-        self.report = None
+        self._status = trainer.state
         with self._careful():
             self._watch = self._new_watch(pl_module)
-            if trainer.loggers:
-                prepare(trainer.loggers, self.name, trainer.is_global_zero)
-            elif not trainer.barebones:
-                rank_zero_warn(
-                    f"{self.name}: the Trainer has no logger, so nothing is logged. The verdicts are in"
-                    " `monitor.report` and `trainer.callback_metrics`; for curves, pass `Trainer(logger=...)`."
-                )
+        self._reporter.prepare(trainer.loggers, trainer.is_global_zero)
+        if not trainer.loggers and not trainer.barebones:
+            rank_zero_warn(
+                f"{self.name}: the Trainer has no logger, so nothing is logged. The verdicts are in"
+                " `monitor.report` and `trainer.callback_metrics`; for curves, pass `Trainer(logger=...)`."
+            )
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # only here has every strategy restored its checkpoint
-        self._together = True
+        self._running = True
+        self._joint = ranks.is_joint(trainer.world_size)
+        self._device = pl_module.device
         if self._pending:
             with self._careful():
                 self._restore(self._pending, trainer.global_rank)
         self._pending = None
+        self._show(trainer)  # who waits for the key must not crash
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._disarm()
         if batch_idx % trainer.accumulate_grad_batches == 0:
-            self._observing = self._batches % self.every_n_steps == 0
-            self._batches += 1
+            self._observing = self._batches % self.every_n_steps == 0 and _trains(trainer)
         if self._observing and self._watch and not self._failure:
             with self._careful():
-                self._watch.valid = self.mask(batch).bool() if self.mask else None
+                self._watch.valid = self._valid(batch)
+                self._watch.liveness.observation = self._observation
                 self._watch.probe.arm()
 
     @override
@@ -173,37 +194,40 @@ class DeadReLUMonitor(Callback):
             self._disarm()
 
     @override
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self._gradients.note(optimizer)
+
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._disarm()
-        last = trainer.is_last_batch
-        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or last
-        if self._observing and stepped and self._watch:
-            self._observing = False
-            self._observed(trainer, pl_module)
-        if last and not self._judged:
-            self._verdict(trainer, pl_module)
-        if self.prog_bar and self.report and not trainer.barebones:
-            self.log(self._headline, self.report.dead_fraction, prog_bar=True, logger=False)
+        self._step = _logging_step(trainer)
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch:
+            self._batches += 1
+            if self._observing:
+                self._observed(trainer, pl_module)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._disarm()
-        if self._together and not trainer.sanity_checking and not self._judged:
+        if self._running and not self._judged:
             self._verdict(trainer, pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._disarm()
+        if not self._judged:  # EarlyStopping and ModelCheckpoint come after this, wherever they are listed
+            self._verdict(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._disarm()
-        if self._watch and self._watch.liveness.observation:
-            self._verdict(trainer, pl_module, close=True)
-        self._together = False
-        self._pending = None
+        if self._unjudged:
+            self._verdict(trainer, pl_module)
+        self._stop()
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -216,10 +240,11 @@ class DeadReLUMonitor(Callback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._stop()
+        self._pending = None
 
     def _stop(self) -> None:
         self._disarm()
-        self._together = False
+        self._running = self._joint = False
 
     def _disarm(self) -> None:
         if self._watch:
@@ -243,40 +268,52 @@ class DeadReLUMonitor(Callback):
             device=pl_module.device,
         )
 
+    def _valid(self, batch: Any) -> Tensor | None:
+        """Tell data from padding, where the user says how."""
+        valid = self.mask(batch) if self.mask else None
+        if valid is not None and (not isinstance(valid, Tensor) or valid.ndim != 2):
+            got = f"shape {tuple(valid.shape)}" if isinstance(valid, Tensor) else type(valid).__name__
+            raise TypeError(f"`mask` returned {got}; it has to return a boolean tensor of shape (batch, time), or None")
+        return None if valid is None else valid.bool()
+
     def _observed(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close an observation, and with the last of a window the window."""
-        assert self._watch is not None
-        if self._watch.probe.failure and not self._failure:
+        """Close an observation, and with the last of a window the window; also after a failure, as other ranks do."""
+        self._observing = False
+        self._unjudged = True
+        self._observation += 1
+        if self._watch and self._watch.probe.failure:
             self._fail(self._watch.probe.failure)
-        self._watch.liveness.observation += 1
-        if self._ranks() == 1:
+        if not self._joint and self._watch and self._watch.sites:
             self._check_sites()
-        if self._watch.liveness.observation == self.window:
+        if self._observation == self.window:
             self._verdict(trainer, pl_module, close=True)
 
     def _verdict(self, trainer: Trainer, pl_module: LightningModule, close: bool = False) -> None:
         """Judge the window so far, on all ranks together, and tell everybody."""
+        self._judged, self._unjudged = True, False  # also if it fails: all ranks have to keep step
         report = None
         with self._careful():
             if (totals := self._joined()) is not None:
                 self._check_sites()
                 report = self._judge(totals, trainer, pl_module, close)
                 self._publish(report, trainer)
-        if self._watch and close:
-            self._watch.liveness.reset()
-        trainer.callback_metrics.setdefault(self._headline, torch.tensor(0.0))  # who waits for it must not crash
+        if close:
+            self._observation = 0
+            if self._watch:
+                self._watch.liveness.reset()
         if report is not None:
             self.on_verdict(trainer, pl_module, report)
 
     def _judge(self, totals: Totals, trainer: Trainer, pl_module: LightningModule, close: bool) -> LivenessReport:
         assert self._watch is not None
+        sites = self._watch.sites
         report, history = judge(
             totals,
             self._history,
-            self._watch.sites,
+            sites,
             self.rules,
-            trainable=trainable_sites(self._watch.sites, pl_module, trainer.optimizers),
-            step=_logging_step(trainer),
+            trainable=trainable_sites(sites, pl_module, trainer.optimizers, self._gradients.never),
+            step=self._step,
             unwatched=self._watch.unwatched(),
         )
         if close:
@@ -285,8 +322,8 @@ class DeadReLUMonitor(Callback):
 
     def _publish(self, report: LivenessReport, trainer: Trainer) -> None:
         self.report = report
-        self._judged = True
-        trainer.callback_metrics[self._headline] = torch.tensor(report.dead_fraction)
+        self._score = report.dead_fraction
+        self._show(trainer)
         if report.sites:
             self._reporter(report, trainer.loggers, trainer.is_global_zero)
         for site in report.headline:
@@ -294,16 +331,21 @@ class DeadReLUMonitor(Callback):
                 self._told.add(site.name)
                 rank_zero_warn(
                     f"{self.name}: {int(site.dead.sum())} of the {site.units} units of `{site.name}` are dead at step"
-                    f" {report.step}: they fired on none of the last"
-                    f" {int(site.age[site.dead].min()):,} samples or more, get no gradient and will not recover by themselves."
+                    f" {report.step}: they fired on none of the last {int(site.age[site.dead].min()):,} samples or"
+                    " more, get no gradient and will not recover by themselves."
                 )
+
+    def _show(self, trainer: Trainer) -> None:
+        trainer.callback_metrics[self._headline] = torch.tensor(self._score)
+        if self.prog_bar:
+            trainer.progress_bar_metrics[self._headline] = self._score
 
     def _check_sites(self) -> None:
         """Refuse patterns that match nothing, and warn about a model with nothing to watch; once."""
         assert self._watch is not None
-        if self._failure or "" in self._told:
+        if self._failure or self._checked:
             return
-        self._told.add("")
+        self._checked = True
         try:
             self._watch.check_patterns()
         except ValueError as error:
@@ -314,46 +356,22 @@ class DeadReLUMonitor(Callback):
                 f"{self.name}: no rectifier ran in the observed batches, so there is nothing to watch.{unseen}"
             )
 
-    # -- together ----------------------------------------------------------------------------------------
-
-    def _ranks(self) -> int:
-        return dist.get_world_size() if self._together and dist.is_available() and dist.is_initialized() else 1
-
     def _joined(self) -> Totals | None:
         """Merge the window's counts over all ranks and bring them to the host; None once any rank has failed.
 
-        Every rank comes here at the same batches. It takes three collectives whatever the number of sites:
-        a fixed-size header, one sum and one maximum; the layouts are exchanged only after one has changed.
+        Every rank comes here at the same batches, unless it was interrupted. It takes three collectives
+        whatever the number of sites; the layouts are exchanged only after one has changed.
         """
-        if self._watch is None or (self._failure and self._ranks() == 1) or self._off:
+        if self._off:
             return None
-        if self._ranks() > 1 and not self._agree():
-            return None
-        totals = self._watch.liveness.totals()
-        if self._ranks() > 1:
-            sums, maxima = totals.sums(), totals.maxima.clone()
-            dist.all_reduce(sums, dist.ReduceOp.SUM)
-            dist.all_reduce(maxima, dist.ReduceOp.MAX)
-            totals = totals.merged(sums, maxima)
-        return totals.to_host()
-
-    def _agree(self) -> bool:
-        """Settle on one layout; False if a rank has failed, after which none watches any longer."""
-        assert self._watch is not None
-        mark = _fingerprint(self._watch.sites)
-        header = torch.tensor([mark, -mark, float(self._failure is not None)], dtype=torch.float64)
-        header = header.to(self._watch.liveness.device)
-        dist.all_reduce(header, dist.ReduceOp.MAX)
-        highest, lowest, failed = header.tolist()
-        if failed:
+        if not self._joint or self._status.status == "interrupted":
+            return None if self._failure or not self._watch else self._watch.liveness.totals().to_host()
+        if not ranks.agree(self._watch, self._failure is not None, self._device):
             self._off = True
             self._failure = self._failure or RuntimeError("the monitor failed on another rank")
-            return False
-        if highest != -lowest:
-            layouts: list[Any] = [None] * self._ranks()
-            dist.all_gather_object(layouts, self._watch.sites)
-            self._watch.adopt(dict.fromkeys(site for layout in layouts for site in layout))
-        return True
+            return None
+        assert self._watch is not None
+        return ranks.merge(self._watch).to_host()
 
     @contextmanager
     def _careful(self) -> Iterator[None]:
@@ -379,25 +397,23 @@ class DeadReLUMonitor(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
+        if self._pending is not None:  # loaded, and not yet taken up
+            return self._pending
         state: dict[str, Any] = {}
         with self._careful():
-            totals = self._joined() if self._watch else None
+            totals = self._joined()
             if self._watch and totals:
-                state = {
-                    "sites": [list(site) for site in self._watch.sites],
-                    "totals": {key: tensor.clone() for key, tensor in vars(totals).items()},
-                    "history": vars(self._history),
-                    "observation": self._watch.liveness.observation,
-                    "observing": self._observing,
-                    "batches": self._batches,
-                    "judged": self._judged,
-                    "told": sorted(self._told),
-                }
+                state = {key: getattr(self, f"_{key}") for key in _SAVED}
+                state["told"] = sorted(self._told)
+                state["sites"] = [list(site) for site in self._watch.sites]
+                state["totals"] = {key: tensor.clone() for key, tensor in vars(totals).items()}
+                state["history"] = dict(vars(self._history))
         return state
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._pending = state_dict
+        if not self._running:  # a search for the learning rate puts back what it found, while we go on
+            self._pending = state_dict
 
     def _restore(self, state: Mapping[str, Any], rank: int) -> None:
         assert self._watch is not None
@@ -405,59 +421,30 @@ class DeadReLUMonitor(Callback):
             Site._make(tuple(item) if isinstance(item, list) else item for item in site) for site in state["sites"]
         )
         self._history = History(**state["history"])
-        totals = Totals(**state["totals"])
-        if totals.samples.shape[-1] == self.window:  # else the open window has another length: start anew
-            self._watch.liveness.observation = state["observation"]
-            if rank == 0:  # it holds the counts of all ranks
-                self._watch.liveness.load(totals)
-        self._observing, self._batches, self._judged = state["observing"], state["batches"], state["judged"]
+        for key in _SAVED:
+            setattr(self, f"_{key}", state[key])
         self._told = set(state["told"])
+        totals = Totals(**state["totals"])
+        if totals.samples.shape[-1] != self.window:  # the open window has another length: start anew
+            self._observation = 0
+        elif rank == 0:  # it holds the counts of all ranks
+            self._watch.liveness.load(totals)
 
     def __getstate__(self) -> dict[str, Any]:
         # Lightning binds `log` to the model; a copy of the callback must not copy that, nor watch
         state = {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
-        return state | {"_watch": None, "_reporter": Reporter(self.name)}
-
-
-def trainable_sites(
-    sites: Sequence[Site], model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]
-) -> list[bool]:
-    """Tell for each site whether an optimizer trains what feeds it.
-
-    A site whose producers are unknown goes by the parameters of the nearest module around it.
-
-    Args:
-        sites: The sites.
-        model: Their model.
-        optimizers: What trains it; none means that every parameter with a gradient counts.
-    """
-    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    learns = {
-        clean(name): p.requires_grad and (not held or id(p) in held)
-        for name, p in model.named_parameters(remove_duplicate=False)
-    }
-    return [_learns(site, learns) for site in sites]
-
-
-def _learns(site: Site, learns: Mapping[str, bool]) -> bool:
-    if site.traced:
-        return any(learns.get(name, False) for name in site.source)
-    path = site.owner
-    while path:
-        path = path.rpartition(".")[0]
-        around = [value for name, value in learns.items() if name.startswith(f"{path}." if path else "")]
-        if around:
-            return any(around)
-    return any(learns.values())
-
-
-def _fingerprint(sites: Sequence[Site]) -> float:
-    return float(int.from_bytes(hashlib.sha256(repr(sites).encode()).digest()[:6], "big"))
+        fresh = {"_watch": None, "_status": None, "_gradients": Gradients(), "_reporter": Reporter(self.name)}
+        return state | fresh | {"_running": False, "_joint": False}
 
 
 def _logging_step(trainer: Trainer) -> int:
     """Count steps as Lightning's own monitors do, so that the curves share an x-axis."""
     return int(getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step))
+
+
+def _trains(trainer: Trainer) -> bool:
+    """Whether batches train: StochasticWeightAveraging ends with an epoch that only measures BatchNorm statistics."""
+    return not getattr(trainer.fit_loop, "_skip_backward", False)
 
 
 def _refuse(argument: str, value: object, why: str, remedy: str) -> None:
@@ -480,6 +467,13 @@ def _check_shares(**shares: float) -> None:
 
 def _check_patterns(**patterns: Sequence[str]) -> None:
     for argument, value in patterns.items():
-        if isinstance(value, str) or not all(isinstance(pattern, str) for pattern in value):
-            listed = [value] if isinstance(value, str) else ["encoder.*"]
-            _refuse(argument, value, "it takes a list of patterns", f"{argument}={listed}")
+        listed = isinstance(value, Sequence) and not isinstance(value, str)
+        if not listed or not all(isinstance(pattern, str) for pattern in value):
+            example = [value] if isinstance(value, str) else ["encoder.*"]
+            _refuse(argument, value, "it takes a list of patterns", f"{argument}={example}")
+
+
+def _check_unit_dims(value: Mapping[str, int] | None) -> None:
+    pairs = value.items() if isinstance(value, Mapping) else [] if value is None else [(None, None)]
+    if not all(isinstance(pattern, str) and type(dim) is int for pattern, dim in pairs):
+        _refuse("unit_dims", value, "it maps patterns to dimensions", 'unit_dims={"encoder.*": 1}')

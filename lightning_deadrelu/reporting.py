@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
@@ -42,20 +43,6 @@ def metrics_of(report: LivenessReport, name: str = "dead_relu") -> dict[str, flo
     return metrics
 
 
-def prepare(loggers: Iterable[Any], name: str, is_global_zero: bool = True) -> None:
-    """Make ``trainer/global_step`` the x-axis in W&B, also of runs that the logger did not start.
-
-    Args:
-        loggers: The Trainer's loggers.
-        name: Prefix of the keys.
-        is_global_zero: Whether this is rank 0; elsewhere a run is a dummy.
-    """
-    for logger in loggers:
-        if _is_wandb(logger) and is_global_zero:
-            for section in (name, f"{name}_sites", f"{name}_dormant"):
-                logger.experiment.define_metric(f"{section}/*", step_metric="trainer/global_step")
-
-
 class Reporter:
     """Send reports to a Trainer's loggers, one ``log_metrics`` call for each report and logger.
 
@@ -70,6 +57,18 @@ class Reporter:
         self._broken: set[int] = set()
         self._mapped: dict[str, str] = {}
 
+    def prepare(self, loggers: Iterable[Logger], is_global_zero: bool = True) -> None:
+        """Make ``trainer/global_step`` the x-axis in W&B, also of runs that the logger did not start.
+
+        Args:
+            loggers: The Trainer's loggers.
+            is_global_zero: Whether this is rank 0; elsewhere a run is a dummy.
+        """
+        for logger in loggers:
+            if _is_wandb(logger) and is_global_zero:
+                with self._spared(logger):
+                    self._define(logger)
+
     def __call__(self, report: LivenessReport, loggers: Iterable[Logger], is_global_zero: bool = True) -> None:
         """Log a report.
 
@@ -81,18 +80,27 @@ class Reporter:
         metrics = metrics_of(report, self._name)
         for logger in loggers:
             if id(logger) not in self._broken:
-                self._log(logger, metrics, report.step, is_global_zero)
+                with self._spared(logger):
+                    self._log(logger, metrics, report.step, is_global_zero)
 
-    def _log(self, logger: Logger, metrics: Mapping[str, float], step: int, is_global_zero: bool) -> None:
+    @contextmanager
+    def _spared(self, logger: Logger) -> Iterator[None]:
         try:
-            if _is_wandb(logger):
-                if is_global_zero:
-                    self._map_names(logger, metrics)
-                metrics = {_wandb_key(key): value for key, value in metrics.items()}
-            logger.log_metrics(metrics=dict(metrics), step=step)
+            yield
         except Exception as error:
             self._broken.add(id(logger))
             rank_zero_warn(f"{self._name}: {type(logger).__name__} took no metrics and is left out: {error!r}")
+
+    def _define(self, logger: Any) -> None:
+        for section in (self._name, f"{self._name}_sites", f"{self._name}_dormant"):
+            logger.experiment.define_metric(f"{section}/*", step_metric="trainer/global_step")
+
+    def _log(self, logger: Logger, metrics: Mapping[str, float], step: int, is_global_zero: bool) -> None:
+        if _is_wandb(logger):
+            if is_global_zero:
+                self._map_names(logger, metrics)
+            metrics = {_wandb_key(key): value for key, value in metrics.items()}
+        logger.log_metrics(metrics=dict(metrics), step=step)
 
     def _map_names(self, logger: Any, metrics: Mapping[str, float]) -> None:
         names = {_wandb_key(key): key.split("/", 1)[1] for key in metrics if not key.startswith(f"{self._name}/")}

@@ -1,0 +1,76 @@
+"""Which sites are being trained. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_deadrelu.sites import Site, clean
+
+
+class Gradients:
+    """Find the parameters that an optimizer holds and that yet never get a gradient, as a teacher's under ``no_grad``.
+
+    Example:
+        >>> import torch
+        >>> student, teacher = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD([*student.parameters(), *teacher.parameters()], lr=0.1)
+        >>> student(torch.ones(1, 2)).sum().backward()
+        >>> gradients = Gradients()
+        >>> gradients.note(optimizer)
+        >>> gradients.never == {id(parameter) for parameter in teacher.parameters()}
+        True
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[int, list[Tensor]] = {}
+
+    def note(self, optimizer: Optimizer) -> None:
+        """Look who has a gradient, before a step; after the first only those are asked that had none."""
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        waiting = self._waiting.setdefault(id(optimizer), held)
+        if waiting:
+            self._waiting[id(optimizer)] = [p for p in waiting if p.grad is None and p.numel()]
+
+    @property
+    def never(self) -> set[int]:
+        """The ``id`` of each parameter that was stepped without a gradient every time."""
+        return {id(p) for waiting in self._waiting.values() for p in waiting}
+
+
+def trainable_sites(
+    sites: Sequence[Site], model: nn.Module, optimizers: Sequence[Optimizer], never: AbstractSet[int] = frozenset()
+) -> list[bool]:
+    """Tell for each site whether an optimizer trains what feeds it.
+
+    A site whose producers are unknown goes by the parameters of the nearest module around it.
+
+    Args:
+        sites: The sites.
+        model: Their model.
+        optimizers: What trains it; none means that every parameter with a gradient counts.
+        never: The ``id`` of parameters that never get a gradient. If that is all of them, gradients are kept
+            elsewhere, and it says nothing.
+    """
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    trained = (held - never) or held
+    learns = {
+        clean(name): p.requires_grad and (not trained or id(p) in trained)
+        for name, p in model.named_parameters(remove_duplicate=False)
+    }
+    return [_learns(site, learns) for site in sites]
+
+
+def _learns(site: Site, learns: Mapping[str, bool]) -> bool:
+    if site.traced:
+        return any(learns.get(name, False) for name in site.source)
+    path = site.owner
+    while path:
+        path = path.rpartition(".")[0]
+        around = [value for name, value in learns.items() if name.startswith(f"{path}." if path else "")]
+        if around:
+            return any(around)
+    return any(learns.values())

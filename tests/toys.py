@@ -1,0 +1,104 @@
+"""Small models and a Trainer without ornaments, for the tests of the callback."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_deadrelu.probe import Probe
+
+EVERYTHING = {"every_n_steps": 1, "window": 4, "min_samples": 1}
+
+
+def mlp(dead: int = 3) -> nn.Sequential:
+    """Two rectifiers of 8 and 6 units; the first ``dead`` units of the first are dead."""
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 1))
+    with torch.no_grad():
+        net[0].bias[:dead] = -100.0
+    return net
+
+
+class Net(LightningModule):
+    """Trains ``net`` to put out nothing; ``losses`` holds the curve."""
+
+    def __init__(self, net: nn.Module | None = None, lr: float = 0.01, optimizer: Any = torch.optim.Adam) -> None:
+        super().__init__()
+        self.net = mlp() if net is None else net
+        self.lr, self.optimizer = lr, optimizer
+        self.losses: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor | None:
+        loss = (self(batch) - 1).pow(2).mean()
+        self.losses.append(loss.detach().clone())
+        return loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("val_loss", self(batch).pow(2).mean())
+
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+        self(batch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        trained = [p for p in self.parameters() if p.requires_grad]
+        return self.optimizer(trained, lr=self.lr)
+
+
+def batches(count: int, size: int = 5, width: int = 4, seed: int = 1, **options: Any) -> DataLoader:
+    generator = torch.Generator().manual_seed(seed)
+    return DataLoader(torch.randn(count * size, width, generator=generator), batch_size=size, **options)
+
+
+def bare(**options: Any) -> dict[str, Any]:
+    """Trainer options without ornaments, where ``options`` do not ask for them."""
+    plain = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "max_epochs": 1,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return {**plain, **options}
+
+
+def fit(model: LightningModule, loader: Any, *callbacks: Any, val: Any = None, ckpt: Any = None, **options: Any) -> Any:
+    trainer = Trainer(**bare(callbacks=list(callbacks), **options))
+    trainer.fit(model, loader, val, ckpt_path=ckpt)
+    return trainer
+
+
+class Log:
+    """A logger as a third party writes it: no base class, and keywords only."""
+
+    name = version = log_dir = save_dir = root_dir = None
+    group_separator = "/"
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, dict[str, float]]] = []
+
+    def log_metrics(self, *, metrics: dict[str, float], step: int | None = None) -> None:
+        self.rows.append((step, metrics))
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: None
+
+    def verdicts(self, name: str = "dead_relu") -> list[tuple[int, dict[str, float]]]:
+        return [(step, metrics) for step, metrics in self.rows if f"{name}/dead_fraction" in metrics]
+
+
+def watchers() -> list[object]:
+    """What a probe leaves in the process while it is armed."""
+    from torch.nn.modules import module
+    from torch.overrides import _get_current_function_mode_stack
+
+    modes = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, Probe)]
+    return [*modes, *module._global_forward_hooks.values(), *module._global_forward_pre_hooks.values()]
