@@ -132,12 +132,13 @@ def follow(call: Call, known: Known) -> Lineage:
     weights = [(tensor, lineage) for tensor, lineage in known if lineage.weight]
     activations = [(tensor, lineage) for tensor, lineage in known if not lineage.weight]
     if len(weights) == len(call.operands):
-        return Lineage(_union(weights), weight=True)
+        return Lineage(_union(weights), part=_weight_part(call, weights), weight=True)
     if _CONVOLUTIONS.match(call.name):
-        return Lineage(_union(weights or activations), _convolution_dims(call), convolutional=True)
+        part = _join_parts(weights)
+        return Lineage(_union(weights or activations), _convolution_dims(call), convolutional=True, part=part)
     if call.name in _CONTRACTIONS:
         dims = _weight_dims(call, weights) if weights else _mixed_dims(call, activations)
-        return Lineage(_union(weights or activations), dims)
+        return Lineage(_union(weights or activations), dims, part=_join_parts(weights))
     return _pass_on(call, weights, activations)
 
 
@@ -168,6 +169,22 @@ def of_module(parameters: Sequence[tuple[str, Tensor]], output: Tensor) -> Linea
 
 def _union(known: Known) -> frozenset[str]:
     return frozenset[str]().union(*(lineage.producers for _, lineage in known))
+
+
+def _join_parts(known: Known) -> str:
+    return "".join(dict.fromkeys(lineage.part for _, lineage in known))
+
+
+def _weight_part(call: Call, weights: Known) -> str:
+    """Tell the slices of a stack of weights apart by where they start, which needs no look at an index tensor."""
+    main, part = weights[0][0], _join_parts(weights)
+    if len(weights) > 1 or call.output.numel() >= main.numel() or not _is_view(call.output, main):
+        return part
+    return f"{part}/{call.output.storage_offset() - main.storage_offset()}"
+
+
+def _is_view(output: Tensor, main: Tensor) -> bool:
+    return output.untyped_storage().data_ptr() == main.untyped_storage().data_ptr()
 
 
 def _convolution_dims(call: Call) -> Dims:
@@ -312,8 +329,8 @@ def _blocks(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int],
 
 def _sliced(main: Tensor, dims: tuple[int, ...], output: Tensor) -> Dims:
     """Find the dimensions of a view by their sizes and strides, which taking one index elsewhere leaves alone."""
-    if output.untyped_storage().data_ptr() != main.untyped_storage().data_ptr():
+    if not _is_view(output, main):
         return ()
-    steps = [(main.shape[dim], main.stride(dim)) for dim in dims]
     left = [(output.shape[j], output.stride(j)) for j in range(output.ndim)]
-    return tuple(left.index(step) - output.ndim for step in steps) if all(step in left for step in steps) else ()
+    steps = [(main.shape[dim], main.stride(dim)) for dim in dims]
+    return tuple(left.index(step) - output.ndim for step in steps if step in left)

@@ -69,6 +69,12 @@ def _leaky_relu(args: Sequence[Any], kwargs: Arguments) -> Rectifier:
     return _RELU if slope == 0 else Rectifier("leaky_relu", smooth=True)
 
 
+def _maximum(args: Sequence[Any], kwargs: Arguments, is_zero: Callable[[Any], bool]) -> Rectifier | None:
+    pair = _argument(args, kwargs, 0, "input", None), _argument(args, kwargs, 1, "other", None)
+    both = all(isinstance(value, Tensor) for value in pair)  # one alone is reduced
+    return Rectifier("maximum", plain=True) if both and any(map(is_zero, pair)) else None
+
+
 def _always(rectifier: Rectifier) -> Callable[[Sequence[Any], Arguments], Rectifier]:
     return lambda args, kwargs: rectifier
 
@@ -117,8 +123,7 @@ def rectifier_of(
         True
     """
     if name in _MAXIMA:
-        other = _argument(args, kwargs, 1, "other", None)
-        return Rectifier("maximum", plain=True) if is_zero(other) else None
+        return _maximum(args, kwargs, is_zero)
     rule = _RULES.get(name) or _RULES.get(name.removesuffix("_"))
     return rule(args, kwargs) if rule else None
 
