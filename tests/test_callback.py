@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
     BatchSizeFinder,
@@ -50,6 +50,9 @@ class GAN(Net):
     def __init__(self):
         super().__init__(nn.ModuleDict({"g": mlp(), "d": nn.Sequential(nn.Linear(1, 8), nn.ReLU(), nn.Linear(8, 1))}))
         self.automatic_optimization = False
+
+    def forward(self, x):
+        return self.net["g"](x)
 
     def training_step(self, batch, batch_idx):
         optimizer_g, optimizer_d = self.optimizers()
@@ -159,7 +162,9 @@ def brute_force(observations, min_samples, window):
                     fired, samples = fired + hits, samples + len(values)
                     if hits:
                         age[name, unit] = 0
-                rows.append((fired == 0, fired == 0 and age[name, unit] >= min_samples, age[name, unit], fired / samples))
+                rows.append(
+                    (fired == 0, fired == 0 and age[name, unit] >= min_samples, age[name, unit], fired / samples)
+                )
             verdict[name] = rows
         yield verdict
 
@@ -491,6 +496,8 @@ def test_batch_size_finder(tmp_path):
         def train_dataloader(self):
             return batches(8, self.batch_size)
 
+        val_dataloader = train_dataloader
+
     monitor = DeadReLUMonitor(every_n_steps=1)
     finder = BatchSizeFinder(max_trials=1, steps_per_trial=1)
     Trainer(**bare(callbacks=[monitor, finder], default_root_dir=tmp_path)).fit(Sized())
@@ -498,7 +505,9 @@ def test_batch_size_finder(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*swa_lrs", "ignore:Swapping scheduler")
-@pytest.mark.parametrize("net", [mlp, lambda: nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))])
+@pytest.mark.parametrize(
+    "net", [mlp, lambda: nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))]
+)
 def test_stochastic_weight_averaging_is_not_observed(net):
     monitor = DeadReLUMonitor(every_n_steps=1, window=100)
     model = Net(net())
@@ -518,7 +527,8 @@ def test_several_fits_on_one_trainer_start_anew():
     first = monitor.report
     trainer.fit_loop.max_epochs = 2
     trainer.fit(model, batches(6))
-    assert [first.sites[0].samples, monitor.report.sites[0].samples] == [20, 20 if trainer.global_step == 8 else 30]
+    assert [first.sites[0].samples, monitor.report.sites[0].samples] == [20, 30]
+    assert trainer.global_step == 10
 
 
 def test_another_model_on_the_same_monitor():
@@ -553,7 +563,9 @@ def test_layers_made_in_configure_model():
     assert monitor.report["net.1"].dead.sum() >= 3
 
 
-@pytest.mark.filterwarnings("ignore:Lazy modules", "ignore:.*uninitialized parameter", "ignore:A layer with UninitializedParameter")
+@pytest.mark.filterwarnings(
+    "ignore:Lazy modules", "ignore:.*uninitialized parameter", "ignore:A layer with UninitializedParameter"
+)
 def test_lazy_layers():
     monitor = DeadReLUMonitor(**EVERYTHING)
     net = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.LazyLinear(1))
@@ -582,9 +594,10 @@ def test_both_packages(package):
     trainer = pl.Trainer(**bare(callbacks=[monitor, pl.callbacks.EarlyStopping(KEY)], logger=log, max_epochs=2))
     trainer.fit(Model(), batches(6))
     assert monitor.report.dead_units >= 3
-    assert len(log.verdicts()) == 4
+    assert [step for step, _ in log.verdicts()] == [3, 7, 11]
 
 
+@pytest.mark.filterwarnings("ignore:Using `torch.compile.module.` when there are global hooks")
 def test_a_compiled_module():
     torch.compiler.reset()
     model, monitor = Net(), DeadReLUMonitor(every_n_steps=2, window=2, min_samples=1)
@@ -669,7 +682,7 @@ def test_frozen_parts_are_watched_but_stay_out_of_headlines(why):
         "net.student.1": True,
         "net.student.3": True,
     }
-    assert monitor.report["net.teacher.1"].dead_units if False else monitor.report["net.teacher.1"].dead.sum() >= 3
+    assert monitor.report["net.teacher.1"].dead.sum() >= 3
     assert monitor.report.units == 14
     metrics = log.verdicts()[-1][1]
     assert metrics["dead_relu_sites/net.teacher.1"] >= 3 / 8
@@ -747,17 +760,17 @@ def masked(returned):
 @pytest.mark.parametrize(
     ("mask", "text"),
     [
-        (masked([[True]]), "`mask` returned list; it has to return a boolean tensor of shape"),
+        (masked([[True]]), r"`mask` returned list; it has to return a boolean tensor of shape \(batch, time\)"),
         (masked(torch.ones(5)), r"`mask` returned shape \(5,\); it has to return"),
-        (lambda batch: batch["attention_mask"], "the monitor failed and watches no longer"),
+        (lambda batch: {}["attention_mask"], "KeyError.*attention_mask"),
     ],
     ids=["list", "shape", "raises"],
 )
 def test_a_mask_that_fails_ends_the_watch_and_not_the_run(mask, text):
     model, monitor = Net(), DeadReLUMonitor(every_n_steps=1, mask=mask)
-    with pytest.warns(UserWarning, match=text.replace("(", "[(]") if "shape of" in text else text) as record:
+    with pytest.warns(UserWarning, match=f"(?s)the monitor failed and watches no longer.*{text}") as record:
         fit(model, batches(6), monitor)
-    assert sum("the monitor failed" in str(warning.message) for warning in record) == 1
+    assert len([warning for warning in record if "the monitor failed" in str(warning.message)]) == 1
     assert len(model.losses) == 6
     assert monitor.report is None
 
@@ -786,7 +799,11 @@ def test_a_mask_hides_padding():
 
 
 def test_a_model_without_rectifiers_is_trained_and_told_once():
-    log, model, monitor = Log(), Net(nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 1))), DeadReLUMonitor(**EVERYTHING)
+    log, model, monitor = (
+        Log(),
+        Net(nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 1))),
+        DeadReLUMonitor(**EVERYTHING),
+    )
     with warnings.catch_warnings(record=True) as record:
         warnings.simplefilter("always")
         fit(model, batches(9), monitor, logger=log)
@@ -851,7 +868,16 @@ def test_a_failure_of_the_monitor_neither_ends_the_run_nor_loses_a_checkpoint(pl
     model, monitor = Net(), DeadReLUMonitor(**EVERYTHING)
     saver = ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1)
     with pytest.warns(UserWarning, match="dead_relu: the monitor failed and watches no longer") as record:
-        fit(model, batches(12), monitor, saver, EarlyStopping(KEY), val=batches(1), max_epochs=2, enable_checkpointing=True)
+        fit(
+            model,
+            batches(12),
+            monitor,
+            saver,
+            EarlyStopping(KEY),
+            val=batches(1),
+            max_epochs=2,
+            enable_checkpointing=True,
+        )
     ours = [str(warning.message) for warning in record if "the monitor failed" in str(warning.message)]
     assert len(ours) == 1
     assert "a bug of ours" in ours[0]
@@ -874,11 +900,11 @@ def test_what_a_user_raises_on_a_verdict_ends_the_run():
 
 
 def test_dead_sites_are_told_once():
-    with pytest.warns(UserWarning) as record:
+    with pytest.warns(UserWarning, match="will not recover") as record:
         fit(Net(), batches(12), DeadReLUMonitor(**EVERYTHING))
     told = [str(warning.message) for warning in record if "are dead" in str(warning.message)]
     assert sum("`net.1`" in text for text in told) == 1
-    assert "3 of the 8 units of `net.1` are dead at step 3" in told[0] or "of the 8 units" in told[0]
+    assert "3 of the 8 units of `net.1` are dead at step 3: they fired on none of the last 20 samples" in told[0]
 
 
 # -- from the command line ---------------------------------------------------------------------------------
