@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import fields
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +29,7 @@ from lightning_deadrelu.statistics.verdicts import (
 
 RELU = Rectifier("relu", plain=True)
 _EXACT_IN_FLOAT32 = 2**24
-_SCRATCH = 2**20  # numbers: 4 MiB that stay in the cache
+_FEW_POSITIONS = 16
 _UNIT_DIM = {"maxima": 1}
 
 
@@ -83,10 +85,21 @@ def count(
         samples = elements = valid.sum()  # type: ignore[assignment]
         padding = ~valid[..., None]
         x, lowest, out = (t.masked_fill(padding, v) for t, v in ((x, -math.inf), (x, math.inf), (out, 0.0)))
-    peak, trough = x.amax(over).flatten(), lowest.amin(over).flatten()
+    peak, trough = _reduced(Tensor.amax, x, over), _reduced(Tensor.amin, lowest, over)
     if rectifier.hinge:
         peak, trough = peak - rectifier.hinge, trough - rectifier.hinge
     return Counts(_fired(x, out, over, rectifier), _magnitude(out, over, rectifier), peak, trough, samples, elements)
+
+
+def _reduced(reduction: Callable[..., Tensor], x: Tensor, over: tuple[int, ...]) -> Tensor:
+    """Reduce to one number per unit, positions before images if there are many: several times faster on a CPU."""
+    first_unit = next(dim for dim in range(-x.ndim, 0) if dim not in over)
+    images, positions = [d for d in over if d < first_unit], [d for d in over if d > first_unit]
+    if images and positions:
+        many = math.prod(x.shape[d] for d in positions) > _FEW_POSITIONS
+        x = reduction(x, positions if many else images, keepdim=True)
+        return reduction(x, images if many else positions).flatten()
+    return reduction(x, over).flatten()
 
 
 def _sizes(x: Tensor, dims: tuple[int, ...], over: tuple[int, ...]) -> tuple[int, int]:
@@ -106,20 +119,31 @@ def _fired(x: Tensor, out: Tensor, over: tuple[int, ...], rectifier: Rectifier) 
     return out.sign().sum(over, dtype=torch.float32 if exact else torch.float64).flatten()
 
 
+class _Scratch(threading.local):
+    """Working memory of a thread: on a CPU, fresh pages for a copy cost more than the arithmetic."""
+
+    def __init__(self) -> None:
+        self.numbers = torch.empty(2**20, device="cpu")  # 4 MiB, which stay in the cache
+
+
+_scratch = _Scratch()
+
+
 def _sum_of_signs(out: Tensor, over: tuple[int, ...]) -> Tensor:
-    """Go through a little memory again and again: on a CPU, fresh pages cost more than the arithmetic."""
-    rows = max(1, _SCRATCH * out.shape[0] // out.numel())
+    rows = _scratch.numbers.numel() * len(out) // out.numel()
     dense = out.is_contiguous() or (out.ndim == 4 and out.is_contiguous(memory_format=torch.channels_last))
-    if rows >= out.shape[0] or not dense:
-        rows = out.shape[0]
-    scratch = torch.empty_like(out[:rows])
-    parts = [torch.sign(part, out=scratch[: len(part)]).sum(over) for part in out.split(rows)]
-    return (parts[0] if len(parts) == 1 else torch.stack(parts).sum(0, dtype=torch.float64)).flatten()
+    if not rows or not dense:
+        return out.sign().sum(over, dtype=torch.float64).flatten()
+    total = torch.zeros((), dtype=torch.float64)
+    for part in out.split(rows):
+        signs = _scratch.numbers.as_strided(part.shape, part.stride())
+        total = total + _reduced(Tensor.sum, torch.sign(part, out=signs), over)
+    return total
 
 
 def _magnitude(out: Tensor, over: tuple[int, ...], rectifier: Rectifier) -> Tensor:
     dtype = torch.promote_types(out.dtype, torch.float32)
-    return (out if rectifier.plain else out.abs()).sum(over, dtype=dtype).flatten()
+    return _reduced(partial(Tensor.sum, dtype=dtype), out if rectifier.plain else out.abs(), over)
 
 
 class UnitLiveness(Metric):
@@ -180,7 +204,8 @@ class UnitLiveness(Metric):
 
     @observation.setter
     def observation(self, number: int) -> None:
-        self.fold()
+        if number != self._observation:
+            self.fold()
         self._observation = number
 
     @property
@@ -234,12 +259,12 @@ class UnitLiveness(Metric):
         if self._extremes is None:
             self._extremes = _no_extremes(self.units, self.maxima)
         peak, trough = self._extremes[:, place]
-        torch.fmax(peak, counts.peak.to(peak), out=peak)  # passes over NaN, which the minimum keeps
-        torch.minimum(trough, counts.trough.to(trough), out=trough)
-        self.fired[place] += counts.fired.to(self.fired)
-        self.magnitude[place] += counts.magnitude.to(self.magnitude)
-        self.samples[site, self._observation] += counts.samples
-        self.elements[site] += counts.elements
+        torch.fmax(peak, counts.peak, out=peak)  # passes over NaN, which the minimum keeps
+        torch.minimum(trough, counts.trough, out=trough)
+        self.fired[place].add_(counts.fired.to(self.fired))
+        self.magnitude[place].add_(counts.magnitude)
+        self.samples[site, self._observation].add_(counts.samples)
+        self.elements[site].add_(counts.elements)
         self._elements[site] = self._elements.get(site, 0) + counts.elements
 
     def fold(self) -> None:
