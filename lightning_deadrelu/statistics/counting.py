@@ -259,6 +259,8 @@ class UnitLiveness(Metric):
         if self._extremes is None:
             self._extremes = _no_extremes(self.units, self.maxima)
         peak, trough = self._extremes[:, place]
+        if counts.peak.device != peak.device:  # a model spread over several devices
+            counts = Counts(*(torch.as_tensor(value).to(peak.device) for value in counts))
         torch.fmax(peak, counts.peak, out=peak)  # passes over NaN, which the minimum keeps
         torch.minimum(trough, counts.trough, out=trough)
         self.fired[place].add_(counts.fired.to(self.fired))
@@ -328,11 +330,16 @@ class UnitLiveness(Metric):
 
 
 def _no_extremes(units: int, like: Tensor) -> Tensor:
-    return like.new_tensor([[-math.inf], [math.inf]]).repeat(1, units)
+    return _rows(like, units, -math.inf, math.inf)
+
+
+def _rows(like: Tensor, units: int, *values: float) -> Tensor:
+    """Fill rows on the device: copying a list there would wait for it."""
+    return torch.stack([like.new_full((units,), value) for value in values])
 
 
 def _fresh(name: str, like: Tensor, units: int) -> Tensor:
     """Make the entries of a new site: what changes nothing when it is merged."""
     if name == "maxima":
-        return like.new_tensor([[-math.inf], [-1.0], [UNKNOWN], [FINITE]]).repeat(1, units)
+        return _rows(like, units, -math.inf, -1.0, UNKNOWN, FINITE)
     return like.new_zeros({"samples": (1, *like.shape[1:]), "elements": (1,)}.get(name, (units,)))

@@ -1,0 +1,59 @@
+"""What only a GPU can show; skipped without one."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_deadrelu.statistics import History, Rules, judge
+from lightning_deadrelu.watch import Watch
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    return nn.Sequential(*layers, nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4))
+
+
+def observe(model: nn.Module, batches: list[torch.Tensor]) -> Watch:
+    watch = Watch(model, rules=Rules(1), window=len(batches))
+    for number, batch in enumerate(batches):
+        watch.liveness.observation = number
+        with watch.probe:
+            model(batch)
+    assert watch.probe.failure is None
+    return watch
+
+
+def test_masks_equal_those_of_the_cpu():
+    model = net().double()
+    batches = [torch.randn(8, 3, 12, 12, dtype=torch.float64) for _ in range(3)]
+    reports = []
+    for device in ("cpu", "cuda"):
+        watch = observe(copy.deepcopy(model).to(device), [batch.to(device) for batch in batches])
+        reports.append(judge(watch.liveness.totals().to_host(), History.empty(), watch.sites, Rules(1))[0])
+    for one, other in zip(reports[0].sites, reports[1].sites, strict=True):
+        for name in ("dead", "rare", "always_on", "frozen", "age"):
+            assert torch.equal(getattr(one, name), getattr(other, name)), name
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_nothing_waits_for_the_device_between_windows(autocast):
+    model = net().cuda()
+    batch = torch.randn(8, 3, 12, 12, device="cuda")
+    watch = Watch(model, rules=Rules(1), window=10)
+    for number in range(5):
+        watch.liveness.observation = number
+        torch.cuda.set_sync_debug_mode("error" if number else "default")  # the first allocates the layout
+        try:
+            with torch.autocast("cuda", enabled=autocast), watch.probe:
+                loss = model(batch).float().square().mean()
+            loss.backward()
+            watch.liveness.fold()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert watch.probe.failure is None
+    assert watch.liveness.totals().to_host().samples[0].sum() == 40
