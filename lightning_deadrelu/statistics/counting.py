@@ -263,7 +263,7 @@ class UnitLiveness(Metric):
             counts = Counts(*(torch.as_tensor(value).to(peak.device) for value in counts))
         torch.fmax(peak, counts.peak, out=peak)  # passes over NaN, which the minimum keeps
         torch.minimum(trough, counts.trough, out=trough)
-        self.fired[place].add_(counts.fired.to(self.fired))
+        self.fired[place].add_(counts.fired.to(self.fired.dtype))
         self.magnitude[place].add_(counts.magnitude)
         self.samples[site, self._observation].add_(counts.samples)
         self.elements[site].add_(counts.elements)
@@ -279,7 +279,7 @@ class UnitLiveness(Metric):
         last = torch.where(peak > 0, self._observation, -1)
         nonfinite = torch.where(missing, NAN, torch.where(infinite, INFINITE, FINITE))
         rows = [peak, last, torch.where(varied, VARIES, self._constant()), nonfinite]
-        torch.maximum(self.maxima, torch.stack([row.to(self.maxima) for row in rows]), out=self.maxima)
+        torch.maximum(self.maxima, torch.stack([row.to(self.maxima.dtype) for row in rows]), out=self.maxima)
         self._extremes = None
         self._elements = {}
 
