@@ -46,6 +46,8 @@ _CONTRACTIONS = frozenset({"linear", "bilinear", "matmul", "__matmul__", "__rmat
 _CONTRACTIONS |= {"addmm", "addbmm", "baddbmm", "addmv", "einsum", "tensordot", "embedding", "embedding_bag"}
 _CONTRACTIONS |= {"multi_head_attention_forward", "scaled_dot_product_attention", "lstm", "gru", "rnn_tanh", "rnn_relu"}
 _CONTRACTIONS |= {"lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell", "_scaled_mm", "_grouped_mm", "grouped_mm"}
+_LAYERS = frozenset({"linear", "bilinear", "embedding", "embedding_bag", "multi_head_attention_forward"})
+_GATHERS = frozenset({"__getitem__", "index_select", "gather", "take_along_dim"})
 _CONVOLUTIONS = re.compile(r"_?conv(olution|(?:_transpose)?([123])d)?(?:_transpose)?$")
 _CHANNEL_NORMS = frozenset({"batch_norm", "group_norm", "instance_norm"})
 _LAST_NORMS = frozenset({"layer_norm", "rms_norm"})
@@ -129,17 +131,53 @@ def follow(call: Call, known: Known) -> Lineage:
         >>> follow(call, [(weight, parameter("fc.weight"))]).dims
         (-1,)
     """
-    weights = [(tensor, lineage) for tensor, lineage in known if lineage.weight]
-    activations = [(tensor, lineage) for tensor, lineage in known if not lineage.weight]
-    if len(weights) == len(call.operands):
-        return Lineage(_union(weights), part=_weight_part(call, weights), weight=True)
-    if _CONVOLUTIONS.match(call.name):
-        part = _join_parts(weights)
-        return Lineage(_union(weights or activations), _convolution_dims(call), convolutional=True, part=part)
-    if call.name in _CONTRACTIONS:
-        dims = _weight_dims(call, weights) if weights else _mixed_dims(call, activations)
-        return Lineage(_union(weights or activations), dims, part=_join_parts(weights))
+    weights, activations = _sorted_out(call, known)
+    others = [tensor for tensor in call.operands if _holds_numbers(tensor) and not _is_among(tensor, weights)]
+    if weights and not others:
+        return _of_weights(call, weights)
+    if call.name in _CONTRACTIONS or _CONVOLUTIONS.match(call.name):
+        return _contract(call, weights) if weights else _mix(call, activations)
     return _pass_on(call, weights, activations)
+
+
+def _sorted_out(call: Call, known: Known) -> tuple[Known, Known]:
+    """Tell weights from activations; what a layer is applied to is one, even if it is learned (queries, prompts)."""
+    layer = call.name in _LAYERS or _CONVOLUTIONS.match(call.name)
+    applied_to = call.operands[0] if layer and len(call.operands) > 1 else None
+    weights = [(tensor, lineage) for tensor, lineage in known if lineage.weight and tensor is not applied_to]
+    rest = [(tensor, lineage) for tensor, lineage in known if _holds_numbers(tensor)]
+    return weights, [(tensor, lineage) for tensor, lineage in rest if not _is_among(tensor, weights)]
+
+
+def _is_among(tensor: Tensor, known: Known) -> bool:
+    return any(tensor is other for other, _ in known)
+
+
+def _holds_numbers(tensor: Tensor) -> bool:
+    """Whether a tensor is more than an index."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _of_weights(call: Call, weights: Known) -> Lineage:
+    """Keep what is computed from parameters alone a parameter, and tell slices of a stack apart."""
+    gathered = call.name in _GATHERS and not _is_view(call.output, weights[0][0])
+    lost = gathered or any(lineage.dims is None for _, lineage in weights)
+    return Lineage(_union(weights), None if lost else (), part=_weight_part(call, weights), weight=True)
+
+
+def _contract(call: Call, weights: Known) -> Lineage:
+    convolutional = bool(_CONVOLUTIONS.match(call.name))
+    dims = _convolution_dims(call) if convolutional else _weight_dims(call, weights)
+    return Lineage(_union(weights), dims, convolutional, part=_join_parts(weights))
+
+
+def _mix(call: Call, activations: Known) -> Lineage:
+    """Follow the last operand: attention weights times values keep the values' features."""
+    place = 2 if call.name == "scaled_dot_product_attention" and len(call.operands) > 2 else -1
+    values = [lineage for tensor, lineage in activations if tensor is call.operands[place]]
+    if values and values[0].dims and -1 in values[0].dims:
+        return values[0]._replace(weight=False)
+    return Lineage(_union(activations), None)
 
 
 def of_module(parameters: Sequence[tuple[str, Tensor]], output: Tensor) -> Lineage | None:
@@ -194,12 +232,12 @@ def _convolution_dims(call: Call) -> Dims:
 
 
 def _weight_dims(call: Call, weights: Known) -> Dims:
-    matrix = next((tensor for tensor, _ in weights if tensor.ndim >= 2), None)
+    matrix, gathered = next(((w, lineage.dims is None) for w, lineage in weights if w.ndim >= 2), (None, False))
     if matrix is None or call.output.ndim < 2:
         return (-1,)
     if call.name == "einsum":
         return _einsum_dims(call, matrix)
-    stacked = range(-matrix.ndim, -2) if call.name not in {"embedding", "linear", "bilinear"} else ()
+    stacked = range(-matrix.ndim, -2) if not gathered and call.name not in _LAYERS else ()
     own = tuple(dim for dim in stacked if -dim <= call.output.ndim and matrix.shape[dim] > 1)
     left = call.operands[0] is matrix and call.name in {"matmul", "__matmul__", "mm", "bmm"}
     return (*own, -2 if left else -1)
@@ -213,13 +251,6 @@ def _einsum_dims(call: Call, weight: Tensor) -> Dims:
     terms, result = re.sub(r"\s", "", equation).split("->")
     tail = result.rsplit("...", 1)[-1]
     return tuple(i - len(tail) for i, letter in enumerate(tail) if letter in terms.split(",")[place])
-
-
-def _mixed_dims(call: Call, activations: Known) -> Dims:
-    """Follow the last operand: attention weights times values keep the values' features."""
-    place = 2 if call.name == "scaled_dot_product_attention" and len(call.operands) > 2 else -1
-    dims = next((lineage.dims for tensor, lineage in activations if tensor is call.operands[place]), ())
-    return dims if dims and -1 in dims else None
 
 
 def _pass_on(call: Call, weights: Known, activations: Known) -> Lineage:

@@ -251,7 +251,7 @@ class Probe(TorchFunctionMode):
             values = output
         else:
             lineage = self._lineage(x) or Lineage()
-        self._remember(output, lineage._replace(passed=lineage.passed + 1))
+        self._remember(output, lineage._replace(passed=lineage.passed + 1, weight=False))
         if (shape := _watchable(values)) is not None:
             self._hand_over(rectifier, lineage, shape, _watchable(output) if output is not values else shape)
 
@@ -296,7 +296,7 @@ class Probe(TorchFunctionMode):
         if functional and not own and not (lineage.producers and self._in_forward()):
             return None
         if lineage.producers:
-            return owner, functional, (*(own or sorted(lineage.producers)), *([lineage.part] if lineage.part else []))
+            return owner, functional, (*(own or sorted(lineage.producers)), *_detail(lineage))
         calls = frames[-1 if functional else -2].calls if functional or len(frames) > 1 else Counter[str]()
         calls[owner] += 1
         return owner, functional, (f"#{calls[owner] - 1}",)
@@ -327,6 +327,11 @@ class Probe(TorchFunctionMode):
             return False
         reference = self._zeros.get(id(value))
         return (reference is not None and reference() is value) or any(value is buffer for buffer in self._zero_buffers)
+
+
+def _detail(lineage: Lineage) -> list[str]:
+    """Tell apart what the same producers feed: slices of their output, and a rectifier behind a rectifier."""
+    return [*([lineage.part] if lineage.part else []), *([f"+{lineage.passed}"] if lineage.passed else [])]
 
 
 def _tensor_list(output: Any) -> list[Tensor]:

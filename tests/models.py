@@ -549,6 +549,41 @@ CASES: dict[str, Case] = {
         net(lambda m, x: F.relu(m.w @ x), w=parameter(6, 4)), [(4, 5)], "relu@-2"
     ),
     "weight transposed": Case(net(lambda m, x: F.relu(x @ m.w.T), w=parameter(6, 4)), [(5, 4)], "relu@-1"),
+    "experts picked one by one by an index tensor": Case(
+        net(
+            lambda m, x: [F.relu(F.linear(x, m.w[i])) for i in torch.arange(2)],
+            w=parameter(3, 6, 4),
+        ),
+        [(5, 4)],
+        "relu@-1 relu-1@-1",
+    ),
+    "an expert gathered for each token": Case(
+        net(lambda m, x: F.relu(torch.bmm(m.w[torch.arange(5) % 3], x[:, :, None])[..., 0]), w=parameter(3, 6, 4)),
+        [(5, 4)],
+        "relu@-1",
+    ),
+    "layers on learned queries": Case(
+        net(lambda m, x: m.b(F.relu(m.a(m.queries))) + x, queries=parameter(5, 4), a=linear(), b=linear(6, 4)),
+        [(5, 4)],
+        "relu@-1",
+    ),
+    "two layers on learned queries": Case(
+        net(
+            lambda m, x: F.relu(m.b(F.relu(m.a(m.queries)))) + x, queries=parameter(5, 4), a=linear(), b=linear(6, 4)
+        ),
+        [(5, 4)],
+        "relu@-1 relu-1@-1",
+    ),
+    "low-rank update of a weight": Case(
+        net(
+            lambda m, x: F.relu(F.linear(x, m.fc.weight + m.b @ m.a)),
+            fc=linear(),
+            a=parameter(2, 4),
+            b=parameter(6, 2),
+        ),
+        [(5, 4)],
+        "relu@-1",
+    ),
     # activations without parameters, computed weights
     "squared relu": Case(net(lambda m, x: m.mlp(x), mlp=lambda: Mlp(act=SquaredReLU())), [(5, 4)], "mlp.act-relu@-1"),
     "squared relu at the root": Case(lambda: Mlp(act=SquaredReLU()), [(5, 4)], "act-relu@-1"),
@@ -576,6 +611,24 @@ CASES: dict[str, Case] = {
     "attention values": Case(
         net(lambda m, x: F.relu(F.scaled_dot_product_attention(x, x, m.v(x))), v=linear(4, 6)), [(2, 3, 4)], "relu@-1"
     ),
+    "attention values, by hand": Case(
+        net(
+            lambda m, x: F.relu((m.q(x) @ m.k(x).transpose(1, 2)).softmax(-1) @ m.v(x)),
+            q=linear(),
+            k=linear(),
+            v=linear(4, 5),
+        ),
+        [(2, 3, 4)],
+        "relu@-1",
+    ),
+    "neighbours mixed by a fixed matrix": Case(
+        net(lambda m, x: F.relu(torch.eye(5) @ m.fc(x)), fc=linear()), [(5, 4)], "relu@-1"
+    ),
+    "relu of a pooled relu": Case(
+        net(lambda m, x: F.relu(F.avg_pool1d(F.relu(m.conv(x)), 2) - 0.1), conv=conv_nd(1)),
+        [(2, 4, 6)],
+        "relu@-2 relu-1@-2",
+    ),
     # producers out of sight
     "own autograd function": Case(
         net(
@@ -584,6 +637,9 @@ CASES: dict[str, Case] = {
         ),
         [(5, 4)],
         "relu@-1",
+    ),
+    "own autograd function in place": Case(
+        net(lambda m, x: F.relu(OwnLinear.apply(x, m.weight)), weight=parameter(6, 4)), [(5, 4)], "relu@-1"
     ),
     "scripted producer": Case(lambda: nn.Sequential(scripted(), nn.ReLU()), [(5, 4)], "1@-1"),
     "relu on data": Case(net(lambda m, x: m.fc(m.act(x)), fc=linear(), act=nn.ReLU), [(5, 4)], "act@-1"),

@@ -70,7 +70,7 @@ class Recorder(TorchDispatchMode):
         hinge, x = rule(*args), args[0]
         if op in ("maximum", "fmax") and not x.any():
             x = args[1]
-        if hinge is not None and x.numel():
+        if hinge is not None and x.numel() and x.is_floating_point():
             self.calls.append(Rectified(op.removesuffix("_"), x.detach().clone(), hinge))
 
 
