@@ -453,9 +453,7 @@ CASES: dict[str, Case] = {
         net(lambda m, x: F.relu(m.fc(x).transpose(1, 2)), fc=linear()), [(2, 3, 4)], "relu@-2"
     ),
     "batch norm over a transposed sequence": Case(
-        net(
-            lambda m, x: m.act(m.bn(m.fc(x).transpose(1, 2))), fc=linear(), bn=lambda: nn.BatchNorm1d(6), act=nn.ReLU
-        ),
+        net(lambda m, x: m.act(m.bn(m.fc(x).transpose(1, 2))), fc=linear(), bn=lambda: nn.BatchNorm1d(6), act=nn.ReLU),
         [(2, 3, 4)],
         "act@-2",
     ),
@@ -468,9 +466,7 @@ CASES: dict[str, Case] = {
     "image flattened into tokens": Case(
         net(lambda m, x: F.relu(m.conv(x).flatten(2).transpose(1, 2)), conv=conv_nd(2)), [(2, 4, 3, 3)], "relu@-1"
     ),
-    "pooled image": Case(
-        net(lambda m, x: F.relu(m.conv(x).mean((2, 3))), conv=conv_nd(2)), [(2, 4, 3, 3)], "relu@-1"
-    ),
+    "pooled image": Case(net(lambda m, x: F.relu(m.conv(x).mean((2, 3))), conv=conv_nd(2)), [(2, 4, 3, 3)], "relu@-1"),
     "pooled sequence": Case(net(lambda m, x: F.relu(m.fc(x).mean(1)), fc=linear()), [(2, 3, 4)], "relu@-1"),
     "class token": Case(net(lambda m, x: F.relu(m.fc(x)[:, 0]), fc=linear()), [(2, 3, 4)], "relu@-1"),
     "first pixel": Case(net(lambda m, x: F.relu(m.conv(x)[..., 0, 0]), conv=conv_nd(2)), [(2, 4, 6, 6)], "relu@-1"),
@@ -516,9 +512,7 @@ CASES: dict[str, Case] = {
     "depthwise": Case(lambda: nn.Sequential(nn.Conv2d(4, 8, 3, groups=4), nn.ReLU()), [(2, 4, 5, 5)], "1@-3"),
     "transposed": Case(lambda: nn.Sequential(nn.ConvTranspose2d(4, 6, 3), nn.ReLU()), [(2, 4, 5, 5)], "1@-3"),
     "transposed 1d": Case(lambda: nn.Sequential(nn.ConvTranspose1d(4, 6, 3), nn.ReLU()), [(2, 4, 5)], "1@-2"),
-    "group norm": Case(
-        lambda: nn.Sequential(conv_nd(2)(), nn.GroupNorm(2, 6), nn.ReLU()), [(2, 4, 5, 5)], "2@-3"
-    ),
+    "group norm": Case(lambda: nn.Sequential(conv_nd(2)(), nn.GroupNorm(2, 6), nn.ReLU()), [(2, 4, 5, 5)], "2@-3"),
     "instance norm without weights": Case(
         lambda: nn.Sequential(conv_nd(1)(), nn.InstanceNorm1d(6), nn.ReLU()), [(2, 4, 5)], "2@-2"
     ),
@@ -545,9 +539,7 @@ CASES: dict[str, Case] = {
         [(5, 4)],
         "relu@-1 relu-1@-1",
     ),
-    "weight on the left": Case(
-        net(lambda m, x: F.relu(m.w @ x), w=parameter(6, 4)), [(4, 5)], "relu@-2"
-    ),
+    "weight on the left": Case(net(lambda m, x: F.relu(m.w @ x), w=parameter(6, 4)), [(4, 5)], "relu@-2"),
     "weight transposed": Case(net(lambda m, x: F.relu(x @ m.w.T), w=parameter(6, 4)), [(5, 4)], "relu@-1"),
     "experts picked one by one by an index tensor": Case(
         net(
@@ -568,9 +560,7 @@ CASES: dict[str, Case] = {
         "relu@-1",
     ),
     "two layers on learned queries": Case(
-        net(
-            lambda m, x: F.relu(m.b(F.relu(m.a(m.queries)))) + x, queries=parameter(5, 4), a=linear(), b=linear(6, 4)
-        ),
+        net(lambda m, x: F.relu(m.b(F.relu(m.a(m.queries)))) + x, queries=parameter(5, 4), a=linear(), b=linear(6, 4)),
         [(5, 4)],
         "relu@-1 relu-1@-1",
     ),
@@ -680,7 +670,5 @@ CASES: dict[str, Case] = {
         "mlp.act@-1 -",
         lambda m, x, y: m.loss(m(x), y),
     ),
-    "overlap of boxes in a training step": Case(
-        Mlp, [(5, 4), (5, 4)], "act@-1 -", lambda m, x, y: iou(m(x), y).sum()
-    ),
+    "overlap of boxes in a training step": Case(Mlp, [(5, 4), (5, 4)], "act@-1 -", lambda m, x, y: iou(m(x), y).sum()),
 }

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import families
 import pytest
 import torch
+import torch.nn.functional as F
+from families import FAMILIES, Family
 from models import CASES, Case
 from recorder import Recorder, Rectified, fires, no_fast_path
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_deadrelu.probe import Probe
@@ -98,3 +103,141 @@ def test_zoo(name: str) -> None:
     for mine, (_, true) in zip(seen, expected):
         assert torch.equal(mine.fired, fires(true.x, true.hinge, mine.dims))
     assert set(probe.unwatched) == {word[1:] for word in words if word[0] == "?"}
+
+
+def family_step(family: Family) -> tuple[nn.Module, Callable[[], Any]]:
+    """Build a model of transformers and one training step of it, both the same at each call."""
+    torch.manual_seed(0)
+    model, inputs = families.build(family).train(), families.inputs_of(family)
+
+    def run() -> Any:
+        torch.manual_seed(1)
+        outputs = model(**inputs).values()
+        flat = [item for out in outputs for item in (out if isinstance(out, (list, tuple)) else [out])]
+        result = next(out for out in flat if isinstance(out, Tensor) and out.is_floating_point())
+        result.sum().backward() if result.requires_grad else None
+        return [result.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    return model, run
+
+
+def widths(model: nn.Module, source: tuple[str, ...]) -> set[int]:
+    """How many outputs the producers have, as their modules say."""
+    fields = {"out_features", "out_channels", "num_features", "num_channels", "embedding_dim", "nf"}
+    paths = {name.rpartition(".")[0] for name in source}
+    modules = [module for path, module in model.named_modules() if path and path in paths]
+    return {vars(module)[field] for module in modules for field in fields & vars(module).keys()}
+
+
+COMPARED: dict[str, tuple[int, int]] = {}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_family(name: str) -> None:
+    truth, expected_result = recorded(family_step(FAMILIES[name])[1])
+    model, run = family_step(FAMILIES[name])
+    seen, probe, result = watched(model, run)
+    assert same(result, expected_result)
+
+    assert truth
+    assert not probe.unwatched
+    assert same([call.x for call in seen], [call.x for call in truth])
+    for mine, true in zip(seen, truth):
+        assert mine.site.traced
+        assert torch.equal(mine.fired, fires(true.x, true.hinge, mine.dims))
+        known = widths(model, mine.site.source)
+        sliced = any("/" in part for part in mine.site.source)
+        assert mine.site.units in known or not known or (sliced and mine.site.units < max(known))
+    sites = {call.site for call in seen}
+    assert len(names_of(sites)) == len(sites)
+    COMPARED[name] = len(truth), len(sites)
+
+
+def test_how_many_families_were_compared() -> None:
+    """A figure to quote; holds where all of this file ran."""
+    if set(COMPARED) == set(FAMILIES):
+        calls, sites = (sum(figure) for figure in zip(*COMPARED.values()))
+        assert (len(COMPARED), calls, sites) == (133, 594, 589)
+
+
+class Stack(nn.Module):
+    """Layers drawn at random: each is a spelling, and what it does to the shape is known by construction."""
+
+    def __init__(self, dims: int, words: list[str]) -> None:
+        super().__init__()
+        self.words, self.shared = words, nn.ReLU()
+        self.layers = nn.ModuleList()
+        self.expected: list[tuple[int, ...]] = []
+        width, linear = 4, dims == 0
+        for word in words:
+            layer, width, linear = self.draw(word, dims, width, linear)
+            self.layers.append(layer)
+            if word in RECTIFIERS:
+                self.expected.append((-1,) if linear else (-dims - 1,))
+
+    def draw(self, word: str, dims: int, width: int, linear: bool) -> tuple[nn.Module, int, bool]:
+        if word == "flatten":
+            return nn.Flatten() if linear else nn.Sequential(self.pool(dims), nn.Flatten()), width, True
+        if word in ("layer", "residual"):
+            out = width if word == "residual" else width % 5 + 2
+            return nn.Linear(width, out) if linear else self.conv(dims)(width, out, 3, padding=1), out, linear
+        if word == "norm":
+            return nn.LayerNorm(width) if linear else self.norm(dims)(width), width, linear
+        if word == "pool":
+            return nn.Identity() if linear else getattr(nn, f"MaxPool{dims}d")(3, 1, 1), width, linear
+        return (nn.Dropout(0.5) if word == "dropout" else nn.ReLU(inplace=word == "in place")), width, linear
+
+    @staticmethod
+    def conv(dims: int) -> Any:
+        return getattr(nn, f"Conv{dims}d")
+
+    @staticmethod
+    def norm(dims: int) -> Any:
+        return getattr(nn, f"BatchNorm{dims}d")
+
+    @staticmethod
+    def pool(dims: int) -> nn.Module:
+        return getattr(nn, f"AdaptiveAvgPool{dims}d")(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for word, layer in zip(self.words, self.layers):
+            x = self.one(word, layer, x)
+        return x
+
+    def one(self, word: str, layer: nn.Module, x: Tensor) -> Tensor:
+        if word == "residual":
+            return x + layer(x)
+        if word == "there and back":
+            order = [0, *range(2, x.ndim), 1]
+            return (x.permute(order) * 2.0).permute([order.index(i) for i in range(x.ndim)]).contiguous()
+        forms = {"shared": self.shared, "functional": F.relu, "method": Tensor.relu, "clamp": lambda x: x.clamp(min=0)}
+        return forms.get(word, layer)(x)
+
+
+RECTIFIERS = ("module", "in place", "shared", "functional", "method", "clamp")
+WORDS = ("layer", "residual", "norm", "pool", "dropout", "there and back", "flatten", *RECTIFIERS)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(dims=st.integers(0, 3), words=st.lists(st.sampled_from(WORDS), max_size=12))
+def test_random_stacks(dims: int, words: list[str]) -> None:
+    def step() -> tuple[Stack, Callable[[], Any]]:
+        torch.manual_seed(0)
+        stack, x = Stack(dims, ["layer", *words, "layer"]), torch.randn(3, 4, *[4] * dims)
+
+        def run() -> Any:
+            torch.manual_seed(1)
+            return [stack(x).detach()]
+
+        return stack, run
+
+    truth, expected_result = recorded(step()[1])
+    stack, run = step()
+    seen, probe, result = watched(stack, run)
+    assert same(result, expected_result)
+    assert not probe.unwatched
+    assert same([call.x for call in seen], [call.x for call in truth])
+    assert [call.dims for call in seen] == stack.expected
+    assert len({call.site for call in seen}) == len(seen)
+    for mine, true in zip(seen, truth):
+        assert torch.equal(mine.fired, fires(true.x, true.hinge, mine.dims))
