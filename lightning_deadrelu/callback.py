@@ -125,7 +125,7 @@ class DeadReLUMonitor(Callback):
         self._off = False  # whether some rank has failed, and all know
         self._checked = False  # whether the patterns were held against the sites
         self._told: set[str] = set()  # sites already warned about
-        self._status: Any = None  # the Trainer's state
+        self._trainer: Trainer | None = None
 
     # -- what a user may override ------------------------------------------------------------------------
 
@@ -155,7 +155,7 @@ class DeadReLUMonitor(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._status = trainer.state
+        self._trainer = trainer
         with self._careful():
             self._watch = self._new_watch(pl_module)
         self._reporter.prepare(trainer.loggers, trainer.is_global_zero)
@@ -173,7 +173,7 @@ class DeadReLUMonitor(Callback):
         self._device = pl_module.device
         if self._pending:
             with self._careful():
-                self._restore(self._pending, trainer.global_rank)
+                self._restore(self._pending, trainer, pl_module)
         self._pending = None
         self._show(trainer)  # who waits for the key must not crash
 
@@ -240,7 +240,6 @@ class DeadReLUMonitor(Callback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._stop()
-        self._pending = None
 
     def _stop(self) -> None:
         self._disarm()
@@ -283,6 +282,9 @@ class DeadReLUMonitor(Callback):
         self._observation += 1
         if self._watch and self._watch.probe.failure:
             self._fail(self._watch.probe.failure)
+        if self._watch and not self._failure:
+            with self._careful():
+                self._watch.liveness.observation = self._observation
         if not self._joint and self._watch and self._watch.sites:
             self._check_sites()
         if self._observation == self.window:
@@ -364,7 +366,7 @@ class DeadReLUMonitor(Callback):
         """
         if self._off:
             return None
-        if not self._joint or self._status.status == "interrupted":
+        if not self._joint or (self._trainer and self._trainer.state.status == "interrupted"):
             return None if self._failure or not self._watch else self._watch.liveness.totals().to_host()
         if not ranks.agree(self._watch, self._failure is not None, self._device):
             self._off = True
@@ -402,12 +404,13 @@ class DeadReLUMonitor(Callback):
         state: dict[str, Any] = {}
         with self._careful():
             totals = self._joined()
-            if self._watch and totals:
+            if self._watch and self._trainer and totals:
                 state = {key: getattr(self, f"_{key}") for key in _SAVED}
                 state["told"] = sorted(self._told)
                 state["sites"] = [list(site) for site in self._watch.sites]
                 state["totals"] = {key: tensor.clone() for key, tensor in vars(totals).items()}
                 state["history"] = dict(vars(self._history))
+                state["never_trained"] = self._gradients.save(self._trainer.lightning_module)
         return state
 
     @override
@@ -415,7 +418,7 @@ class DeadReLUMonitor(Callback):
         if not self._running:  # a search for the learning rate puts back what it found, while we go on
             self._pending = state_dict
 
-    def _restore(self, state: Mapping[str, Any], rank: int) -> None:
+    def _restore(self, state: Mapping[str, Any], trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._watch is not None
         self._watch.adopt(
             Site._make(tuple(item) if isinstance(item, list) else item for item in site) for site in state["sites"]
@@ -424,16 +427,17 @@ class DeadReLUMonitor(Callback):
         for key in _SAVED:
             setattr(self, f"_{key}", state[key])
         self._told = set(state["told"])
+        self._gradients.load(state["never_trained"], pl_module, trainer.optimizers)
         totals = Totals(**state["totals"])
         if totals.samples.shape[-1] != self.window:  # the open window has another length: start anew
             self._observation = 0
-        elif rank == 0:  # it holds the counts of all ranks
+        elif trainer.global_rank == 0:  # it holds the counts of all ranks
             self._watch.liveness.load(totals)
 
     def __getstate__(self) -> dict[str, Any]:
         # Lightning binds `log` to the model; a copy of the callback must not copy that, nor watch
         state = {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
-        fresh = {"_watch": None, "_status": None, "_gradients": Gradients(), "_reporter": Reporter(self.name)}
+        fresh = {"_watch": None, "_trainer": None, "_gradients": Gradients(), "_reporter": Reporter(self.name)}
         return state | fresh | {"_running": False, "_joint": False}
 
 

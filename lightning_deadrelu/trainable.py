@@ -30,8 +30,7 @@ class Gradients:
 
     def note(self, optimizer: Optimizer) -> None:
         """Look who has a gradient, before a step; after the first only those are asked that had none."""
-        held = [p for group in optimizer.param_groups for p in group["params"]]
-        waiting = self._waiting.setdefault(id(optimizer), held)
+        waiting = self._waiting.setdefault(id(optimizer), _held(optimizer))
         if waiting:
             self._waiting[id(optimizer)] = [p for p in waiting if p.grad is None and p.numel()]
 
@@ -39,6 +38,17 @@ class Gradients:
     def never(self) -> set[int]:
         """The ``id`` of each parameter that was stepped without a gradient every time."""
         return {id(p) for waiting in self._waiting.values() for p in waiting}
+
+    def save(self, model: nn.Module) -> list[str] | None:
+        """Name the parameters of :attr:`never`; None before the first step."""
+        never = self.never
+        return [name for name, p in model.named_parameters() if id(p) in never] if self._waiting else None
+
+    def load(self, names: Sequence[str] | None, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        """Go on from what was saved."""
+        if names is not None:
+            never = {id(p) for name, p in model.named_parameters() if name in names}
+            self._waiting = {id(one): [p for p in _held(one) if id(p) in never] for one in optimizers}
 
 
 def trainable_sites(
@@ -55,13 +65,17 @@ def trainable_sites(
         never: The ``id`` of parameters that never get a gradient. If that is all of them, gradients are kept
             elsewhere, and it says nothing.
     """
-    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    held = {id(p) for optimizer in optimizers for p in _held(optimizer)}
     trained = (held - never) or held
     learns = {
         clean(name): p.requires_grad and (not trained or id(p) in trained)
         for name, p in model.named_parameters(remove_duplicate=False)
     }
     return [_learns(site, learns) for site in sites]
+
+
+def _held(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _learns(site: Site, learns: Mapping[str, bool]) -> bool:

@@ -23,7 +23,7 @@ from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset
-from toys import EVERYTHING, Log, Net, bare, batches, fit, mlp, watchers
+from toys import EVERYTHING, KEY, Log, Net, Verdicts, assert_same, bare, batches, fit, mlp, watchers
 
 from lightning_deadrelu import DeadReLUMonitor
 from lightning_deadrelu import callback as callback_module
@@ -96,20 +96,6 @@ def everything_after(build, options, *callbacks):
     return model.state_dict(), optimizers, model.losses, rng
 
 
-def assert_same(a, b):
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert list(a) == list(b)
-        assert_same(list(a.values()), list(b.values()))
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y)
-    else:
-        assert a == b
-
-
 @pytest.mark.parametrize("settings", [EVERYTHING, {}], ids=["every step", "defaults"])
 @pytest.mark.parametrize("case", IDENTITY)
 def test_watching_changes_no_bit(case, settings):
@@ -167,17 +153,6 @@ def brute_force(observations, min_samples, window):
                 )
             verdict[name] = rows
         yield verdict
-
-
-class Verdicts(DeadReLUMonitor):
-    """Keeps all reports."""
-
-    def __init__(self, **settings):
-        super().__init__(**settings)
-        self.reports = []
-
-    def on_verdict(self, trainer, pl_module, report):
-        self.reports.append(report)
 
 
 def assert_equals_brute_force(report, verdict):
@@ -420,9 +395,6 @@ def test_a_training_step_that_returns_none():
 
 
 # -- with other callbacks and ways to train ----------------------------------------------------------------
-
-
-KEY = "dead_relu/dead_fraction"
 
 
 @pytest.mark.parametrize("val", [None, 2], ids=["without validation", "with validation"])

@@ -3,13 +3,16 @@
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_deadrelu import DeadReLUMonitor
 from lightning_deadrelu.probe import Probe
 
+KEY = "dead_relu/dead_fraction"
 EVERYTHING = {"every_n_steps": 1, "window": 4, "min_samples": 1}
 
 
@@ -102,3 +105,47 @@ def watchers() -> list[object]:
 
     modes = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, Probe)]
     return [*modes, *module._global_forward_hooks.values(), *module._global_forward_pre_hooks.values()]
+
+
+class Verdicts(DeadReLUMonitor):
+    """Keeps all reports."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.reports = []
+
+    def on_verdict(self, trainer, pl_module, report):
+        self.reports.append(report)
+
+
+def assert_same(a, b):
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert list(a) == list(b)
+        assert_same(list(a.values()), list(b.values()))
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+def reports_of(monitor):
+    return [report.to_dict() for report in monitor.reports]
+
+
+def assert_alike(a, b):
+    """Compare reports; sums of floats may be rounded otherwise, and all else is exact."""
+    if isinstance(a, dict):
+        assert list(a) == list(b)
+        for key in a:
+            rounded = key in ("dormancy", "firing_rate", "peak")
+            assert a[key] == pytest.approx(b[key]) if rounded else assert_alike(a[key], b[key]) is None
+    elif isinstance(a, list) and a and isinstance(a[0], dict):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_alike(x, y)
+    else:
+        assert a == b

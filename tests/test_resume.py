@@ -1,0 +1,253 @@
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
+from toys import KEY, Log, Net, Verdicts, assert_alike, bare, batches, fit, mlp, reports_of
+from two_ranks import Branching, ddp_trainer, on_two_ranks, shares
+
+from lightning_deadrelu import DeadReLUMonitor
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*the Trainer has no logger",
+    "ignore:.*units of `.*` are dead",
+    "ignore:You're resuming from a checkpoint that ended before the epoch ended",
+    "ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",
+    "ignore:.fit.ckpt_path=.last.. is set, but there is no last checkpoint",
+    "ignore:`.fit.ckpt_path=None.` was called without a model",
+    "ignore:.*use of fork",
+)
+SETTINGS = {"every_n_steps": 2, "window": 3, "min_samples": 40}
+
+
+class Loader:
+    """Hands out the same batches in every run, and goes on where it was saved, as torchdata's loaders do."""
+
+    def __init__(self, items):
+        self.items, self.at = items, 0
+
+    def __len__(self):
+        return len(self.items)
+
+    def __iter__(self):
+        self.at %= len(self.items)
+        while self.at < len(self.items):
+            self.at += 1
+            yield self.items[self.at - 1]
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
+def tensors(count, size=5):
+    return list(torch.randn(count, size, 4, generator=torch.Generator().manual_seed(5)))
+
+
+def every_step(folder):
+    return ModelCheckpoint(
+        folder, filename="{step}", every_n_train_steps=1, save_top_k=-1, auto_insert_metric_name=False
+    )
+
+
+def fresh_run(*callbacks, items, ckpt=None, **options):
+    """Train a model made from the same random numbers; return the loggers' rows."""
+    torch.manual_seed(7)
+    log = Log()
+    fit(Net(lr=0.1), Loader(items), *callbacks, ckpt=ckpt, logger=log, **{"max_epochs": 2, **options})
+    return log.verdicts()
+
+
+OPTIONS = {
+    "plain": {},
+    "accumulated": {"accumulate_grad_batches": 2},
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_interrupted_and_resumed_equals_uninterrupted(case, tmp_path):
+    items, whole = tensors(11), Verdicts(**SETTINGS)
+    curve = fresh_run(whole, every_step(tmp_path), items=items, enable_checkpointing=True, **OPTIONS[case])
+    saved = sorted(tmp_path.glob("*.ckpt"), key=lambda path: int(path.stem))
+    assert len(saved) > 10
+    for path in saved[::2]:
+        resumed = Verdicts(**SETTINGS)
+        tail = fresh_run(resumed, items=items, ckpt=path, **OPTIONS[case])
+        assert tail == curve[len(curve) - len(tail) :]
+        assert len(tail) == sum(step >= int(path.stem) for step, _ in curve)
+        expected = reports_of(whole)
+        assert reports_of(resumed) == expected[len(expected) - len(tail) :]
+
+
+def test_a_run_goes_on_from_where_fit_ended(tmp_path):
+    items, whole, first, second = tensors(8), *(Verdicts(**SETTINGS) for _ in range(3))
+    fresh_run(whole, items=items, max_epochs=2)
+    torch.manual_seed(7)
+    trainer = Trainer(**bare(callbacks=[first], logger=Log(), max_epochs=1))
+    trainer.fit(Net(lr=0.1), Loader(items))
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    fresh_run(second, items=items, ckpt=tmp_path / "end.ckpt", max_epochs=2)
+    assert reports_of(second) == reports_of(whole)[-len(second.reports) :]
+    assert len(second.reports) == 2
+
+
+def test_the_state_is_plain_and_small(tmp_path):
+    monitor = DeadReLUMonitor(**SETTINGS)
+    trainer = Trainer(**bare(callbacks=[monitor], max_steps=5))
+    trainer.fit(Net(), batches(9))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    state = torch.load(tmp_path / "a.ckpt", weights_only=True)["callbacks"][monitor.state_key]
+    assert [state["batches"], state["observation"]] == [5, 0]
+    torch.save(state, tmp_path / "state.pt")
+    assert (tmp_path / "state.pt").stat().st_size < 20_000
+    resumed = DeadReLUMonitor(**SETTINGS)
+    trainer = Trainer(**bare(callbacks=[resumed], max_steps=9, max_epochs=9))
+    trainer.fit(Net(), batches(9), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    assert resumed._batches == 9
+
+
+def test_two_monitors_need_two_names(tmp_path):
+    with pytest.raises(RuntimeError, match="state_key"):
+        Trainer(**bare(callbacks=[DeadReLUMonitor(), DeadReLUMonitor()]))
+
+    def pair():
+        return Verdicts(**SETTINGS), Verdicts(every_n_steps=1, window=5, include=["net.3"], name="second")
+
+    items, whole = tensors(9), pair()
+    fresh_run(*whole, every_step(tmp_path), items=items, enable_checkpointing=True)
+    resumed = pair()
+    fresh_run(*resumed, items=items, ckpt=tmp_path / "7.ckpt")
+    for a, b in zip(resumed, whole, strict=True):
+        assert reports_of(a) == reports_of(b)[-len(a.reports) :]
+        assert len(a.reports) > 1
+    assert [site.name for site in resumed[1].report.sites] == ["net.3"]
+
+
+def test_early_stopping_finds_its_key_after_a_resume(tmp_path):
+    items = tensors(9)
+    settings = {**SETTINGS, "min_samples": 1}
+    fresh_run(DeadReLUMonitor(**settings), every_step(tmp_path), items=items, enable_checkpointing=True)
+    seen = []
+
+    class Reader(Callback):
+        def on_train_batch_start(self, trainer, *args):
+            seen.append(float(trainer.callback_metrics[KEY]))
+
+    early = EarlyStopping(KEY, patience=99)
+    fresh_run(DeadReLUMonitor(**settings), early, Reader(), items=items, ckpt=tmp_path / "8.ckpt")
+    assert seen[0] > 0.2
+
+
+@pytest.mark.parametrize("window", [1, 2, 7])
+def test_another_window_after_a_resume_is_tolerated(window, tmp_path):
+    items = tensors(9)
+    fresh_run(Verdicts(**SETTINGS), every_step(tmp_path), items=items, enable_checkpointing=True)
+    resumed = Verdicts(every_n_steps=1, window=window, min_samples=60)
+    fresh_run(resumed, items=items, ckpt=tmp_path / "9.ckpt")
+    assert resumed.report.sites[0].samples <= 5 * window
+    assert int(resumed.report["net.1"].age.max()) > 5 * 9  # ages go on from before
+    assert resumed.report.dead_units >= 3
+
+
+def test_a_resume_with_nothing_left_to_do_keeps_the_state(tmp_path):
+    trainer = fit(Net(), batches(9), monitor := DeadReLUMonitor(**SETTINGS))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    resumed = DeadReLUMonitor(**SETTINGS)
+    fit(Net(), batches(9), resumed, ckpt=tmp_path / "a.ckpt")
+    assert str(resumed.state_dict()) == str(monitor.state_dict())
+
+
+def test_a_checkpoint_without_a_monitor_can_be_resumed(tmp_path):
+    items = tensors(9)
+    fresh_run(every_step(tmp_path), items=items, enable_checkpointing=True)
+    resumed = Verdicts(**SETTINGS)
+    fresh_run(resumed, items=items, ckpt=tmp_path / "9.ckpt")
+    assert resumed.reports
+
+
+def test_a_state_of_another_model_ends_the_watch_and_not_the_run(tmp_path):
+    trainer = fit(Net(), batches(9), DeadReLUMonitor(**SETTINGS))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    key = next(iter(checkpoint["callbacks"]))
+    del checkpoint["callbacks"][key]["history"]
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    model = Net()
+    with pytest.warns(UserWarning, match="(?s)the monitor failed and watches no longer.*history"):
+        fit(model, batches(9), DeadReLUMonitor(**SETTINGS), ckpt=tmp_path / "a.ckpt", max_epochs=2)
+    assert len(model.losses) == 9
+
+
+def test_after_an_exception_a_checkpoint_holds_the_window(tmp_path):
+    class Doomed(Net):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 5:
+                raise RuntimeError("stop here")
+            return super().training_step(batch, batch_idx)
+
+    monitor = DeadReLUMonitor(every_n_steps=1)
+    with pytest.raises(RuntimeError, match="stop here"):
+        fit(Doomed(), batches(9), monitor, OnExceptionCheckpoint(tmp_path), enable_checkpointing=True)
+    state = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)["callbacks"][monitor.state_key]
+    assert state["totals"]["samples"][0].tolist() == [5] * 5 + [0] * 5
+
+
+def test_a_state_loaded_and_not_yet_used_is_saved_again(tmp_path):
+    class Saver(Callback):
+        def on_fit_start(self, trainer, pl_module):
+            trainer.save_checkpoint(tmp_path / "again.ckpt")
+
+    trainer = fit(Net(), batches(9), monitor := DeadReLUMonitor(**SETTINGS))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    fit(Net(), batches(9), Saver(), DeadReLUMonitor(**SETTINGS), ckpt=tmp_path / "a.ckpt", max_epochs=2)
+    a, b = (torch.load(tmp_path / name, weights_only=True)["callbacks"] for name in ("a.ckpt", "again.ckpt"))
+    assert str(a[monitor.state_key]) == str(b[monitor.state_key])
+
+
+# -- on two ranks ------------------------------------------------------------------------------------------
+
+
+def two_rank_run(rank, folder, ckpt):
+    torch.manual_seed(0)
+    monitor = Verdicts(every_n_steps=1, window=5, min_samples=30)
+    callbacks = [monitor, every_step(folder)] if folder else [monitor]
+    trainer = ddp_trainer(callbacks=callbacks, enable_checkpointing=bool(folder), max_epochs=2, logger=Log())
+    trainer.fit(Branching(), Loader(shares(rank)), ckpt_path=ckpt)
+    if folder:
+        trainer.save_checkpoint(f"{folder}/end.ckpt")
+    return reports_of(monitor)
+
+
+def one_rank_run(ckpt=None):
+    torch.manual_seed(0)
+    monitor = Verdicts(every_n_steps=1, window=5, min_samples=30)
+    joined = [list(pair) for pair in zip(shares(0), shares(1), strict=True)]
+    fit(Branching(), Loader(joined), monitor, ckpt=ckpt, max_epochs=2, logger=Log())
+    return reports_of(monitor)
+
+
+@pytest.mark.parametrize("step", [2, 8, 13])
+def test_nothing_is_lost_that_two_ranks_save_in_mid_window(step, tmp_path):
+    whole = on_two_ranks(two_rank_run, tmp_path, None)[0]
+    ckpt = tmp_path / f"{step}.ckpt"
+    again, other = on_two_ranks(two_rank_run, None, ckpt)
+    assert again == other == whole[-len(again) :]
+    alone = one_rank_run(ckpt)
+    assert len(alone) == len(again) > 2
+    for report, expected in zip(alone, one_rank_run()[-len(alone) :], strict=True):
+        assert_alike(report, expected)
+
+
+def test_what_two_ranks_save_after_fit_holds_both_their_counts(tmp_path):
+    reports = on_two_ranks(two_rank_run, tmp_path, None)[0]
+    state = next(iter(torch.load(tmp_path / "end.ckpt", weights_only=True)["callbacks"].values()))
+    assert state["totals"]["samples"].sum(1).tolist() == [site["samples"] for site in reports[-1]["sites"]]
+
+
+def test_models_of_any_size_are_known_again_by_their_sites(tmp_path):
+    trainer = fit(Net(), batches(9), DeadReLUMonitor(every_n_steps=1, window=100))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    monitor, model = DeadReLUMonitor(every_n_steps=1, window=100), Net(mlp(2))
+    fit(model, batches(9), monitor, ckpt=tmp_path / "a.ckpt", max_epochs=2)
+    assert monitor.report["net.1"].samples == 90
