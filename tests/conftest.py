@@ -1,5 +1,6 @@
 import logging
 import random
+import signal
 import sys
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 @pytest.fixture(autouse=True)
 def _quiet_and_reproducible():
     """Give every test the same random numbers, one thread, and no banners; close W&B runs behind it."""
-    threads = torch.get_num_threads()
+    threads, on_interrupt = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     np.random.seed(0)
@@ -19,6 +20,7 @@ def _quiet_and_reproducible():
         logging.getLogger(package).setLevel(logging.ERROR)
     yield
     torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, on_interrupt)  # which Lightning ignores from an interrupted fit on
     wandb = sys.modules.get("wandb")
     if wandb is not None and wandb.run is not None:
         wandb.finish()

@@ -78,7 +78,7 @@ def fit(model: LightningModule, loader: Any, *callbacks: Any, val: Any = None, c
 
 
 class Log:
-    """A logger as a third party writes it: no base class, and keywords only."""
+    """A logger as a third party writes it, without a base class."""
 
     name = version = log_dir = save_dir = root_dir = None
     group_separator = "/"
@@ -86,7 +86,7 @@ class Log:
     def __init__(self) -> None:
         self.rows: list[tuple[int, dict[str, float]]] = []
 
-    def log_metrics(self, *, metrics: dict[str, float], step: int | None = None) -> None:
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         self.rows.append((step, metrics))
 
     def __getattr__(self, name: str) -> Callable[..., None]:
