@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -73,6 +74,18 @@ class _Frame:
         prefix = f"{self.path}." if self.path else ""
         return tuple(sorted(name for name in producers if name.startswith(prefix)))
 
+    def has_weights(self) -> bool:
+        return not is_rectifier_module(self.module) and next(self.module.parameters(), None) is not None
+
+    def is_passed_by(self, lineage: Lineage) -> bool:
+        """Whether a stream comes in from several layers outside: which ones, differs where layers are skipped."""
+        return lineage.joined and bool(self.path) and not self.owned(lineage.producers)
+
+    def number(self, owner: str) -> str:
+        """Number the calls of one owner, for want of better."""
+        self.calls[owner] += 1
+        return f"#{self.calls[owner] - 1}"
+
 
 class Probe(TorchFunctionMode):
     """Hand every rectifier call of a model to a sink, with the site it belongs to.
@@ -100,6 +113,7 @@ class Probe(TorchFunctionMode):
         self._widths: dict[tuple[Any, ...], set[int]] = {}
         self._handles: list[RemovableHandle] = []
         self._stance: AbstractContextManager[None] | None = None
+        self._silence: Any = None
         self._modules: dict[int, tuple[nn.Module, str]] = {}
         self._parameters: dict[int, tuple[Tensor, Lineage]] = {}
         self._known: dict[int, tuple[weakref.ref[Tensor], Lineage]] = {}
@@ -136,8 +150,7 @@ class Probe(TorchFunctionMode):
             register_module_forward_pre_hook(self._enter_module),
             register_module_forward_hook(self._leave_module, always_call=True),
         ]
-        if "torch._dynamo" in sys.modules:
-            self._stance = torch.compiler.set_stance("force_eager")
+        self._pause_compiler()
         _push_mode(self)
 
     def disarm(self) -> None:
@@ -148,10 +161,24 @@ class Probe(TorchFunctionMode):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        if self._stance is not None:
-            self._stance.__exit__(None, None, None)
-            self._stance = None
+        self._resume_compiler()
         self._forget()
+
+    def _pause_compiler(self) -> None:
+        if "torch._dynamo" not in sys.modules:
+            return
+        self._stance = torch.compiler.set_stance("force_eager")
+        # that our hooks see `OptimizedModule` too does no harm: it is not among the model's modules
+        warnings.filterwarnings("ignore", r"Using `torch\.compile\(module\)` when there are global hooks")
+        self._silence = warnings.filters[0]
+
+    def _resume_compiler(self) -> None:
+        if self._stance is None:
+            return
+        self._stance.__exit__(None, None, None)
+        self._stance = None
+        if self._silence in warnings.filters:
+            warnings.filters.remove(self._silence)
 
     def _forget(self) -> None:
         self._modules.clear()
@@ -273,7 +300,7 @@ class Probe(TorchFunctionMode):
                 "its number of units changes from call to call; name their dimension with `unit_dims`"
             )
             return
-        traced = bool(lineage.producers)
+        traced = not source[0].startswith("#")
         site = Site(owner, functional, rectifier.kind, source, units, rectifier.smooth, rectifier.cap, traced)
         with torch.no_grad(), _no_caching_modes():
             self._sink(site, rectifier, values, output, dims)
@@ -287,7 +314,7 @@ class Probe(TorchFunctionMode):
 
     def _place(self, lineage: Lineage) -> tuple[str, bool, tuple[str, ...]] | None:
         """Tell the owner of this call and what tells it from the owner's other calls; None if it is no site."""
-        frames = list(self._frames)
+        frames = self._frames
         functional = not (frames and is_rectifier_module(frames[-1].module))
         owner = frames[-1].path if frames else ""
         own = next(
@@ -295,11 +322,10 @@ class Probe(TorchFunctionMode):
         )
         if functional and not own and not (lineage.producers and self._in_forward()):
             return None
-        if lineage.producers:
+        home = next((frame for frame in reversed(frames) if frame.has_weights()), None)
+        if lineage.producers and not (home and home.is_passed_by(lineage)):
             return owner, functional, (*(own or sorted(lineage.producers)), *_detail(lineage))
-        calls = frames[-1 if functional else -2].calls if functional or len(frames) > 1 else Counter[str]()
-        calls[owner] += 1
-        return owner, functional, (f"#{calls[owner] - 1}",)
+        return owner, functional, (home.number(owner) if home else "#0",)
 
     def _in_forward(self) -> bool:
         """Whether the model's own forward is running: a hinge in ``training_step`` is a loss, not a layer."""

@@ -497,7 +497,7 @@ CASES: dict[str, Case] = {
     ),
     "CReLU": Case(net(crelu, fc=linear()), [(5, 4)], "relu@-1 relu-1@-1"),
     "negated twice": Case(
-        net(lambda m, x: F.relu(m.fc(x)) + F.relu(-(-m.fc(x))), fc=linear()), [(5, 4)], "relu@-1 relu@-1"
+        net(lambda m, x: F.relu(m.fc(x)) + F.relu(m.fc(x).neg().neg()), fc=linear()), [(5, 4)], "relu@-1 relu@-1"
     ),
     "DenseNet concatenation": Case(
         net(dense, one=lambda: nn.Conv2d(4, 3, 3, padding=1), two=lambda: nn.Conv2d(7, 3, 3, padding=1)),

@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import FAMILIES, Family
-from models import CASES, Case
-from recorder import Recorder, Rectified, fires, no_fast_path
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import CASES, Case, Mlp, PreNormBlock, net
+from recorder import Recorder, Rectified, fires, no_fast_path
 from torch import Tensor, nn
 
 from lightning_deadrelu.probe import Probe
@@ -83,7 +83,9 @@ def _one_thread_and_no_fast_path() -> Any:
 
 
 def same(a: Any, b: Any) -> bool:
-    return len(a) == len(b) and all(torch.equal(x.as_subclass(Tensor), y.as_subclass(Tensor)) for x, y in zip(a, b))
+    return len(a) == len(b) and all(
+        torch.equal(x.as_subclass(Tensor), y.as_subclass(Tensor)) for x, y in zip(a, b, strict=True)
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -95,12 +97,12 @@ def test_zoo(name: str) -> None:
 
     words = case.calls.split()
     assert len(truth) == len(words)
-    expected = [(word, call) for word, call in zip(words, truth) if word[0] not in "-?"]
+    expected = [(word, call) for word, call in zip(words, truth, strict=True) if word[0] not in "-?"]
     sites = list(dict.fromkeys(call.site for call in seen))
-    spell = dict(zip(sites, names_of(sites)))
+    spell = dict(zip(sites, names_of(sites), strict=True))
     assert [f"{spell[call.site]}@{','.join(map(str, call.dims))}" for call in seen] == [word for word, _ in expected]
     assert same([call.x for call in seen], [call.x for _, call in expected])
-    for mine, (_, true) in zip(seen, expected):
+    for mine, (_, true) in zip(seen, expected, strict=True):
         assert torch.equal(mine.fired, fires(true.x, true.hinge, mine.dims))
     assert set(probe.unwatched) == {word[1:] for word in words if word[0] == "?"}
 
@@ -129,7 +131,7 @@ def widths(model: nn.Module, source: tuple[str, ...]) -> set[int]:
     return {vars(module)[field] for module in modules for field in fields & vars(module).keys()}
 
 
-COMPARED: dict[str, tuple[int, int]] = {}
+COMPARED: dict[str, tuple[int, int, int]] = {}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -142,22 +144,57 @@ def test_family(name: str) -> None:
     assert truth
     assert not probe.unwatched
     assert same([call.x for call in seen], [call.x for call in truth])
-    for mine, true in zip(seen, truth):
-        assert mine.site.traced
+    for mine, true in zip(seen, truth, strict=True):
+        assert mine.site.traced or mine.site.source == ("#0",)  # a residual stream from outside the module
         assert torch.equal(mine.fired, fires(true.x, true.hinge, mine.dims))
         known = widths(model, mine.site.source)
         sliced = any("/" in part for part in mine.site.source)
         assert mine.site.units in known or not known or (sliced and mine.site.units < max(known))
     sites = {call.site for call in seen}
     assert len(names_of(sites)) == len(sites)
-    COMPARED[name] = len(truth), len(sites)
+    COMPARED[name] = len(truth), len(sites), sum(site.traced for site in sites)
 
 
 def test_how_many_families_were_compared() -> None:
     """A figure to quote; holds where all of this file ran."""
     if set(COMPARED) == set(FAMILIES):
-        calls, sites = (sum(figure) for figure in zip(*COMPARED.values()))
-        assert (len(COMPARED), calls, sites) == (133, 594, 589)
+        calls, sites, traced = (sum(figure) for figure in zip(*COMPARED.values(), strict=True))
+        assert (len(COMPARED), calls, sites, traced) == (133, 594, 589, 586)
+
+
+class Skipping(nn.Module):
+    """A stem, and blocks of which some are left out."""
+
+    def __init__(self, block: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.stem, self.blocks = nn.Linear(4, 4), nn.ModuleList(block() for _ in range(4))
+        self.skipped: tuple[int, ...] = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for number, block in enumerate(self.blocks):
+            x = x if number in self.skipped else block(x)
+        return x
+
+
+BLOCKS: dict[str, Callable[[], nn.Module]] = {
+    "plain": Mlp,
+    "norm first": PreNormBlock,
+    "relu first, without norm": net(lambda m, x: x + m.fc(F.relu(x)), fc=lambda: nn.Linear(4, 4)),
+    "relu module first": net(lambda m, x: x + m.fc(m.act(x)), fc=lambda: nn.Linear(4, 4), act=nn.ReLU),
+    "relu after the sum": net(lambda m, x: F.relu(x + m.fc(x)), fc=lambda: nn.Linear(4, 4)),
+}
+
+
+@pytest.mark.parametrize("skipped", [(1,), (2,), (1, 2), (3,)])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_skipped_block_leaves_the_other_sites_alone(block: str, skipped: tuple[int, ...]) -> None:
+    model, x = Skipping(BLOCKS[block]), torch.randn(3, 4)
+    all_sites = [call.site for call in watched(model, lambda: model(x))[0]]
+    model.skipped = skipped
+    assert [call.site for call in watched(model, lambda: model(x))[0]] == [
+        site for number, site in enumerate(all_sites) if number not in skipped
+    ]
 
 
 class Stack(nn.Module):
@@ -200,7 +237,7 @@ class Stack(nn.Module):
         return getattr(nn, f"AdaptiveAvgPool{dims}d")(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        for word, layer in zip(self.words, self.layers):
+        for word, layer in zip(self.words, self.layers, strict=True):
             x = self.one(word, layer, x)
         return x
 
@@ -239,5 +276,5 @@ def test_random_stacks(dims: int, words: list[str]) -> None:
     assert same([call.x for call in seen], [call.x for call in truth])
     assert [call.dims for call in seen] == stack.expected
     assert len({call.site for call in seen}) == len(seen)
-    for mine, true in zip(seen, truth):
+    for mine, true in zip(seen, truth, strict=True):
         assert torch.equal(mine.fired, fires(true.x, true.hinge, mine.dims))
