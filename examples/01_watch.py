@@ -88,7 +88,7 @@ def load(folder: Path | None) -> TensorDataset:
 
 def read_idx(folder: Path, dimensions: int) -> np.ndarray:
     path = next(folder.glob(f"train-*idx{dimensions}-ubyte*"))
-    raw = (gzip.open if path.suffix == ".gz" else open)(path, "rb").read()
+    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     shape = np.frombuffer(raw, ">i4", dimensions, offset=4)
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
 

@@ -1,0 +1,119 @@
+"""Tables and pictures, at any number of sites."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import matplotlib
+import pytest
+import torch
+from torch import nn
+
+from lightning_deadrelu import LivenessReport, find_dead_units
+from lightning_deadrelu.drawing import headline, plot, table
+
+matplotlib.use("agg")
+pyplot = pytest.importorskip("matplotlib.pyplot")
+
+
+@pytest.fixture(autouse=True)
+def _close():
+    yield
+    pyplot.close("all")
+
+
+def audit(*activations: nn.Module, include=(), data=None, **options) -> LivenessReport:
+    layers = [layer for activation in activations for layer in (nn.Linear(8, 8), activation)]
+    data = torch.randn(400, 8) if data is None else data
+    return find_dead_units(nn.Sequential(*layers), [data], include=include, **options)
+
+
+def many(count: int, pattern: str = "layer{}.relu") -> LivenessReport:
+    site = audit(nn.ReLU()).sites[0]
+    return LivenessReport(tuple(replace(site, name=pattern.format(i)) for i in range(count)))
+
+
+def test_table_has_a_row_for_each_site():
+    report = audit(nn.ReLU(), nn.ReLU6())
+    title, header, first, second = str(report).splitlines()
+    assert title == headline(report)
+    assert header.split()[:4] == ["site", "kind", "units", "dead"]
+    assert first.split()[:3] == ["1", "relu", "8"]
+    assert second.split()[:3] == ["3", "relu6", "8"]
+
+
+def test_table_gives_the_bound_of_the_youngest_dead_unit():
+    site = audit(nn.ReLU()).sites[0]
+    mask = torch.tensor([True, True] + [False] * 6)
+    site = replace(site, dead=mask, judged=mask, age=torch.tensor([299, 2995] + [0] * 6))
+    assert str(LivenessReport((site,))).splitlines()[2].split()[-1] == "1.00%"
+
+
+def test_table_judges_smooth_activations_for_dormancy_alone():
+    row = str(audit(nn.GELU(), include=["gelu"])).splitlines()[2].split()
+    assert row[:8] == ["1", "gelu", "8", "-", "-", "-", "-", "-"]
+
+
+def test_table_says_what_is_not_finite_or_not_judged():
+    assert "not judged" not in str(audit(nn.ReLU()))
+    broken = audit(nn.ReLU(), data=torch.full((400, 8), torch.nan))
+    assert headline(broken) == "0 of 8 units are dead (0.0%), 8 are not finite."
+    assert "not finite" in str(broken).splitlines()[1]
+    young = audit(nn.ReLU(), data=torch.zeros(2, 8) - 1)
+    silent = int(young.sites[0].silent.sum())
+    assert silent
+    assert headline(young) == f"0 of 8 units are dead (0.0%), {silent} are not judged yet."
+
+
+def test_table_marks_what_is_not_trained_and_not_watched():
+    site = audit(nn.ReLU()).sites[0]
+    report = LivenessReport((replace(site, trainable=False),), unwatched={"head": "it has not run"})
+    assert "1 (not trained)" in str(report)
+    assert str(report).startswith("No rectifier in training was watched.")
+    assert str(report).endswith("not watched: head: it has not run")
+
+
+def test_table_keeps_long_and_odd_names():
+    name = "model." + "very_long_name." * 8 + "relu"
+    lines = table(LivenessReport((replace(audit(nn.ReLU()).sites[0], name=name),)), width=100).splitlines()
+    assert all(len(line) <= 100 for line in lines)
+    assert "".join(line[:40].split()[0] for line in lines[2:]) == name
+    assert "[bold]:cat:" in str(many(1, "[bold]:cat:"))
+
+
+def test_plot_shares_add_up():
+    _, ax = audit(nn.ReLU(), nn.ReLU()).plot()
+    for row in range(2):
+        assert sum(bars[row].get_width() for bars in ax.containers) == pytest.approx(1)
+
+
+def test_plot_draws_only_states_that_occur():
+    _, ax = audit(nn.GELU(), include=["gelu"], data=torch.zeros(400, 8)).plot()
+    assert {text.get_text() for text in ax.get_legend().get_texts()} <= {"dormant", "alive"}
+
+
+def test_plot_takes_axes():
+    figure, (left, right) = pyplot.subplots(1, 2)
+    assert plot(many(2), right) == (figure, right)
+    assert not left.containers
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 30, 200])
+@pytest.mark.parametrize(
+    "pattern", ["layer{}.relu", "model.backbone.encoder.stages.{}.residual_branch.activation.relu"]
+)
+@pytest.mark.parametrize("style", ["default", "dark_background"])
+def test_plot_keeps_texts_apart(count, pattern, style):
+    with pyplot.style.context(style):
+        figure, ax = many(count, pattern).plot()
+        figure.canvas.draw()
+        boxes = [text.get_window_extent() for text in ax.get_yticklabels()]
+        assert all(above.y0 >= below.y1 - 1 for above, below in pairwise(boxes))
+        legend, title = ax.get_legend(), ax._left_title.get_window_extent()
+        if legend:
+            assert ax.bbox.y1 - 1 <= legend.get_window_extent().y0
+            assert legend.get_window_extent().y1 <= title.y0 + 3
+        assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 for box in [*boxes, title])
+        labels = [text.get_text() for text in ax.get_yticklabels()]
+        assert len(set(labels)) == len(labels)
+        assert ax.title.get_color() == matplotlib.rcParams["text.color"]
+    assert figure.get_figheight() <= 12

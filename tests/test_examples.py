@@ -1,0 +1,55 @@
+"""The examples run as a user would run them, each logger in turn."""
+
+import gzip
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+LEFT_BEHIND = {"wandb": "wandb/offline-run-*/*.wandb", "tensorboard": "**/events.out.*", "csv": "**/metrics.csv"}
+LEFT_BEHIND |= {"mlflow": "mlflow.db", "none": "dead_relu.png"}
+
+
+def watch(out: Path, *options: str) -> str:
+    command = [sys.executable, EXAMPLES / "01_watch.py", "--out", str(out), *options]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("logger", LEFT_BEHIND)
+def test_watch(logger, tmp_path):
+    printed = watch(tmp_path, "--epochs", "1", "--logger", logger)
+    assert "units are dead" in printed
+    assert "net.relu4" in printed
+    assert list(tmp_path.glob(LEFT_BEHIND[logger]))
+    assert (tmp_path / "dead_relu.png").stat().st_size > 5000
+    assert ("wandb sync" in printed) == (logger == "wandb")
+
+
+def test_a_high_learning_rate_kills_more(tmp_path):
+    def dead(lr: str) -> float:
+        printed = watch(tmp_path, "--lr", lr, "--epochs", "6", "--logger", "none")
+        row = next(line for line in printed.splitlines() if line.startswith("net.relu1"))
+        return float(row.split()[4].removesuffix("%"))
+
+    assert dead("0.02") < 15 < dead("0.15")
+
+
+def test_other_data(tmp_path):
+    random = np.random.default_rng(0)
+    for name, values in (
+        ("train-images-idx3-ubyte.gz", random.integers(0, 256, (600, 28, 28), np.uint8)),
+        ("train-labels-idx1-ubyte", random.integers(0, 10, 600, np.uint8)),
+    ):
+        head = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">i4").tobytes()
+        data = head + values.tobytes()
+        (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    printed = watch(tmp_path, "--data", str(tmp_path), "--epochs", "1", "--logger", "none")
+    assert "units are dead" in printed
