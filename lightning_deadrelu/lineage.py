@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -133,7 +134,7 @@ def follow(call: Call, known: Known) -> Lineage:
     """
     weights, activations = _sorted_out(call, known)
     others = [tensor for tensor in call.operands if _holds_numbers(tensor) and not _is_among(tensor, weights)]
-    if weights and not others:
+    if weights and not others and not _is_layer(call):
         return _of_weights(call, weights)
     if call.name in _CONTRACTIONS or _CONVOLUTIONS.match(call.name):
         return _contract(call, weights) if weights else _mix(call, activations)
@@ -142,11 +143,14 @@ def follow(call: Call, known: Known) -> Lineage:
 
 def _sorted_out(call: Call, known: Known) -> tuple[Known, Known]:
     """Tell weights from activations; what a layer is applied to is one, even if it is learned (queries, prompts)."""
-    layer = call.name in _LAYERS or _CONVOLUTIONS.match(call.name)
-    applied_to = call.operands[0] if layer and len(call.operands) > 1 else None
+    applied_to = call.operands[0] if _is_layer(call) and len(call.operands) > 1 else None
     weights = [(tensor, lineage) for tensor, lineage in known if lineage.weight and tensor is not applied_to]
     rest = [(tensor, lineage) for tensor, lineage in known if _holds_numbers(tensor)]
     return weights, [(tensor, lineage) for tensor, lineage in rest if not _is_among(tensor, weights)]
+
+
+def _is_layer(call: Call) -> bool:
+    return call.name in _LAYERS or bool(_CONVOLUTIONS.match(call.name))
 
 
 def _is_among(tensor: Tensor, known: Known) -> bool:
@@ -306,11 +310,44 @@ def _travel(call: Call, main: Tensor, lineage: Lineage) -> Dims:
         return _permuted(call, main.ndim, dims)
     if call.name in _RESHAPES:
         return _reshaped(tuple(main.shape), tuple(output.shape), dims)
-    if output.ndim != main.ndim and (found := _sliced(main, dims, output)):
-        return found
-    if output.ndim >= main.ndim:
+    if output.ndim == main.ndim:
         return dims
-    return (1 - output.ndim,) if lineage.convolutional and output.ndim >= 2 else (-1,)
+    if _can_rehearse(call, main):
+        with suppress(RuntimeError, TypeError, IndexError):  # some arguments fit the true sizes alone
+            return _rehearsed(call, main, dims)
+    return _refitted(call, main, lineage)
+
+
+def _refitted(call: Call, main: Tensor, lineage: Lineage) -> Dims:
+    """Guess where units are after a dimension came or went; None where sizes belie the guess."""
+    output, dims = call.output, lineage.dims or ()
+    if output.ndim > main.ndim:
+        return dims
+    place = 1 - output.ndim if lineage.convolutional and output.ndim >= 2 else -1
+    return (place,) if output.shape[place] == math.prod(main.shape[dim] for dim in dims) else None
+
+
+def _can_rehearse(call: Call, main: Tensor) -> bool:
+    """Whether nothing but ``main``, tensors like it and plain numbers are among the arguments."""
+    known = hasattr(Tensor, call.name) or call.name == "stack"
+    return known and main.shape.numel() > 0 and all(other.shape == main.shape for other in call.operands)
+
+
+def _rehearsed(call: Call, main: Tensor, dims: tuple[int, ...]) -> Dims:
+    """Repeat the call on a stand-in without storage, whose sizes and strides number its dimensions."""
+    stand_in = torch.empty([max(main.shape) + 1 + i for i in range(main.ndim)], device="meta")
+
+    def swap(value: Any) -> Any:
+        if isinstance(value, (list, tuple)) and any(isinstance(item, Tensor) for item in value):
+            return [swap(item) for item in value]
+        return stand_in if isinstance(value, Tensor) else value
+
+    function = getattr(Tensor, call.name, None) or getattr(torch, call.name)
+    result = function(*map(swap, call.args), **{name: swap(value) for name, value in call.kwargs.items()})
+    result = result if isinstance(result, Tensor) else result[max(call.place, 0)]
+    marks, numbers = (result.stride(), stand_in.stride()) if result._is_view() else (result.shape, stand_in.shape)
+    own = [numbers[dim] for dim in dims]
+    return tuple(place - result.ndim for place, mark in enumerate(marks) if mark in own) or None
 
 
 def _permuted(call: Call, ndim: int, dims: tuple[int, ...]) -> Dims:
@@ -331,7 +368,7 @@ def _reshaped(old: tuple[int, ...], new: tuple[int, ...], dims: tuple[int, ...])
         wide = [i for i in sources if old[i] > 1] or sources
         if own.intersection(wide):
             found += [j - len(new) for j in targets if new[j] > 1] or [j - len(new) for j in targets[:1]]
-    return tuple(found)
+    return tuple(found) or None  # a single unit's dimension may be squeezed away
 
 
 def _blocks(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
@@ -356,12 +393,3 @@ def _blocks(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int],
                 right, j = right * new[j], j + 1
         blocks.append((sources, targets))
     return blocks
-
-
-def _sliced(main: Tensor, dims: tuple[int, ...], output: Tensor) -> Dims:
-    """Find the dimensions of a view by their sizes and strides, which taking one index elsewhere leaves alone."""
-    if not _is_view(output, main):
-        return ()
-    left = [(output.shape[j], output.stride(j)) for j in range(output.ndim)]
-    steps = [(main.shape[dim], main.stride(dim)) for dim in dims]
-    return tuple(left.index(step) - output.ndim for step in steps if step in left)

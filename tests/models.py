@@ -479,6 +479,10 @@ CASES: dict[str, Case] = {
         [(2, 4, 3, 3)],
         "relu@-3",
     ),
+    "a single unit, squeezed": Case(net(lambda m, x: F.relu(m.fc(x).squeeze(-1)), fc=linear(4, 1)), [(5, 4)], "?relu"),
+    "one unit of many": Case(net(lambda m, x: F.relu(m.fc(x)[:, 0]), fc=linear()), [(5, 4)], "?relu"),
+    "mean over units": Case(net(lambda m, x: F.relu(m.fc(x).mean(-1)), fc=linear()), [(2, 3, 4)], "?relu"),
+    "mean over channels": Case(net(lambda m, x: F.relu(m.conv(x).mean(1)), conv=conv_nd(2)), [(2, 4, 3, 3)], "?relu"),
     # parts and joins
     "chunk": Case(net(glu, fc=linear(4, 12)), [(5, 4)], "relu@-1 relu-1@-1"),
     "slices": Case(
