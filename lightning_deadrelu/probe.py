@@ -279,15 +279,18 @@ class Probe(TorchFunctionMode):
         else:
             lineage = self._lineage(x) or Lineage()
         self._remember(output, lineage._replace(passed=lineage.passed + 1, weight=False))
-        if (shape := _watchable(values)) is not None:
-            self._hand_over(rectifier, lineage, shape, _watchable(output) if output is not values else shape)
+        if _holds_data(values):
+            self._hand_over(rectifier, lineage, _plain(values), _plain(output))
 
-    def _hand_over(self, rectifier: Rectifier, lineage: Lineage, values: Tensor, output: Tensor | None) -> None:
+    def _hand_over(self, rectifier: Rectifier, lineage: Lineage, values: Tensor | None, output: Tensor | None) -> None:
         place = self._place(lineage)
-        if place is None or output is None:
+        if place is None:
             return
         owner, functional, source = place
         name = base_name(owner, functional, rectifier.kind)
+        if values is None or output is None:
+            self.unwatched.setdefault(name, "its input is not a plain tensor (nested, sparse, or under `vmap`)")
+            return
         dims = self._dims(name, lineage, values)
         if dims is None:
             self.unwatched.setdefault(name, "no dimension of its input holds units; name one with `unit_dims`")
@@ -366,11 +369,13 @@ def _tensor_list(output: Any) -> list[Tensor]:
     return [item for item in output if isinstance(item, Tensor)]
 
 
-def _watchable(x: Tensor) -> Tensor | None:
-    """Detach a plain, non-empty tensor of real numbers; None for anything else."""
-    if not x.is_floating_point() or x.is_nested or x.layout is not torch.strided or x.device.type == "meta":
-        return None
-    if x.ndim == 0 or x.numel() == 0 or torch._C._functorch.is_functorch_wrapped_tensor(x):
+def _holds_data(x: Tensor) -> bool:
+    return x.is_floating_point() and x.ndim > 0 and x.device.type != "meta" and (x.is_nested or x.numel() > 0)
+
+
+def _plain(x: Tensor) -> Tensor | None:
+    """Detach a tensor that is what it seems to be; None for nested, sparse and otherwise wrapped ones."""
+    if x.is_nested or x.layout is not torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(x):
         return None
     if type(x) not in (Tensor, nn.Parameter):
         if type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:

@@ -405,4 +405,33 @@ def test_vmap_and_grad_are_left_alone() -> None:
     with Probe(model, nowhere) as probe:
         observed = per_sample(parameters, x)
     assert probe.failure is None
+    assert list(probe.unwatched) == ["act"]
     assert all(torch.equal(observed[name], expected[name]) for name in parameters)
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_listed_as_unwatched(layout: torch.layout) -> None:
+    model, log = nn.Sequential(nn.Linear(4, 6), nn.ReLU()), Log()
+    with Probe(model, log) as probe:
+        model(torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(3, 4)], layout=layout))
+    assert probe.failure is None
+    assert not log.calls
+    assert "plain tensor" in probe.unwatched["1"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_any_precision(dtype: torch.dtype) -> None:
+    model, log = mlp().to(dtype), Log()
+    with Probe(model, log) as probe:
+        model(torch.randn(5, 4, dtype=dtype))
+    assert log.names == ["act"]
+    assert probe.failure is None
+
+
+def test_autocast() -> None:
+    model, log = mlp(), Log()
+    with torch.autocast("cpu", torch.bfloat16), Probe(model, log) as probe:
+        model(torch.randn(5, 4))
+    assert [call[0].source for call in log.calls] == [("fc1.bias", "fc1.weight")]
+    assert probe.failure is None
