@@ -22,7 +22,7 @@ def is_joint(world_size: int) -> bool:
     Args:
         world_size: How many processes the Trainer spans.
     """
-    return world_size > 1 and dist.is_available() and dist.is_initialized() and dist.get_world_size() == world_size
+    return world_size > 1 and dist.is_available() and dist.is_initialized()
 
 
 def agree(watch: Watch | None, failed: bool, device: torch.device) -> bool:
