@@ -97,21 +97,29 @@ class Reporter:
 
     def _log(self, logger: Logger, metrics: Mapping[str, float], step: int, is_global_zero: bool) -> None:
         if _is_wandb(logger):
+            names = _wandb_names(metrics)
             if is_global_zero:
-                self._map_names(logger, metrics)
-            metrics = {_wandb_key(key): value for key, value in metrics.items()}
+                self._map_names(logger, names)
+            metrics = {name: metrics[key] for name, key in names.items()}
         logger.log_metrics(metrics=dict(metrics), step=step)
 
-    def _map_names(self, logger: Any, metrics: Mapping[str, float]) -> None:
-        names = {_wandb_key(key): key.split("/", 1)[1] for key in metrics if not key.startswith(f"{self._name}/")}
-        if names != self._mapped:
-            logger.experiment.config.update({f"{self._name}_sites": names}, allow_val_change=True)
-            self._mapped = names
+    def _map_names(self, logger: Any, names: Mapping[str, str]) -> None:
+        sites = {name: key.split("/", 1)[1] for name, key in names.items() if not key.startswith(f"{self._name}/")}
+        if sites != self._mapped:
+            logger.experiment.config.update({f"{self._name}_sites": sites}, allow_val_change=True)
+            self._mapped = sites
 
 
 def _is_wandb(logger: object) -> bool:
     return any(kind.__name__ == "WandbLogger" for kind in type(logger).__mro__)
 
 
-def _wandb_key(key: str) -> str:
-    return key.replace(".", "_")  # W&B reads dots as nesting
+def _wandb_names(keys: Iterable[str]) -> dict[str, str]:
+    """Name keys without dots, which W&B reads as nesting, and no two alike."""
+    names: dict[str, str] = {}
+    for key in keys:
+        name = key.replace(".", "_")
+        while name in names:
+            name += "_"
+        names[name] = key
+    return names

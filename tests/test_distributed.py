@@ -66,6 +66,28 @@ def test_two_ranks_give_the_verdicts_of_one_process_on_the_joined_batches(option
     assert expected[-1]["dead_units"] >= 3
 
 
+class SavingAtOnce(Callback):
+    """Has the state joined in the middle of an accumulated batch, when the ranks have met other sites."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx in (0, 3):
+            trainer.callbacks[0].state_dict()
+
+
+def fit_branching_and_save(rank):
+    torch.manual_seed(0)
+    monitor = Verdicts(**SETTINGS)
+    trainer = ddp_trainer(callbacks=[monitor, SavingAtOnce()], accumulate_grad_batches=2)
+    trainer.fit(Branching(), plain(shares(rank)))
+    return reports_of(monitor)
+
+
+def test_saving_within_an_accumulated_batch_loses_nothing():
+    saved = on_two_ranks(fit_branching_and_save)
+    for reports, expected in zip(saved, on_two_ranks(fit_branching, {"accumulate_grad_batches": 2}), strict=True):
+        assert_alike(reports, expected)
+
+
 def everything_after(rank, watched):
     torch.manual_seed(3)
     model = Net(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 1)))

@@ -3,7 +3,9 @@ import json
 import subprocess
 import sys
 import textwrap
+from collections import OrderedDict
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -150,6 +152,21 @@ def test_wandb(kind, tmp_path):
     configs = [record["config"].get("update", {}) for record in records if record["type"] == "config"]
     names = {"dead_relu_sites/net_1": "net.1", "dead_relu_sites/net_3": "net.3"}
     assert [config["dead_relu_sites"] for config in configs if "dead_relu_sites" in config] == [names]
+
+
+def test_wandb_keeps_sites_apart_whose_names_differ_in_dots_only():
+    class Run(WandbLoggerOfRankOne):
+        experiment = MagicMock()
+
+    Run.__name__ = "WandbLogger"
+    logger, net = Run(), nn.Sequential(OrderedDict(a=mlp(8), b=nn.Linear(1, 4), a_1=nn.ReLU(), c=nn.Linear(4, 1)))
+    fit(Net(net), batches(4), DeadReLUMonitor(**EVERYTHING), logger=logger)
+    metrics = logger.verdicts()[-1][1]
+    assert metrics["dead_relu_sites/net_a_1"] == 1.0
+    assert metrics["dead_relu_sites/net_a_1_"] < 1.0
+    (mapped,) = (call.args[0]["dead_relu_sites"] for call in logger.experiment.config.update.call_args_list)
+    assert mapped["dead_relu_sites/net_a_1"] == "net.a.1"
+    assert mapped["dead_relu_sites/net_a_1_"] == "net.a_1"
 
 
 def test_tensorboard(tmp_path):
