@@ -99,4 +99,5 @@ def shares(rank):
     """Uneven batches, among them an empty one and one of size 1."""
     generator = torch.Generator().manual_seed(rank)
     sizes = [[5, 4, 3, 5, 1, 6, 5, 4, 5, 3, 2, 7], [2, 7, 0, 3, 9, 1, 4, 4, 0, 8, 2, 2]][rank]
-    return [(torch.randn(size, 4, generator=generator), rank) for size in sizes]
+    scales = [10.0] + [1.0] * (len(sizes) - 1)  # the peaks lie in the first batch
+    return [(s * torch.randn(size, 4, generator=generator), rank) for s, size in zip(scales, sizes, strict=True)]
