@@ -231,7 +231,6 @@ class Probe(TorchFunctionMode):
         operands = tensors_in((*args, *kwargs.values()))
         x = next((tensor for tensor in operands if not self._is_zero(tensor)), operands[0])
         in_place = name.endswith("_") or kwargs.get("inplace") or kwargs.get("out") is not None
-        in_place = in_place or any(arg is True for arg in args[1:])  # F.relu(x, True)
         return rectifier, x, x.detach().clone() if in_place else x
 
     def _note(
@@ -341,11 +340,19 @@ class Probe(TorchFunctionMode):
         return False
 
     def _lineage(self, tensor: Tensor) -> Lineage | None:
+        if (given := self._parameters.get(id(tensor))) is not None and given[0] is tensor:
+            return given[1]  # whatever was done to it in place
         if (entry := self._known.get(id(tensor))) is not None and entry[0]() is tensor:
             return entry[1]
-        if (given := self._parameters.get(id(tensor))) is not None and given[0] is tensor:
-            return given[1]
-        return None
+        return self._gathered(tensor)
+
+    def _gathered(self, tensor: Tensor) -> Lineage | None:
+        """Recognise a weight that was put in the place of a module's own for this forward (sharding)."""
+        if not self._frames:
+            return None
+        path, module = self._frames[-1].path, self._frames[-1].module
+        name = next((name for name, weight in module._parameters.items() if weight is tensor), None)
+        return None if name is None else parameter(clean(f"{path}.{name}" if path else name))
 
     def _remember(self, tensor: Tensor, lineage: Lineage | None) -> None:
         if lineage is not None:

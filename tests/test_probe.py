@@ -9,6 +9,7 @@ import pickle
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -178,6 +179,45 @@ def test_an_error_in_the_model_passes_through() -> None:
     assert probe.failure is None
 
 
+def test_an_error_that_the_model_catches_leaves_no_frame_open() -> None:
+    def fail(model: Any, x: Tensor) -> Tensor:
+        raise KeyError("of the child")
+
+    def forward(model: Any, x: Tensor) -> Tensor:
+        with suppress(KeyError):
+            model.child(x)
+        return F.relu(model.fc(x))
+
+    model, log = Net(forward, child=Net(fail), fc=nn.Linear(4, 6)), Log()
+    with Probe(model, log):
+        model(torch.randn(5, 4))
+    assert log.names == ["relu"]
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_a_step_between_two_forwards_changes_no_site(foreach: bool) -> None:
+    model, x, log = mlp(), torch.randn(5, 4), Log()
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=foreach)
+    with Probe(model, log):
+        model(x).sum().backward()
+        optimizer.step()
+        model(x)
+    assert log.names == ["act", "act"]
+
+
+def test_weights_gathered_for_one_forward_are_known() -> None:
+    model, log = Net(lambda m, x: F.relu(m.fc(x)), fc=nn.Linear(4, 6)), Log()
+
+    def gather(module: Any, args: Any) -> None:
+        module._parameters["weight"] = nn.Parameter(module.weight.detach().clone())
+
+    with Probe(model, log):
+        model(torch.randn(5, 4))
+        model.fc.register_forward_pre_hook(gather)
+        model(torch.randn(5, 4))
+    assert [call[0].source for call in log.calls] == [("fc.bias", "fc.weight")] * 2
+
+
 def test_modes_may_come_and_go_in_any_order() -> None:
     class Other(BaseTorchFunctionMode):
         pass
@@ -256,7 +296,7 @@ def test_gradients_through_checkpoints_are_the_same_bits(how: dict[str, Any]) ->
 
     def gradients() -> list[Tensor]:
         model.zero_grad()
-        model(x).square().sum().backward()
+        torch.autograd.backward(model(x).square().sum())  # not a method, so that modes stay in force
         return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
     expected = gradients()
