@@ -155,7 +155,9 @@ class Site(NamedTuple):
         owner: Path of the module whose forward made the call; for an activation module, its own path.
         functional: True where the call was ``F.relu`` and the like, False where it came from a module.
         kind: As :class:`Rectifier` names it.
-        source: The producers' parameter names, or the number of the call within the owner's forward.
+        source: The producers' parameter names, then what tells apart calls on the same producers (``/1``: a slice
+            of their output, ``-``: negated, ``+1``: behind another rectifier); or the number of the call within
+            the owner's forward.
         units: How many units the site has.
         smooth: True where only dormancy is judged.
         cap: As in :class:`Rectifier`.

@@ -10,6 +10,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from recorder import Recorder
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 from torch.overrides import BaseTorchFunctionMode, TorchFunctionMode, _len_torch_function_stack
-from torch.utils.checkpoint import create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lightning_deadrelu.probe import Probe
 from lightning_deadrelu.sites import names_of
@@ -288,6 +289,13 @@ def test_the_probe_runs_no_operation_of_its_own(build: Callable[[], nn.Module]) 
     assert own == [op for op in without.ops if op not in ("detach", "clone")]
 
 
+def backward(loss: Tensor) -> None:
+    """As ``loss.backward()``, but modes stay in force, as they did for ``torch.autograd.backward`` of old."""
+    ones = torch.ones_like(loss)
+    run = torch.autograd.Variable._execution_engine.run_backward
+    run((loss,), (ones,), False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+
 @pytest.mark.parametrize("how", [{"use_reentrant": False}, {"use_reentrant": True}, {"selective": True}], ids=str)
 def test_gradients_through_checkpoints_are_the_same_bits(how: dict[str, Any]) -> None:
     if how.pop("selective", False):
@@ -296,7 +304,7 @@ def test_gradients_through_checkpoints_are_the_same_bits(how: dict[str, Any]) ->
 
     def gradients() -> list[Tensor]:
         model.zero_grad()
-        torch.autograd.backward(model(x).square().sum())  # not a method, so that modes stay in force
+        backward(model(x).square().sum())
         return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
     expected = gradients()
@@ -304,6 +312,23 @@ def test_gradients_through_checkpoints_are_the_same_bits(how: dict[str, Any]) ->
         observed = gradients()
     assert all(map(torch.equal, observed, expected))
     assert log.names == ["mlp.act"]
+    assert probe.failure is None
+
+
+def test_selective_checkpoints_do_not_save_what_the_sink_computes() -> None:
+    def save_all(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE
+
+    def gradient() -> Tensor:
+        model.zero_grad()
+        contexts = partial(create_selective_checkpoint_contexts, save_all)
+        checkpoint(model, x, use_reentrant=False, context_fn=contexts).square().sum().backward()
+        return model[0].weight.grad.clone()
+
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU()), torch.randn(5, 4)
+    expected = gradient()
+    with Probe(model, lambda site, rectifier, x, out, dims: torch.relu(x + 1)) as probe:
+        assert torch.equal(gradient(), expected)
     assert probe.failure is None
 
 
