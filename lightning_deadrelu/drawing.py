@@ -92,7 +92,7 @@ def table(report: LivenessReport, width: int = 140) -> str:
 
     rows = [_row(site) for site in report.sites]
     shown = [name for name in (rows[0] if rows else ()) if not _is_idle(name, rows)]
-    grid = Table(box=None, pad_edge=False, title_justify="left", title=Text(headline(report)), title_style="")
+    grid = Table(box=None, pad_edge=False)
     for name in shown:
         left = name in ("site", "kind")
         grid.add_column(name, justify="left" if left else "right", overflow="fold", no_wrap=name != "site", min_width=4)
@@ -100,7 +100,9 @@ def table(report: LivenessReport, width: int = 140) -> str:
         grid.add_row(*(Text(row[name]) for name in shown))
     paper = io.StringIO()
     console = Console(file=paper, width=width, no_color=True, highlight=False, markup=False, emoji=False)
-    console.print(grid)
+    console.print(headline(report))
+    if rows:
+        console.print(grid)
     for name, reason in report.unwatched.items():
         console.print(f"not watched: {name}: {reason}")
     return "\n".join(line.rstrip() for line in paper.getvalue().rstrip().splitlines())

@@ -32,6 +32,11 @@ def many(count: int, pattern: str = "layer{}.relu") -> LivenessReport:
     return LivenessReport(tuple(replace(site, name=pattern.format(i)) for i in range(count)))
 
 
+def test_table_of_nothing_says_so():
+    assert str(LivenessReport(())) == "No rectifier was watched."
+    assert str(LivenessReport((), unwatched={"head": "it has not run"})).endswith("not watched: head: it has not run")
+
+
 def test_table_has_a_row_for_each_site():
     report = audit(nn.ReLU(), nn.ReLU6())
     title, header, first, second = str(report).splitlines()
