@@ -6,6 +6,8 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -49,9 +51,12 @@ _CONTRACTIONS |= {"multi_head_attention_forward", "scaled_dot_product_attention"
 _CONTRACTIONS |= {"lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell", "_scaled_mm", "_grouped_mm", "grouped_mm"}
 _LAYERS = frozenset({"linear", "bilinear", "embedding", "embedding_bag", "multi_head_attention_forward"})
 _GATHERS = frozenset({"__getitem__", "index_select", "gather", "take_along_dim"})
-_CONVOLUTIONS = re.compile(r"_?conv(olution|(?:_transpose)?([123])d)?(?:_transpose)?$")
+_CONVOLUTIONS = {f"conv{kind}{n}d": n for kind in ("", "_transpose") for n in (1, 2, 3)}  # and how many positions
+_CONVOLUTIONS |= {"convolution": 0, "_convolution": 0}  # as many as the output has
 _CHANNEL_NORMS = frozenset({"batch_norm", "group_norm", "instance_norm"})
 _LAST_NORMS = frozenset({"layer_norm", "rms_norm"})
+STEADY = frozenset(_CONVOLUTIONS) | _CHANNEL_NORMS | _LAST_NORMS | {"linear"}
+"""Functions for which the lineages of all operands, known or not, and the output's shape settle the output's."""
 _REGROUPINGS = _RESHAPES | {"cat", "concat", "concatenate", "stack", "pad"}
 _NEGATIONS = frozenset({"neg", "neg_", "negative", "__neg__", "__rsub__", "rsub"})
 
@@ -90,7 +95,8 @@ def tensors_in(args: Iterable[Any]) -> list[Tensor]:
     return [item for item in flat if isinstance(item, Tensor)]
 
 
-class Call(NamedTuple):
+@dataclass(frozen=True)
+class Call:
     """One call of a torch function that returned ``output``.
 
     Args:
@@ -107,7 +113,7 @@ class Call(NamedTuple):
     output: Tensor
     place: int = -1
 
-    @property
+    @cached_property
     def operands(self) -> list[Tensor]:
         """The tensors among the arguments."""
         return tensors_in((*self.args, *self.kwargs.values()))
@@ -136,7 +142,7 @@ def follow(call: Call, known: Known) -> Lineage:
     others = [tensor for tensor in call.operands if _holds_numbers(tensor) and not _is_among(tensor, weights)]
     if weights and not others and not _is_layer(call):
         return _of_weights(call, weights)
-    if call.name in _CONTRACTIONS or _CONVOLUTIONS.match(call.name):
+    if call.name in _CONTRACTIONS or call.name in _CONVOLUTIONS:
         return _contract(call, weights) if weights else _mix(call, activations)
     return _pass_on(call, weights, activations)
 
@@ -150,7 +156,7 @@ def _sorted_out(call: Call, known: Known) -> tuple[Known, Known]:
 
 
 def _is_layer(call: Call) -> bool:
-    return call.name in _LAYERS or bool(_CONVOLUTIONS.match(call.name))
+    return call.name in _LAYERS or call.name in _CONVOLUTIONS
 
 
 def _is_among(tensor: Tensor, known: Known) -> bool:
@@ -170,7 +176,7 @@ def _of_weights(call: Call, weights: Known) -> Lineage:
 
 
 def _contract(call: Call, weights: Known) -> Lineage:
-    convolutional = bool(_CONVOLUTIONS.match(call.name))
+    convolutional = call.name in _CONVOLUTIONS
     dims = _convolution_dims(call) if convolutional else _weight_dims(call, weights)
     return Lineage(_union(weights), dims, convolutional, part=_join_parts(weights))
 
@@ -230,9 +236,8 @@ def _is_view(output: Tensor, main: Tensor) -> bool:
 
 
 def _convolution_dims(call: Call) -> Dims:
-    match = _CONVOLUTIONS.match(call.name)
-    spatial = int(match[2]) if match and match[2] else call.output.ndim - 2
-    return (-spatial - 1,)
+    positions = _CONVOLUTIONS[call.name] or call.output.ndim - 2
+    return (-positions - 1,)
 
 
 def _weight_dims(call: Call, weights: Known) -> Dims:

@@ -11,7 +11,6 @@ import inspect
 import sys
 import warnings
 import weakref
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatchcase
@@ -23,7 +22,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils.hooks import RemovableHandle
 
-from lightning_deadrelu.lineage import Call, Lineage, follow, function_name, of_module, parameter, tensors_in
+from lightning_deadrelu.lineage import STEADY, Call, Lineage, follow, function_name, of_module, parameter, tensors_in
 from lightning_deadrelu.sites import (
     Rectifier,
     Site,
@@ -52,6 +51,7 @@ _IGNORED |= {
     "names",
 }
 _ZEROS = frozenset({"zeros", "zeros_like", "new_zeros"})
+_ARMS_PER_LOOK = 10
 _MOST_WIDTHS = 4  # a site whose number of units differs between calls more often has no units
 
 
@@ -65,10 +65,12 @@ class Sink(Protocol):
 class _Frame:
     """One running forward: the module's path, and how often each untraced rectifier was called in it."""
 
+    __slots__ = ("calls", "module", "path")
+
     def __init__(self, path: str, module: nn.Module) -> None:
         self.path = path
         self.module = module
-        self.calls: Counter[str] = Counter()
+        self.calls: dict[str, int] = {}
 
     def owned(self, producers: frozenset[str]) -> tuple[str, ...]:
         prefix = f"{self.path}." if self.path else ""
@@ -83,8 +85,8 @@ class _Frame:
 
     def number(self, owner: str) -> str:
         """Number the calls of one owner, for want of better."""
-        self.calls[owner] += 1
-        return f"#{self.calls[owner] - 1}"
+        self.calls[owner] = self.calls.get(owner, -1) + 1
+        return f"#{self.calls[owner]}"
 
 
 class Probe(TorchFunctionMode):
@@ -116,6 +118,9 @@ class Probe(TorchFunctionMode):
         self._silence: Any = None
         self._modules: dict[int, tuple[nn.Module, str]] = {}
         self._parameters: dict[int, tuple[Tensor, Lineage]] = {}
+        self._armed_before = 0
+        self._derived: dict[tuple[Any, ...], Lineage] = {}
+        self._sources: dict[tuple[Any, ...], tuple[str, ...]] = {}
         self._known: dict[int, tuple[weakref.ref[Tensor], Lineage]] = {}
         self._zeros: dict[int, weakref.ref[Tensor]] = {}
         self._frames: list[_Frame] = []
@@ -143,9 +148,9 @@ class Probe(TorchFunctionMode):
         if self.armed or self.failure:
             return
         self._forget()
-        self._modules = {id(module): (module, clean(name)) for name, module in self._model.named_modules()}
-        named = self._model.named_parameters(remove_duplicate=False)
-        self._parameters = {id(tensor): (tensor, parameter(clean(name))) for name, tensor in named}
+        if self._armed_before % _ARMS_PER_LOOK == 0:
+            self._look_at_model()
+        self._armed_before += 1
         self._handles = [
             register_module_forward_pre_hook(self._enter_module),
             register_module_forward_hook(self._leave_module, always_call=True),
@@ -164,6 +169,14 @@ class Probe(TorchFunctionMode):
         self._resume_compiler()
         self._forget()
 
+    def _look_at_model(self) -> None:
+        """List modules and parameters; what is exchanged later goes by its module until the next look."""
+        self._derived.clear()
+        self._sources.clear()
+        self._modules = {id(module): (module, clean(name)) for name, module in self._model.named_modules()}
+        named = self._model.named_parameters(remove_duplicate=False)
+        self._parameters = {id(tensor): (tensor, parameter(clean(name))) for name, tensor in named}
+
     def _pause_compiler(self) -> None:
         if "torch._dynamo" not in sys.modules:
             return
@@ -181,8 +194,6 @@ class Probe(TorchFunctionMode):
             warnings.filters.remove(self._silence)
 
     def _forget(self) -> None:
-        self._modules.clear()
-        self._parameters.clear()
         self._known.clear()
         self._zeros.clear()
         self._frames.clear()
@@ -192,15 +203,21 @@ class Probe(TorchFunctionMode):
             self._frames.append(_Frame(entry[1], module))
 
     def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
-        place = next((i for i in reversed(range(len(self._frames))) if self._frames[i].module is module), None)
-        if place is None:
+        if (path := self._path_left(module)) is None:
             return
-        path = self._frames[place].path
-        del self._frames[place:]
         if isinstance(output, Tensor) and self._lineage(output) is None:
             prefix = f"{path}." if path else ""
             own = [(clean(prefix + name), tensor) for name, tensor in module.named_parameters(recurse=False)]
             self._remember(output, of_module(own, output))
+
+    def _path_left(self, module: nn.Module) -> str | None:
+        """Drop a module's frame, and those that an error left above it."""
+        for place in reversed(range(len(self._frames))):
+            if self._frames[place].module is module:
+                path = self._frames[place].path
+                del self._frames[place:]
+                return path
+        return None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -256,8 +273,14 @@ class Probe(TorchFunctionMode):
                 self._remember(tensor, self._follow(Call(name, args, kwargs, tensor, index), known))
 
     def _follow(self, call: Call, known: list[tuple[Tensor, Lineage]]) -> Lineage | None:
+        """Follow a call; the layers that make up most of a model once for all calls alike."""
         try:
-            return follow(call, known)
+            if call.name not in STEADY or call.output.is_nested:
+                return follow(call, known)
+            key = (call.name, call.output.shape, *map(self._lineage, call.operands))
+            if key not in self._derived:
+                self._derived[key] = follow(call, known)
+            return self._derived[key]
         except Exception as error:  # an untraced site is still watched
             self.tracing_error = self.tracing_error or error
             return None
@@ -319,15 +342,21 @@ class Probe(TorchFunctionMode):
         frames = self._frames
         functional = not (frames and is_rectifier_module(frames[-1].module))
         owner = frames[-1].path if frames else ""
+        key = (*[frame.path for frame in frames], lineage)
+        if key in self._sources:
+            return owner, functional, self._sources[key]
         own = next(
             (names for frame in reversed(frames) if frame.path and (names := frame.owned(lineage.producers))), ()
         )
         if functional and not own and not (lineage.producers and self._in_forward()):
             return None
         home = next((frame for frame in reversed(frames) if frame.has_weights()), None)
-        if lineage.producers and not (home and home.is_passed_by(lineage)):
-            return owner, functional, (*(own or sorted(lineage.producers)), *_detail(lineage))
-        return owner, functional, (home.number(owner) if home else "#0",)
+        if not lineage.producers or (home and home.is_passed_by(lineage)):
+            return owner, functional, (home.number(owner) if home else "#0",)
+        source = (*(own or sorted(lineage.producers)), *_detail(lineage))
+        if own:  # else it depends on which forward is running
+            self._sources[key] = source
+        return owner, functional, source
 
     def _in_forward(self) -> bool:
         """Whether the model's own forward is running: a hinge in ``training_step`` is a loss, not a layer."""

@@ -45,7 +45,6 @@ def agree(watch: Watch | None, failed: bool, device: torch.device) -> bool:
     if highest != -lowest:
         layouts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(layouts, sites)
-        watch.liveness.fold()
         watch.adopt(dict.fromkeys(site for layout in layouts for site in layout))
     return True
 

@@ -77,6 +77,7 @@ class Watch:
     def adopt(self, layout: Iterable[Site]) -> None:
         """Move the counts to another layout, which has all sites of the present one and perhaps more."""
         old = self.liveness
+        old.fold()
         self.liveness = self._new_liveness()
         self.liveness.observation = old.observation
         for place, site in enumerate(layout):
@@ -96,12 +97,13 @@ class Watch:
         return {**{path: why for path, why in idle.items() if path not in self.probe.unwatched}, **self.probe.unwatched}
 
     def check_patterns(self) -> None:
-        """Refuse patterns that match nothing that ran.
+        """Refuse patterns that match nothing that ran or is known to exist.
 
         Raises:
             ValueError: If a pattern of ``include`` or ``exclude`` matches no site.
         """
-        names, kinds = names_of(self.sites), [site.kind for site in self.sites]
+        names = [*names_of(self.sites), *self.unwatched()]
+        kinds = [site.kind for site in self.sites]
         for argument, patterns in (("include", self._include), ("exclude", self._exclude)):
             if missing := unmatched(patterns, names, kinds):
                 known = ", ".join(f"`{name}`" for name in names) or "none"

@@ -188,7 +188,7 @@ class UnitLiveness(Metric):
         self._starts = [0]
         self._observation = 0
         self._extremes: Tensor | None = None  # peak and trough of the present observation, shape (2, units)
-        self._elements: dict[int, int | Tensor] = {}  # of the present observation, by site
+        self._sizes: dict[int, tuple[int | Tensor, int | Tensor]] = {}  # its samples and elements by site
         self.add_state("fired", torch.zeros(0, dtype=torch.int64), "sum")
         self.add_state("magnitude", torch.zeros(0, dtype=dtype), "sum")
         self.add_state("maxima", torch.zeros(4, 0, dtype=dtype), "max")
@@ -265,9 +265,8 @@ class UnitLiveness(Metric):
         torch.minimum(trough, counts.trough, out=trough)
         self.fired[place].add_(counts.fired.to(self.fired.dtype))
         self.magnitude[place].add_(counts.magnitude)
-        self.samples[site, self._observation].add_(counts.samples)
-        self.elements[site].add_(counts.elements)
-        self._elements[site] = self._elements.get(site, 0) + counts.elements
+        samples, elements = self._sizes.get(site, (0, 0))
+        self._sizes[site] = samples + counts.samples, elements + counts.elements
 
     def fold(self) -> None:
         """Take what was added since the last fold into the state. Harmless when there is nothing."""
@@ -280,8 +279,13 @@ class UnitLiveness(Metric):
         nonfinite = torch.where(missing, NAN, torch.where(infinite, INFINITE, FINITE))
         rows = [peak, last, torch.where(varied, VARIES, self._constant()), nonfinite]
         torch.maximum(self.maxima, torch.stack([row.to(self.maxima.dtype) for row in rows]), out=self.maxima)
-        self._extremes = None
-        self._elements = {}
+        self._add_sizes()
+        self._extremes, self._sizes = None, {}
+
+    def _add_sizes(self) -> None:
+        for number, (samples, elements) in self._sizes.items():
+            self.samples[number, self._observation].add_(samples)
+            self.elements[number].add_(elements)
 
     def _caps(self) -> Tensor:
         caps = self.maxima.new_full((self.units,), math.inf)
@@ -293,7 +297,7 @@ class UnitLiveness(Metric):
     def _constant(self) -> Tensor:
         """Mark units with several elements in this observation: only those can be seen to be constant."""
         constant = self.maxima.new_zeros(self.units)
-        for number, elements in self._elements.items():
+        for number, (_, elements) in self._sizes.items():
             constant[self.place(number)] = elements > 1
         return constant
 
@@ -318,14 +322,14 @@ class UnitLiveness(Metric):
 
     def load(self, totals: Totals) -> None:
         """Put counts in place of the present ones."""
-        self._extremes, self._elements = None, {}
+        self._extremes, self._sizes = None, {}
         for f in fields(Totals):
             getattr(self, f.name).copy_(getattr(totals, f.name))
 
     def reset(self) -> None:
         """Forget all counts and start at observation 0; the sites stay."""
         super().reset()
-        self._extremes, self._elements = None, {}
+        self._extremes, self._sizes = None, {}
         self._observation = 0
 
 
