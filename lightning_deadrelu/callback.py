@@ -34,7 +34,8 @@ class DeadReLUMonitor(Callback):
 
     Logged: ``dead_relu/dead_fraction``, ``/dead_units``, ``/judged_fraction``, ``/newly_dead_units``,
     ``/revived_units``, ``/redied_units``, ``/rare_fraction``, ``/always_on_fraction``,
-    ``/frozen_fraction``, ``/dormant_fraction``, and ``dead_relu_sites/<site>`` for each site.
+    ``/frozen_fraction``, ``/dormant_fraction``, ``/remedied_units``, and ``dead_relu_sites/<site>`` for each
+    site.
     ``dead_relu/dead_fraction`` is in ``trainer.callback_metrics``, for ``EarlyStopping`` and
     ``ModelCheckpoint``.
 
@@ -44,6 +45,7 @@ class DeadReLUMonitor(Callback):
         min_samples: A unit that stays silent is dead once so many samples have passed since it last fired;
             299 bound its firing rate below 1 % at 95 % confidence.
         threshold: A site is reported on the terminal when more than this share of its units is dead.
+        remedy: What to do about dead units; this version only watches, so None is all it takes.
         include: Shell patterns over site names, or kinds such as ``"relu6"``; empty for all rectifiers.
             Smooth activations (``"gelu"``, ``"silu"``, ``"elu"``, ``"leaky_relu"``, ``"softplus"``, ...) are
             watched, for dormancy, when their kind is named here.
@@ -52,6 +54,7 @@ class DeadReLUMonitor(Callback):
         mask: Called with each observed batch; returns a boolean tensor of shape ``(batch, time)``, True for
             data and False for padding. It applies to activations of shape ``(batch, time, units)`` and
             ``(batch * time, units)``.
+        gradient_evidence: Whether gradients are asked too; this version does not, so False is all it takes.
         unit_dims: The dimension that holds the units, by pattern over site names, where the layers before a
             rectifier tell it wrongly or not at all.
         prog_bar: Show the dead fraction in the progress bar.
@@ -73,10 +76,12 @@ class DeadReLUMonitor(Callback):
         window: int = 10,
         min_samples: int = 299,
         threshold: float = 0.1,
+        remedy: None = None,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         tau: float = 0.025,
         mask: Callable[[Any], Tensor] | None = None,
+        gradient_evidence: bool = False,
         unit_dims: Mapping[str, int] | None = None,
         prog_bar: bool = False,
         name: str = "dead_relu",
@@ -86,6 +91,15 @@ class DeadReLUMonitor(Callback):
         _check_shares(threshold=threshold, tau=tau)
         _check_patterns(include=include, exclude=exclude)
         _check_unit_dims(unit_dims)
+        if remedy is not None:
+            _refuse("remedy", remedy, "this version watches and does not repair", "remedy=None")
+        if gradient_evidence:
+            _refuse(
+                "gradient_evidence",
+                gradient_evidence,
+                "this version has forward evidence only",
+                "gradient_evidence=False",
+            )
         if not isinstance(name, str) or not name.isidentifier():
             _refuse("name", name, "metric keys start with it", 'name="dead_relu"')
         if mask is not None and not callable(mask):
@@ -102,6 +116,8 @@ class DeadReLUMonitor(Callback):
         self.name = name
         self.report: LivenessReport | None = None
         """The latest verdict; None before the first."""
+        self.events: tuple[Any, ...] = ()
+        """What was done to which units, and when; empty, because this version only watches."""
         self._pending: dict[str, Any] | None = None  # what a checkpoint held, until training starts
         self._clear()
 
@@ -286,7 +302,8 @@ class DeadReLUMonitor(Callback):
             with self._careful():
                 self._watch.liveness.observation = self._observation
         if not self._joint and self._watch and self._watch.sites:
-            self._check_sites()
+            with self._careful():
+                self._check_sites()
         if self._observation == self.window:
             self._verdict(trainer, pl_module, close=True)
 
@@ -328,14 +345,18 @@ class DeadReLUMonitor(Callback):
         self._show(trainer)
         if report.sites:
             self._reporter(report, trainer.loggers, trainer.is_global_zero)
-        for site in report.headline:
-            if site.dead_fraction > self.threshold and site.name not in self._told:
-                self._told.add(site.name)
-                rank_zero_warn(
-                    f"{self.name}: {int(site.dead.sum())} of the {site.units} units of `{site.name}` are dead at step"
-                    f" {report.step}: they fired on none of the last {int(site.age[site.dead].min()):,} samples or"
-                    " more, get no gradient and will not recover by themselves."
-                )
+        self._warn(report)
+
+    def _warn(self, report: LivenessReport) -> None:
+        """Say on the terminal which sites have crossed the threshold, each once in a fit."""
+        crossed = [s for s in report.headline if s.dead_fraction > self.threshold and s.name not in self._told]
+        self._told.update(site.name for site in crossed)
+        if crossed:
+            sites = ", ".join(f"`{site.name}` ({int(site.dead.sum())} of {site.units} units)" for site in crossed)
+            rank_zero_warn(
+                f"{self.name}: more than {self.threshold:.0%} dead at step {report.step}: {sites}. They fired on no"
+                f" sample for {self.rules.min_samples} samples or more, and get no gradient."
+            )
 
     def _show(self, trainer: Trainer) -> None:
         trainer.callback_metrics[self._headline] = torch.tensor(self._score)

@@ -34,6 +34,7 @@ def metrics_of(report: LivenessReport, name: str = "dead_relu") -> dict[str, flo
     totals["judged_fraction"] = report.fraction("judged")
     totals |= {key: report.total(mask) for mask, key in _COUNTED.items()}
     totals |= {key: report.fraction(mask) for mask, key in _SHARED.items()}
+    totals["remedied_units"] = 0  # watching repairs nothing
     metrics: dict[str, float] = {f"{name}/{key}": float(value) for key, value in totals.items()}
     for site in report.sites:
         if site.smooth:

@@ -69,7 +69,7 @@ def test_leaves_everything_as_found(training):
 def test_leaves_everything_as_found_after_an_error():
     model = net()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(RuntimeError, match="shape|channels|size"):
+    with pytest.raises(RuntimeError, match=r"shape|channels|size"):
         find_dead_units(model, [*images(batches=1), torch.zeros(2, 1, 9, 9)])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.overrides._get_current_function_mode_stack() == []

@@ -17,7 +17,7 @@ from toys import EVERYTHING, KEY, Log, Net, Verdicts, batches, fit, mlp
 from lightning_deadrelu import DeadReLUMonitor, LivenessReport
 from lightning_deadrelu.reporting import Reporter, metrics_of
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*the Trainer has no logger", "ignore:.*units of `.*` are dead")
+pytestmark = pytest.mark.filterwarnings("ignore:.*the Trainer has no logger", "ignore:.*get no gradient")
 
 COMMON = {
     "dead_fraction",
@@ -30,6 +30,7 @@ COMMON = {
     "always_on_fraction",
     "frozen_fraction",
     "dormant_fraction",
+    "remedied_units",
 }
 SITES = ("net.1", "net.3")
 KEYS = {f"dead_relu/{key}" for key in COMMON} | {f"dead_relu_sites/{site}" for site in SITES}

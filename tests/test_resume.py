@@ -9,7 +9,7 @@ from lightning_deadrelu import DeadReLUMonitor
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*the Trainer has no logger",
-    "ignore:.*units of `.*` are dead",
+    "ignore:.*get no gradient",
     "ignore:You're resuming from a checkpoint that ended before the epoch ended",
     "ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",
     "ignore:.fit.ckpt_path=.last.. is set, but there is no last checkpoint",
