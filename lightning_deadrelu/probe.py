@@ -263,21 +263,24 @@ class Probe(TorchFunctionMode):
             return
         if name in _ZEROS or (name == "tensor" and args and isinstance(args[0], (int, float)) and args[0] == 0):
             self._zeros[id(outputs[0])] = weakref.ref(outputs[0])
-        operands = tensors_in((*args, *kwargs.values()))
-        known = [(tensor, lineage) for tensor in operands if (lineage := self._lineage(tensor)) is not None]
-        if found is not None:
-            self._rectified(found, known, name, args, kwargs, outputs[0])
-        elif known:
-            for place, tensor in enumerate(outputs):
-                index = place if tensor is not output else -1
-                self._remember(tensor, self._follow(Call(name, args, kwargs, tensor, index), known))
+        if found is not None and not found[0].fused:
+            self._rectified(*found, outputs[0])
+            return
+        for place, tensor in enumerate(outputs):
+            self._remember(
+                tensor, self._follow(Call(name, args, kwargs, tensor, place if tensor is not output else -1))
+            )
+        if found is not None:  # its input is out of sight
+            self._rectified(found[0], outputs[0], outputs[0], outputs[0])
 
-    def _follow(self, call: Call, known: list[tuple[Tensor, Lineage]]) -> Lineage | None:
+    def _follow(self, call: Call) -> Lineage | None:
         """Follow a call; the layers that make up most of a model once for all calls alike."""
+        lineages = [self._lineage(tensor) for tensor in call.operands]
+        known = [(tensor, own) for tensor, own in zip(call.operands, lineages, strict=True) if own is not None]
         try:
-            if call.name not in STEADY or call.output.is_nested:
-                return follow(call, known)
-            key = (call.name, call.output.shape, *map(self._lineage, call.operands))
+            if not known or call.name not in STEADY or call.output.is_nested:
+                return follow(call, known) if known else None
+            key = (call.name, call.output.shape, *lineages)
             if key not in self._derived:
                 self._derived[key] = follow(call, known)
             return self._derived[key]
@@ -285,21 +288,8 @@ class Probe(TorchFunctionMode):
             self.tracing_error = self.tracing_error or error
             return None
 
-    def _rectified(
-        self,
-        found: tuple[Rectifier, Tensor, Tensor],
-        known: list[tuple[Tensor, Lineage]],
-        name: str,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        output: Tensor,
-    ) -> None:
-        rectifier, x, values = found
-        if rectifier.fused:
-            lineage = self._follow(Call(name, args, kwargs, output), known) or Lineage()
-            values = output
-        else:
-            lineage = self._lineage(x) or Lineage()
+    def _rectified(self, rectifier: Rectifier, x: Tensor, values: Tensor, output: Tensor) -> None:
+        lineage = self._lineage(x) or Lineage()
         self._remember(output, lineage._replace(passed=lineage.passed + 1, weight=False))
         if _holds_data(values):
             self._hand_over(rectifier, lineage, _plain(values), _plain(output))

@@ -54,6 +54,7 @@ def test_include_and_exclude(include, exclude, expected):
 
 def test_counts_move_with_their_sites_to_another_layout():
     ours, theirs = run(order=(0, 1)), run(order=(2, 1))
+    ours.liveness.fold()
     before = {site.source: site for site in ours.sites}
     layout = list(dict.fromkeys([*theirs.sites, *ours.sites]))
     counts = {ours.sites[i].source: ours.liveness.fired[ours.liveness.place(i)].clone() for i in range(len(ours.sites))}

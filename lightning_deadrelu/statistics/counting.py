@@ -52,6 +52,17 @@ class Counts(NamedTuple):
     samples: int | Tensor
     elements: int | Tensor
 
+    def joined(self, other: Counts) -> Counts:
+        """Merge with another call of one site and observation; the peak passes over NaN, the trough keeps it."""
+        return Counts(
+            self.fired.long() + other.fired.long(),
+            self.magnitude + other.magnitude,
+            self.peak.fmax(other.peak),
+            self.trough.minimum(other.trough),
+            self.samples + other.samples,
+            self.elements + other.elements,
+        )
+
 
 def count(
     x: Tensor,
@@ -125,6 +136,10 @@ class _Scratch(threading.local):
     def __init__(self) -> None:
         self.numbers = torch.empty(2**20, device="cpu")  # 4 MiB, which stay in the cache
 
+    def like(self, x: Tensor) -> Tensor:
+        """Lay the memory out as a tensor that has no gaps."""
+        return self.numbers.as_strided(x.shape, x.stride())
+
 
 _scratch = _Scratch()
 
@@ -134,11 +149,9 @@ def _sum_of_signs(out: Tensor, over: tuple[int, ...]) -> Tensor:
     dense = out.is_contiguous() or (out.ndim == 4 and out.is_contiguous(memory_format=torch.channels_last))
     if not rows or not dense:
         return out.sign().sum(over, dtype=torch.float64).flatten()
-    total = torch.zeros((), dtype=torch.float64)
-    for part in out.split(rows):
-        signs = _scratch.numbers.as_strided(part.shape, part.stride())
-        total = total + _reduced(Tensor.sum, torch.sign(part, out=signs), over)
-    return total
+    parts = [out] if rows >= len(out) else out.split(rows)
+    sums = [_reduced(Tensor.sum, torch.sign(part, out=_scratch.like(part)), over) for part in parts]
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0, dtype=torch.float64)
 
 
 def _magnitude(out: Tensor, over: tuple[int, ...], rectifier: Rectifier) -> Tensor:
@@ -187,8 +200,7 @@ class UnitLiveness(Metric):
         self.sites: list[Site] = []
         self._starts = [0]
         self._observation = 0
-        self._extremes: Tensor | None = None  # peak and trough of the present observation, shape (2, units)
-        self._sizes: dict[int, tuple[int | Tensor, int | Tensor]] = {}  # its samples and elements by site
+        self._pending: dict[int, Counts] = {}  # calls of the present observation by site
         self.add_state("fired", torch.zeros(0, dtype=torch.int64), "sum")
         self.add_state("magnitude", torch.zeros(0, dtype=dtype), "sum")
         self.add_state("maxima", torch.zeros(4, 0, dtype=dtype), "max")
@@ -222,8 +234,6 @@ class UnitLiveness(Metric):
             fresh = _fresh(name, default, site.units)
             self._defaults[name] = torch.cat([default, fresh], dim=_UNIT_DIM.get(name, 0))
             setattr(self, name, torch.cat([getattr(self, name), fresh], dim=_UNIT_DIM.get(name, 0)))
-        if self._extremes is not None:
-            self._extremes = torch.cat([self._extremes, _no_extremes(site.units, self._extremes)], dim=1)
         return len(self.sites) - 1
 
     def place(self, site: int) -> slice:
@@ -255,37 +265,38 @@ class UnitLiveness(Metric):
 
     def add(self, site: int, counts: Counts) -> None:
         """Add a call to the present observation, which :meth:`fold` ends; cheaper than :meth:`update` per call."""
-        place = self.place(site)
-        if self._extremes is None:
-            self._extremes = _no_extremes(self.units, self.maxima)
-        peak, trough = self._extremes[:, place]
-        if counts.peak.device != peak.device:  # a model spread over several devices
-            counts = Counts(*(torch.as_tensor(value).to(peak.device) for value in counts))
-        torch.fmax(peak, counts.peak, out=peak)  # passes over NaN, which the minimum keeps
-        torch.minimum(trough, counts.trough, out=trough)
-        self.fired[place].add_(counts.fired.to(self.fired.dtype))
-        self.magnitude[place].add_(counts.magnitude)
-        samples, elements = self._sizes.get(site, (0, 0))
-        self._sizes[site] = samples + counts.samples, elements + counts.elements
+        if counts.peak.device != self.maxima.device:  # a model spread over several devices
+            counts = Counts(*(torch.as_tensor(value).to(self.maxima.device) for value in counts))
+        before = self._pending.get(site)
+        self._pending[site] = counts if before is None else before.joined(counts)
 
     def fold(self) -> None:
         """Take what was added since the last fold into the state. Harmless when there is nothing."""
-        if self._extremes is None:
+        if not self._pending:
             return
-        peak, trough = self._extremes
-        missing, infinite = trough.isnan(), peak.isposinf() | trough.isneginf()
+        parts = [self._pending.get(number) or self._nothing(site.units) for number, site in enumerate(self.sites)]
+        self.fired.add_(torch.cat([part.fired.to(self.fired.dtype) for part in parts]))
+        self.magnitude.add_(torch.cat([part.magnitude for part in parts]))
+        peak, trough = torch.cat([part.peak for part in parts]), torch.cat([part.trough for part in parts])
+        peak, missing = torch.where(peak.isnan(), -math.inf, peak), trough.isnan()
+        infinite = peak.isposinf() | trough.isneginf()
         varied = missing | (peak.minimum(caps := self._caps()) > trough.minimum(caps))
         last = torch.where(peak > 0, self._observation, -1)
         nonfinite = torch.where(missing, NAN, torch.where(infinite, INFINITE, FINITE))
         rows = [peak, last, torch.where(varied, VARIES, self._constant()), nonfinite]
         torch.maximum(self.maxima, torch.stack([row.to(self.maxima.dtype) for row in rows]), out=self.maxima)
         self._add_sizes()
-        self._extremes, self._sizes = None, {}
+        self._pending = {}
+
+    def _nothing(self, units: int) -> Counts:
+        """Make the counts of a site that did not run."""
+        zeros = self.maxima.new_zeros(units)
+        return Counts(zeros, zeros, zeros - math.inf, zeros + math.inf, 0, 0)
 
     def _add_sizes(self) -> None:
-        for number, (samples, elements) in self._sizes.items():
-            self.samples[number, self._observation].add_(samples)
-            self.elements[number].add_(elements)
+        for number, counts in self._pending.items():
+            self.samples[number, self._observation].add_(counts.samples)
+            self.elements[number].add_(counts.elements)
 
     def _caps(self) -> Tensor:
         caps = self.maxima.new_full((self.units,), math.inf)
@@ -297,8 +308,8 @@ class UnitLiveness(Metric):
     def _constant(self) -> Tensor:
         """Mark units with several elements in this observation: only those can be seen to be constant."""
         constant = self.maxima.new_zeros(self.units)
-        for number, (_, elements) in self._sizes.items():
-            constant[self.place(number)] = elements > 1
+        for number, counts in self._pending.items():
+            constant[self.place(number)] = counts.elements > 1
         return constant
 
     def copy_site(self, other: UnitLiveness, theirs: int, ours: int) -> None:
@@ -322,28 +333,20 @@ class UnitLiveness(Metric):
 
     def load(self, totals: Totals) -> None:
         """Put counts in place of the present ones."""
-        self._extremes, self._sizes = None, {}
+        self._pending = {}
         for f in fields(Totals):
             getattr(self, f.name).copy_(getattr(totals, f.name))
 
     def reset(self) -> None:
         """Forget all counts and start at observation 0; the sites stay."""
         super().reset()
-        self._extremes, self._sizes = None, {}
+        self._pending = {}
         self._observation = 0
-
-
-def _no_extremes(units: int, like: Tensor) -> Tensor:
-    return _rows(like, units, -math.inf, math.inf)
-
-
-def _rows(like: Tensor, units: int, *values: float) -> Tensor:
-    """Fill rows on the device: copying a list there would wait for it."""
-    return torch.stack([like.new_full((units,), value) for value in values])
 
 
 def _fresh(name: str, like: Tensor, units: int) -> Tensor:
     """Make the entries of a new site: what changes nothing when it is merged."""
     if name == "maxima":
-        return _rows(like, units, -math.inf, -1.0, UNKNOWN, FINITE)
+        rows = (-math.inf, -1.0, UNKNOWN, FINITE)
+        return torch.stack([like.new_full((units,), value) for value in rows])  # copying a list would wait for a device
     return like.new_zeros({"samples": (1, *like.shape[1:]), "elements": (1,)}.get(name, (units,)))
