@@ -119,7 +119,7 @@ class Probe(TorchFunctionMode):
         self._modules: dict[int, tuple[nn.Module, str]] = {}
         self._parameters: dict[int, tuple[Tensor, Lineage]] = {}
         self._armed_before = 0
-        self._derived: dict[tuple[Any, ...], Lineage] = {}
+        self._derived: dict[tuple[Any, ...], Lineage | None] = {}
         self._sources: dict[tuple[Any, ...], tuple[str, ...]] = {}
         self._known: dict[int, tuple[weakref.ref[Tensor], Lineage]] = {}
         self._zeros: dict[int, weakref.ref[Tensor]] = {}
@@ -259,7 +259,7 @@ class Probe(TorchFunctionMode):
         found: tuple[Rectifier, Tensor, Tensor] | None,
     ) -> None:
         outputs = [output] if isinstance(output, Tensor) else _tensor_list(output)
-        if not outputs:
+        if not outputs or not (outputs[0].is_floating_point() or outputs[0].is_complex()):
             return
         if name in _ZEROS or (name == "tensor" and args and isinstance(args[0], (int, float)) and args[0] == 0):
             self._zeros[id(outputs[0])] = weakref.ref(outputs[0])
@@ -276,14 +276,17 @@ class Probe(TorchFunctionMode):
     def _follow(self, call: Call) -> Lineage | None:
         """Follow a call; the layers that make up most of a model once for all calls alike."""
         lineages = [self._lineage(tensor) for tensor in call.operands]
+        if call.name not in STEADY or call.output.is_nested:
+            return self._try_to_follow(call, lineages)
+        key = (call.name, call.output.shape, *lineages)
+        if key not in self._derived:
+            self._derived[key] = self._try_to_follow(call, lineages)
+        return self._derived[key]
+
+    def _try_to_follow(self, call: Call, lineages: list[Lineage | None]) -> Lineage | None:
         known = [(tensor, own) for tensor, own in zip(call.operands, lineages, strict=True) if own is not None]
         try:
-            if not known or call.name not in STEADY or call.output.is_nested:
-                return follow(call, known) if known else None
-            key = (call.name, call.output.shape, *lineages)
-            if key not in self._derived:
-                self._derived[key] = follow(call, known)
-            return self._derived[key]
+            return follow(call, known) if known else None
         except Exception as error:  # an untraced site is still watched
             self.tracing_error = self.tracing_error or error
             return None
@@ -309,7 +312,8 @@ class Probe(TorchFunctionMode):
             return
         units = count_units(values, dims)
         widths = self._widths.setdefault((owner, functional, rectifier.kind, source), set())
-        widths.add(units)
+        if len(widths) <= _MOST_WIDTHS:
+            widths.add(units)
         if len(widths) > _MOST_WIDTHS:
             self.unwatched[name] = (
                 "its number of units changes from call to call; name their dimension with `unit_dims`"

@@ -63,9 +63,10 @@ class Watch:
         return self.liveness.sites
 
     def _take(self, site: Site, rectifier: Rectifier, x: Tensor, out: Tensor, dims: tuple[int, ...]) -> None:
-        place = self._places.get(site, self._places.get(site._replace(units=0)))
+        place = self._places.get(site)
         if place is None:
-            place = self._places[site] = self._add(site)
+            left_out = self._places.get(site._replace(units=0))
+            place = self._places[site] = self._add(site) if left_out is None else left_out
         if self.sites[place].units:
             self.liveness.add(place, count(x, out, dims, rectifier, _fit(self.valid, x, dims)))
 

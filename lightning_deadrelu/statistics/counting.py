@@ -15,6 +15,7 @@ from torchmetrics import Metric
 
 from lightning_deadrelu.sites import Rectifier, Site
 from lightning_deadrelu.statistics.verdicts import (
+    CONSTANT,
     FINITE,
     INFINITE,
     NAN,
@@ -96,10 +97,12 @@ def count(
         samples = elements = valid.sum()  # type: ignore[assignment]
         padding = ~valid[..., None]
         x, lowest, out = (t.masked_fill(padding, v) for t, v in ((x, -math.inf), (x, math.inf), (out, 0.0)))
+    # the output first: it was written last, and may still be in the cache
+    fired, magnitude = _fired(x, out, over, rectifier), _magnitude(out, over, rectifier)
     peak, trough = _reduced(Tensor.amax, x, over), _reduced(Tensor.amin, lowest, over)
     if rectifier.hinge:
         peak, trough = peak - rectifier.hinge, trough - rectifier.hinge
-    return Counts(_fired(x, out, over, rectifier), _magnitude(out, over, rectifier), peak, trough, samples, elements)
+    return Counts(fired, magnitude, peak, trough, samples, elements)
 
 
 def _reduced(reduction: Callable[..., Tensor], x: Tensor, over: tuple[int, ...]) -> Tensor:
@@ -280,7 +283,7 @@ class UnitLiveness(Metric):
         peak, trough = torch.cat([part.peak for part in parts]), torch.cat([part.trough for part in parts])
         peak, missing = torch.where(peak.isnan(), -math.inf, peak), trough.isnan()
         infinite = peak.isposinf() | trough.isneginf()
-        varied = missing | (peak.minimum(caps := self._caps()) > trough.minimum(caps))
+        varied = missing | (self._capped(peak) > self._capped(trough))
         last = torch.where(peak > 0, self._observation, -1)
         nonfinite = torch.where(missing, NAN, torch.where(infinite, INFINITE, FINITE))
         rows = [peak, last, torch.where(varied, VARIES, self._constant()), nonfinite]
@@ -294,22 +297,23 @@ class UnitLiveness(Metric):
         return Counts(zeros, zeros, zeros - math.inf, zeros + math.inf, 0, 0)
 
     def _add_sizes(self) -> None:
-        for number, counts in self._pending.items():
+        for number, counts in self._pending.items():  # a number at a time: copying a list would wait for the device
             self.samples[number, self._observation].add_(counts.samples)
             self.elements[number].add_(counts.elements)
 
-    def _caps(self) -> Tensor:
-        caps = self.maxima.new_full((self.units,), math.inf)
-        for number, site in enumerate(self.sites):
-            if math.isfinite(site.cap):
-                caps[self.place(number)] = site.cap
-        return caps
+    def _capped(self, x: Tensor) -> Tensor:
+        capped = [number for number, site in enumerate(self.sites) if math.isfinite(site.cap)]
+        x = x.clone() if capped else x
+        for number in capped:
+            x[self.place(number)].clamp_(max=self.sites[number].cap)
+        return x
 
     def _constant(self) -> Tensor:
         """Mark units with several elements in this observation: only those can be seen to be constant."""
-        constant = self.maxima.new_zeros(self.units)
+        constant = self.maxima.new_full((self.units,), CONSTANT)
         for number, counts in self._pending.items():
-            constant[self.place(number)] = counts.elements > 1
+            if isinstance(counts.elements, Tensor) or counts.elements < 2:
+                constant[self.place(number)] = counts.elements > 1
         return constant
 
     def copy_site(self, other: UnitLiveness, theirs: int, ours: int) -> None:

@@ -14,7 +14,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
 from itertools import pairwise
 from typing import Any
 
@@ -73,23 +72,17 @@ class Net(LightningModule):
 
 
 class Stopwatch:
-    """Add up the time spent in functions, counting nested ones once."""
+    """Add up the time spent in functions that do not call each other."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        self._depth = 0
 
     def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(function)
         def timed(*args: Any, **kwargs: Any) -> Any:
-            self._depth += 1
             start = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self._depth -= 1
-                if not self._depth:
-                    self.seconds += time.perf_counter() - start
+            result = function(*args, **kwargs)
+            self.seconds += time.perf_counter() - start
+            return result
 
         return timed
 
