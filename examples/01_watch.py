@@ -1,7 +1,7 @@
 """Train a small network on scikit-learn's digits at a learning rate that kills units, and watch them die.
 
 python examples/01_watch.py               half of the first layer dies, and the accuracy hardly tells
-python examples/01_watch.py --lr 0.02     the same network in good health
+python examples/01_watch.py --lr 0.02     the same network in better health
 python examples/01_watch.py --data DIR    Fashion-MNIST or MNIST, from the idx or idx.gz files in DIR
 """
 
@@ -129,7 +129,8 @@ def main() -> None:
     )
     trainer.fit(model, DataLoader(train, 64, shuffle=True), DataLoader(held_out, 512))
 
-    report = monitor.verdicts[-1]
+    report = monitor.report
+    assert report is not None
     print(f"\n{report}\n")
     accuracy, lower = trainer.callback_metrics["accuracy"], " A lower one keeps more alive: try --lr 0.02."
     print(

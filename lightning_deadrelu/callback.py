@@ -178,7 +178,7 @@ class DeadReLUMonitor(Callback):
         if not trainer.loggers and not trainer.barebones:
             rank_zero_warn(
                 f"{self.name}: the Trainer has no logger, so nothing is logged. The verdicts are in"
-                " `monitor.report` and `trainer.callback_metrics`; for curves, pass `Trainer(logger=...)`."
+                " `monitor.report`; for curves, pass `Trainer(logger=...)`."
             )
 
     @override
@@ -284,7 +284,15 @@ class DeadReLUMonitor(Callback):
         )
 
     def _valid(self, batch: Any) -> Tensor | None:
-        """Tell data from padding, where the user says how."""
+        """Tell data from padding; a mask that fails is refused at the first batch, and later costs the watch alone."""
+        try:
+            return self._masked(batch)
+        except Exception as error:
+            if self._batches:
+                raise
+            raise MisconfigurationException(f"`DeadReLUMonitor(mask=...)`: {error!r}") from error
+
+    def _masked(self, batch: Any) -> Tensor | None:
         valid = self.mask(batch) if self.mask else None
         if valid is not None and (not isinstance(valid, Tensor) or valid.ndim != 2):
             got = f"shape {tuple(valid.shape)}" if isinstance(valid, Tensor) else type(valid).__name__
@@ -361,7 +369,7 @@ class DeadReLUMonitor(Callback):
     def _show(self, trainer: Trainer) -> None:
         trainer.callback_metrics[self._headline] = torch.tensor(self._score)
         if self.prog_bar:
-            trainer.progress_bar_metrics[self._headline] = self._score
+            trainer.progress_bar_metrics[self.name] = self._score  # the whole key would not fit
 
     def _check_sites(self) -> None:
         """Refuse patterns that match nothing, and warn about a model with nothing to watch; once."""

@@ -13,7 +13,6 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +30,7 @@ from lightning_deadrelu.sites import (
     count_units,
     guess_dims,
     is_rectifier_module,
+    matches,
     rectifier_of,
 )
 
@@ -326,7 +326,7 @@ class Probe(TorchFunctionMode):
 
     def _dims(self, name: str, lineage: Lineage, x: Tensor) -> tuple[int, ...] | None:
         for pattern, dim in self._unit_dims.items():
-            if fnmatchcase(name, pattern):
+            if matches(name, pattern):
                 return (dim if dim < 0 else dim - x.ndim,)
         fits = lineage.dims is not None and all(-dim <= x.ndim for dim in lineage.dims)
         return (lineage.dims or guess_dims(x.ndim)) if fits else None

@@ -236,8 +236,18 @@ def is_selected(name: str, kind: str, smooth: bool, include: Sequence[str], excl
 _SMOOTH_KINDS = frozenset(name for name, rule in _RULES.items() if (found := rule((), {})) and found.smooth)
 
 
+def matches(name: str, pattern: str) -> bool:
+    """Hold a pattern against a site's name; what a module's own forward calls is inside the module.
+
+    Example:
+        >>> matches("encoder.act", "encoder.*"), matches("encoder-relu", "encoder.*"), matches("head", "encoder.*")
+        (True, True, False)
+    """
+    return fnmatchcase(name, pattern) or fnmatchcase(name.replace("-", "."), pattern)
+
+
 def _matches(name: str, kind: str, patterns: Sequence[str]) -> bool:
-    return any(kind == pattern or fnmatchcase(name, pattern) for pattern in patterns)
+    return any(kind == pattern or matches(name, pattern) for pattern in patterns)
 
 
 def unmatched(patterns: Sequence[str], names: Sequence[str], kinds: Iterable[str]) -> list[str]:
@@ -248,7 +258,7 @@ def unmatched(patterns: Sequence[str], names: Sequence[str], kinds: Iterable[str
         ['encodr.*']
     """
     known = set(kinds)
-    return [p for p in patterns if p not in known and not any(fnmatchcase(name, p) for name in names)]
+    return [p for p in patterns if p not in known and not any(matches(name, p) for name in names)]
 
 
 def guess_dims(ndim: int) -> tuple[int, ...]:

@@ -45,6 +45,7 @@ class Watch:
         _check_lists(include=include, exclude=exclude)
         self._model = model
         self._include, self._exclude = tuple(include), tuple(exclude)
+        self._unit_dims = dict(unit_dims or {})
         self._places: dict[Site, int] = {}
         self._window, self._rules = window, rules
         self._device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -101,15 +102,16 @@ class Watch:
         """Refuse patterns that match nothing that ran or is known to exist.
 
         Raises:
-            ValueError: If a pattern of ``include`` or ``exclude`` matches no site.
+            ValueError: If a pattern of ``include``, ``exclude`` or ``unit_dims`` matches no site.
         """
         names = [*names_of(self.sites), *self.unwatched()]
         kinds = [site.kind for site in self.sites]
-        for argument, patterns in (("include", self._include), ("exclude", self._exclude)):
+        given = {"include": list(self._include), "exclude": list(self._exclude), "unit_dims": list(self._unit_dims)}
+        for argument, patterns in given.items():
             if missing := unmatched(patterns, names, kinds):
                 known = ", ".join(f"`{name}`" for name in names) or "none"
                 raise ValueError(
-                    f"`{argument}={list(patterns)}`: {missing} matches no activation that ran. Mend or drop it; the"
+                    f"`{argument}={patterns}`: {missing} matches no activation that ran. Mend or drop it; the"
                     f" sites of this model: {known}."
                 )
 

@@ -138,6 +138,7 @@ def test_smooth_activations_only_when_asked_for():
             {"include": ["encodr.*"]},
             r"`include=\['encodr.\*'\]`: \['encodr.\*'\] matches no activation .* sites of this model: `2`, `6`",
         ),
+        ({"include": ["2.*"]}, r"`include=\['2.\*'\]`: \['2.\*'\] matches no"),
         ({"exclude": ["2", "nowhere"]}, r"`exclude=\['2', 'nowhere'\]`: \['nowhere'\] matches no"),
     ],
 )

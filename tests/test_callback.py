@@ -764,8 +764,16 @@ def masked(returned):
     ],
     ids=["list", "shape", "raises"],
 )
-def test_a_mask_that_fails_ends_the_watch_and_not_the_run(mask, text):
-    model, monitor = Net(), DeadReLUMonitor(every_n_steps=1, mask=mask)
+def test_a_mask_that_fails_is_refused_at_the_first_batch_and_later_ends_the_watch_alone(mask, text):
+    with pytest.raises(MisconfigurationException, match=rf"`DeadReLUMonitor\(mask=...\)`: .*{text}"):
+        fit(Net(), batches(6), DeadReLUMonitor(every_n_steps=1, mask=mask))
+    calls = []
+
+    def later(batch):
+        calls.append(batch)
+        return None if len(calls) < 3 else mask(batch)
+
+    model, monitor = Net(), DeadReLUMonitor(every_n_steps=1, mask=later)
     with pytest.warns(UserWarning, match=f"(?s)the monitor failed and watches no longer.*{text}") as record:
         fit(model, batches(6), monitor)
     assert len([warning for warning in record if "the monitor failed" in str(warning.message)]) == 1

@@ -259,15 +259,15 @@ def test_the_progress_bar():
 
     class Watching(Net):
         def on_train_batch_end(self, *args):
-            seen.append(self.trainer.progress_bar_metrics.get(KEY))
+            seen.append(self.trainer.progress_bar_metrics.get("dead_relu"))
 
     trainer = fit(Watching(), batches(8), monitor, max_epochs=2)
     assert seen[:3] == [0.0] * 3
     assert seen[3] >= 3 / 14
     assert None not in seen
-    assert trainer.progress_bar_metrics[KEY] == monitor.report.dead_fraction
+    assert trainer.progress_bar_metrics["dead_relu"] == monitor.report.dead_fraction
     trainer = fit(Net(), batches(8), DeadReLUMonitor(**EVERYTHING))
-    assert KEY not in trainer.progress_bar_metrics
+    assert "dead_relu" not in trainer.progress_bar_metrics
 
 
 class WandbLoggerOfRankOne(Log):
