@@ -206,8 +206,8 @@ class DeadReLUMonitor(Callback):
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        if pl_module.automatic_optimization:  # later closures of the same batch see it at other weights
-            self._disarm()
+        if pl_module.automatic_optimization and self._watch:  # later closures see the batch at other weights
+            self._watch.probe.pause()
 
     @override
     def on_before_optimizer_step(
@@ -235,6 +235,7 @@ class DeadReLUMonitor(Callback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._disarm()
+        self._observing = False  # a batch that was skipped does not end
         if not self._judged:  # EarlyStopping and ModelCheckpoint come after this, wherever they are listed
             self._verdict(trainer, pl_module)
 
@@ -271,6 +272,11 @@ class DeadReLUMonitor(Callback):
     @property
     def _headline(self) -> str:
         return f"{self.name}/dead_fraction"
+
+    @property
+    def _selection(self) -> list[Any]:
+        dims = [[pattern, dim] for pattern, dim in self.unit_dims.items()]
+        return [list(self.include), list(self.exclude), dims]
 
     def _new_watch(self, pl_module: LightningModule) -> Watch:
         return Watch(
@@ -435,6 +441,7 @@ class DeadReLUMonitor(Callback):
             totals = self._joined()
             if self._watch and self._trainer and totals:
                 state = {key: getattr(self, f"_{key}") for key in _SAVED}
+                state["selection"] = self._selection
                 state["told"] = sorted(self._told)
                 state["sites"] = [list(site) for site in self._watch.sites]
                 state["totals"] = {key: tensor.clone() for key, tensor in vars(totals).items()}
@@ -449,14 +456,18 @@ class DeadReLUMonitor(Callback):
 
     def _restore(self, state: Mapping[str, Any], trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._watch is not None
-        self._watch.adopt(
-            Site._make(tuple(item) if isinstance(item, list) else item for item in site) for site in state["sites"]
-        )
-        self._history = History(**state["history"])
         for key in _SAVED:
             setattr(self, f"_{key}", state[key])
         self._told = set(state["told"])
         self._gradients.load(state["never_trained"], pl_module, trainer.optimizers)
+        if state["selection"] != self._selection:  # the sites are others, and so are their numbers
+            self._observation = 0
+            rank_zero_warn(f"{self.name}: other sites are selected than in the checkpoint, so all ages start at zero.")
+            return
+        self._watch.adopt(
+            Site._make(tuple(item) if isinstance(item, list) else item for item in site) for site in state["sites"]
+        )
+        self._history = History(**state["history"])
         totals = Totals(**state["totals"])
         if totals.samples.shape[-1] != self.window:  # the open window has another length: start anew
             self._observation = 0

@@ -326,10 +326,10 @@ def _travel(call: Call, main: Tensor, lineage: Lineage) -> Dims:
 def _refitted(call: Call, main: Tensor, lineage: Lineage) -> Dims:
     """Guess where units are after a dimension came or went; None where sizes belie the guess."""
     output, dims = call.output, lineage.dims or ()
-    if output.ndim > main.ndim:
-        return dims
     place = 1 - output.ndim if lineage.convolutional and output.ndim >= 2 else -1
-    return (place,) if output.shape[place] == math.prod(main.shape[dim] for dim in dims) else None
+    guess = dims if output.ndim > main.ndim else (place,)
+    fits = math.prod(output.shape[dim] for dim in guess) == math.prod(main.shape[dim] for dim in dims)
+    return guess if fits else None
 
 
 def _can_rehearse(call: Call, main: Tensor) -> bool:

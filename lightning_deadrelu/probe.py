@@ -8,7 +8,9 @@ be copied, pickled, compiled and exported at any time.
 from __future__ import annotations
 
 import inspect
+import re
 import sys
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -52,6 +54,7 @@ _IGNORED |= {
 }
 _ZEROS = frozenset({"zeros", "zeros_like", "new_zeros"})
 _ARMS_PER_LOOK = 10
+_GLOBAL_HOOKS = re.compile(r"Using `torch\.compile\(module\)` when there are global hooks")
 _MOST_WIDTHS = 4  # a site whose number of units differs between calls more often has no units
 
 
@@ -111,7 +114,8 @@ class Probe(TorchFunctionMode):
         self._model: nn.Module = getattr(model, "_orig_mod", model)
         self._sink = sink
         self._unit_dims = dict(unit_dims or {})
-        self._zero_buffers = [buffer for buffer in self._model.buffers() if buffer.numel() == 1 and not buffer.any()]
+        zeros = (buffer for buffer in self._model.buffers() if buffer.numel() == 1 and not buffer.any())
+        self._zero_buffers = [(buffer, _version(buffer)) for buffer in zeros]
         self._widths: dict[tuple[Any, ...], set[int]] = {}
         self._handles: list[RemovableHandle] = []
         self._stance: AbstractContextManager[None] | None = None
@@ -119,10 +123,13 @@ class Probe(TorchFunctionMode):
         self._modules: dict[int, tuple[nn.Module, str]] = {}
         self._parameters: dict[int, tuple[Tensor, Lineage]] = {}
         self._armed_before = 0
+        self._thread = 0  # the module hooks are called on every thread, the mode on this one alone
+        self.entered: set[str] = set()
+        """Paths of the modules whose forward has run while the probe looked."""
         self._derived: dict[tuple[Any, ...], Lineage | None] = {}
         self._sources: dict[tuple[Any, ...], tuple[str, ...]] = {}
         self._known: dict[int, tuple[weakref.ref[Tensor], Lineage]] = {}
-        self._zeros: dict[int, weakref.ref[Tensor]] = {}
+        self._zeros: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._frames: list[_Frame] = []
         self.unwatched: dict[str, str] = {}
         """Why, by name, a rectifier that ran is not watched."""
@@ -151,6 +158,7 @@ class Probe(TorchFunctionMode):
         if self._armed_before % _ARMS_PER_LOOK == 0:
             self._look_at_model()
         self._armed_before += 1
+        self._thread = threading.get_ident()
         self._handles = [
             register_module_forward_pre_hook(self._enter_module),
             register_module_forward_hook(self._leave_module, always_call=True),
@@ -160,13 +168,17 @@ class Probe(TorchFunctionMode):
 
     def disarm(self) -> None:
         """Stop to look and leave no trace, wherever other modes were entered meanwhile. Harmless when not armed."""
+        self.pause()
+        self._resume_compiler()
+
+    def pause(self) -> None:
+        """Stop to look, but leave compiled code eager: what was run eagerly has to be recomputed so in backward."""
         if not self.armed:
             return
         _remove_mode(self)
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._resume_compiler()
         self._forget()
 
     def _look_at_model(self) -> None:
@@ -178,12 +190,13 @@ class Probe(TorchFunctionMode):
         self._parameters = {id(tensor): (tensor, parameter(clean(name))) for name, tensor in named}
 
     def _pause_compiler(self) -> None:
-        if "torch._dynamo" not in sys.modules:
+        if "torch._dynamo" not in sys.modules or self._stance is not None:
             return
         self._stance = torch.compiler.set_stance("force_eager")
         # that our hooks see `OptimizedModule` too does no harm: it is not among the model's modules
-        warnings.filterwarnings("ignore", r"Using `torch\.compile\(module\)` when there are global hooks")
-        self._silence = warnings.filters[0]
+        # put in by hand, because the official way would let every warning of the program show once more
+        self._silence = ("ignore", _GLOBAL_HOOKS, Warning, None, 0)
+        warnings.filters.insert(0, self._silence)
 
     def _resume_compiler(self) -> None:
         if self._stance is None:
@@ -199,11 +212,13 @@ class Probe(TorchFunctionMode):
         self._frames.clear()
 
     def _enter_module(self, module: nn.Module, args: Any) -> None:
-        if (entry := self._modules.get(id(module))) is not None:
+        entry = self._modules.get(id(module))
+        if entry is not None and threading.get_ident() == self._thread:
+            self.entered.add(entry[1])
             self._frames.append(_Frame(entry[1], module))
 
     def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
-        if (path := self._path_left(module)) is None:
+        if threading.get_ident() != self._thread or (path := self._path_left(module)) is None:
             return
         if isinstance(output, Tensor) and self._lineage(output) is None:
             prefix = f"{path}." if path else ""
@@ -262,7 +277,7 @@ class Probe(TorchFunctionMode):
         if not outputs or not (outputs[0].is_floating_point() or outputs[0].is_complex()):
             return
         if name in _ZEROS or (name == "tensor" and args and isinstance(args[0], (int, float)) and args[0] == 0):
-            self._zeros[id(outputs[0])] = weakref.ref(outputs[0])
+            self._zeros[id(outputs[0])] = weakref.ref(outputs[0]), _version(outputs[0])
         if found is not None and not found[0].fused:
             self._rectified(*found, outputs[0])
             return
@@ -384,13 +399,19 @@ class Probe(TorchFunctionMode):
     def _is_zero(self, value: Any) -> bool:
         if not isinstance(value, Tensor):
             return False
-        reference = self._zeros.get(id(value))
-        return (reference is not None and reference() is value) or any(value is buffer for buffer in self._zero_buffers)
+        made = self._zeros.get(id(value))
+        known = [(made[0](), made[1])] if made else self._zero_buffers
+        return any(value is zeros and _version(value) == version for zeros, version in known)  # and none filled since
 
 
 def _detail(lineage: Lineage) -> list[str]:
     """Tell apart what the same producers feed: slices of their output, and a rectifier behind a rectifier."""
     return [*([lineage.part] if lineage.part else []), *([f"+{lineage.passed}"] if lineage.passed else [])]
+
+
+def _version(tensor: Tensor) -> int:
+    """Count the changes made in place; inference tensors do not, and are never taken for zeros later."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def _tensor_list(output: Any) -> list[Tensor]:

@@ -104,12 +104,14 @@ class Watch:
         Raises:
             ValueError: If a pattern of ``include``, ``exclude`` or ``unit_dims`` matches no site.
         """
-        names = [*names_of(self.sites), *self.unwatched()]
+        modules = [clean(name) for name, _ in self._model.named_modules()]
+        late = [name for name in modules if name and name not in self.probe.entered]
+        names = [*names_of(self.sites), *self.unwatched(), *late]
         kinds = [site.kind for site in self.sites]
         given = {"include": list(self._include), "exclude": list(self._exclude), "unit_dims": list(self._unit_dims)}
         for argument, patterns in given.items():
             if missing := unmatched(patterns, names, kinds):
-                known = ", ".join(f"`{name}`" for name in names) or "none"
+                known = ", ".join(f"`{name}`" for name in names if name not in late) or "none"
                 raise ValueError(
                     f"`{argument}={patterns}`: {missing} matches no activation that ran. Mend or drop it; the"
                     f" sites of this model: {known}."

@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import pickle
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -500,3 +501,60 @@ def test_autocast() -> None:
         model(torch.randn(5, 4))
     assert [call[0].source for call in log.calls] == [("fc1.bias", "fc1.weight")]
     assert probe.failure is None
+
+
+def test_zeros_that_were_filled_are_no_hinge() -> None:
+    class Maxout(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(3, 4)
+            self.register_buffer("floor", torch.zeros(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = torch.zeros(len(x), 4)
+            z[:] = self.a(x)
+            return torch.maximum(torch.maximum(z, self.b(x)), self.floor)
+
+    model, seen = Maxout(), []
+    probe = Probe(model, lambda site, *rest: seen.append(site.kind))
+    for sites in (["maximum"], []):
+        seen.clear()
+        with probe:
+            model(torch.ones(2, 3))
+        assert seen == sites
+        model.floor.fill_(-50)
+
+
+def test_looking_does_not_repeat_warnings() -> None:
+    pytest.importorskip("torch._dynamo")
+    probe = Probe(nn.ReLU(), lambda *call: None)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            with probe:
+                warnings.warn("once", stacklevel=1)
+    assert len(told) == 1
+
+
+def test_another_thread_is_not_looked_at() -> None:
+    model, seen = nn.Sequential(nn.Linear(2, 2), nn.ReLU()), []
+    probe = Probe(model, lambda site, *rest: seen.append(site.owner))
+    with probe:
+        thread = threading.Thread(target=model, args=(torch.ones(1, 2),))
+        thread.start()
+        thread.join()
+        assert probe._frames == []
+    assert seen == []
+
+
+def test_recompute_of_a_compiled_block_is_eager_too() -> None:
+    block = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Tanh())
+    block.compile(backend="aot_eager")
+    probe = Probe(block, lambda *call: None)
+    for look in (True, False):
+        if look:
+            probe.arm()
+        out = checkpoint(block, torch.randn(3, 4, requires_grad=True), use_reentrant=False)
+        probe.pause()
+        out.sum().backward()
+        probe.disarm()

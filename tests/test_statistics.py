@@ -108,6 +108,19 @@ def test_not_a_number_does_not_stick():
     assert (site.peak.item(), site.judged.item(), site.nonfinite.item()) == (2.0, True, True)
 
 
+def test_a_unit_that_fires_beside_a_not_a_number_is_alive():
+    metric = UnitLiveness({"relu": 2}, window=2, rules=Rules(99))
+    for number in range(2):
+        metric.observation = number
+        x = torch.ones(50, 2)
+        x[7, 0] = math.nan
+        metric.update(x)
+    site = metric.report()["relu"]
+    assert site.age.tolist() == [0, 0]
+    assert site.judged.all()
+    assert not site.dormant.any()
+
+
 def test_an_empty_batch_says_nothing():
     metric = UnitLiveness({"relu": 3}, rules=Rules(1))
     metric.update(torch.zeros(0, 3))

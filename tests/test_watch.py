@@ -99,6 +99,12 @@ def test_unwatched_names_what_has_not_run():
     assert watch.unwatched() == {"relu": "it has not run while observed"}
 
 
+def test_a_pattern_for_what_has_not_run_yet_is_no_mistake():
+    run(order=(), include=["relu*", "head.1", "layers.*"]).check_patterns()
+    with pytest.raises(ValueError, match=r"`include=\['head'\]`: \['head'\] matches no activation"):
+        run(include=["head"]).check_patterns()
+
+
 def test_a_dimension_given_for_no_site_is_refused():
     watch = run(unit_dims={"nowhere.*": 1})
     with pytest.raises(ValueError, match=r"`unit_dims=\['nowhere.\*'\]`: \['nowhere.\*'\] matches no activation"):

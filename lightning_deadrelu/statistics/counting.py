@@ -278,13 +278,14 @@ class UnitLiveness(Metric):
         if not self._pending:
             return
         parts = [self._pending.get(number) or self._nothing(site.units) for number, site in enumerate(self.sites)]
-        self.fired.add_(torch.cat([part.fired.to(self.fired.dtype) for part in parts]))
+        fired = torch.cat([part.fired.to(self.fired.dtype) for part in parts])
+        self.fired.add_(fired)
         self.magnitude.add_(torch.cat([part.magnitude for part in parts]))
         peak, trough = torch.cat([part.peak for part in parts]), torch.cat([part.trough for part in parts])
         peak, missing = torch.where(peak.isnan(), -math.inf, peak), trough.isnan()
         infinite = peak.isposinf() | trough.isneginf()
         varied = missing | (self._capped(peak) > self._capped(trough))
-        last = torch.where(peak > 0, self._observation, -1)
+        last = torch.where((peak > 0) | (fired > 0), self._observation, -1)  # the peak is lost beside a NaN
         nonfinite = torch.where(missing, NAN, torch.where(infinite, INFINITE, FINITE))
         rows = [peak, last, torch.where(varied, VARIES, self._constant()), nonfinite]
         torch.maximum(self.maxima, torch.stack([row.to(self.maxima.dtype) for row in rows]), out=self.maxima)

@@ -337,7 +337,7 @@ def _judge_site(
         rare=fires & (rate < _RARE),
         always_on=known & (totals.fired[place] == elements),
         frozen=fires & (varied == CONSTANT),
-        dormant=known & (dormancy <= rules.tau),
+        dormant=known & (nonfinite < NAN) & (dormancy <= rules.tau),
         nonfinite=nonfinite > FINITE,
         judged=fires | dead,
         born_dead=dead & ~before.ever,
