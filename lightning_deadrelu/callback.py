@@ -286,6 +286,7 @@ class DeadReLUMonitor(Callback):
             rules=self.rules,
             window=self.window,
             unit_dims=self.unit_dims,
+            keep_fused=True,
             device=pl_module.device,
         )
 

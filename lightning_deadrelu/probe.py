@@ -100,6 +100,8 @@ class Probe(TorchFunctionMode):
         sink: Called once for each call of a rectifier, with detached tensors, under ``no_grad``.
         unit_dims: The dimension that holds the units, by pattern over site names, where the producers
             tell it wrongly or not at all.
+        keep_fused: Look away where PyTorch fuses a whole encoder layer, which it would not do under a probe,
+            and which rounds differently.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
@@ -109,8 +111,12 @@ class Probe(TorchFunctionMode):
         1 ('0.bias', '0.weight') (-1,)
     """
 
-    def __init__(self, model: nn.Module, sink: Sink, unit_dims: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, sink: Sink, unit_dims: Mapping[str, int] | None = None, keep_fused: bool = False
+    ) -> None:
         super().__init__()
+        self._keep_fused = keep_fused
+        self._fused: nn.Module | None = None
         self._model: nn.Module = getattr(model, "_orig_mod", model)
         self._sink = sink
         self._unit_dims = dict(unit_dims or {})
@@ -207,6 +213,7 @@ class Probe(TorchFunctionMode):
             warnings.filters.remove(self._silence)
 
     def _forget(self) -> None:
+        self._fused = None
         self._known.clear()
         self._zeros.clear()
         self._frames.clear()
@@ -216,10 +223,18 @@ class Probe(TorchFunctionMode):
         if entry is not None and threading.get_ident() == self._thread:
             self.entered.add(entry[1])
             self._frames.append(_Frame(entry[1], module))
+            if self._keep_fused and self._fused is None and _may_be_fused(module):
+                self._fused = module
+                if not isinstance(module, nn.MultiheadAttention):  # which has no rectifier inside
+                    self.unwatched[entry[1]] = "it runs without gradients as one fused kernel"
+                _remove_mode(self)
 
     def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
         if threading.get_ident() != self._thread or (path := self._path_left(module)) is None:
             return
+        if self._fused is module:
+            self._fused = None
+            _push_mode(self)
         if isinstance(output, Tensor) and self._lineage(output) is None:
             prefix = f"{path}." if path else ""
             own = [(clean(prefix + name), tensor) for name, tensor in module.named_parameters(recurse=False)]
@@ -407,6 +422,11 @@ class Probe(TorchFunctionMode):
 def _detail(lineage: Lineage) -> list[str]:
     """Tell apart what the same producers feed: slices of their output, and a rectifier behind a rectifier."""
     return [*([lineage.part] if lineage.part else []), *([f"+{lineage.passed}"] if lineage.passed else [])]
+
+
+def _may_be_fused(module: nn.Module) -> bool:
+    fusible = isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention))
+    return fusible and not module.training and not torch.is_grad_enabled()
 
 
 def _version(tensor: Tensor) -> int:

@@ -25,6 +25,7 @@ class Watch:
         rules: What a verdict asks for.
         window: Observations per window.
         unit_dims: See :class:`~lightning_deadrelu.probe.Probe`.
+        keep_fused: See :class:`~lightning_deadrelu.probe.Probe`.
         device: Where to count; by default where the model's first parameter is.
 
     Raises:
@@ -40,6 +41,7 @@ class Watch:
         rules: Rules = Rules(),
         window: int = 1,
         unit_dims: Mapping[str, int] | None = None,
+        keep_fused: bool = False,
         device: torch.device | None = None,
     ) -> None:
         _check_lists(include=include, exclude=exclude)
@@ -50,7 +52,7 @@ class Watch:
         self._window, self._rules = window, rules
         self._device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
         self.liveness = self._new_liveness()
-        self.probe = Probe(model, self._take, unit_dims)
+        self.probe = Probe(model, self._take, unit_dims, keep_fused)
         self.valid: Tensor | None = None
         """True where the current batch holds data, False where padding; None where all is data."""
 

@@ -558,3 +558,20 @@ def test_recompute_of_a_compiled_block_is_eager_too() -> None:
         probe.pause()
         out.sum().backward()
         probe.disarm()
+
+
+@pytest.mark.parametrize("keep_fused", [True, False])
+def test_fused_encoder_layers_round_as_without_the_probe(keep_fused: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = nn.Sequential(nn.TransformerEncoder(layer, 2), nn.Linear(16, 4), nn.ReLU()).eval()
+    x, log = torch.randn(5, 7, 16), Log()
+    probe = Probe(model, log, keep_fused=keep_fused)
+    with torch.no_grad():
+        alone = model(x)
+        with probe:
+            watched = model(x)
+    assert torch.equal(alone, watched) == keep_fused
+    assert log.names == (["2"] if keep_fused else ["0.layers.0-relu", "0.layers.1-relu", "2"])
+    assert set(probe.unwatched) == ({"0"} if keep_fused else set())
+    assert _len_torch_function_stack() == 0
