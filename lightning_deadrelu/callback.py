@@ -16,6 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_deadrelu import ranks
+from lightning_deadrelu.arguments import check
 from lightning_deadrelu.reporting import Reporter
 from lightning_deadrelu.sites import Site
 from lightning_deadrelu.statistics import History, LivenessReport, Rules, Totals, judge
@@ -87,23 +88,10 @@ class DeadReLUMonitor(Callback):
         name: str = "dead_relu",
     ) -> None:
         super().__init__()
-        _check_counts(every_n_steps=every_n_steps, window=window, min_samples=min_samples)
-        _check_shares(threshold=threshold, tau=tau)
-        _check_patterns(include=include, exclude=exclude)
-        _check_unit_dims(unit_dims)
-        if remedy is not None:
-            _refuse("remedy", remedy, "this version watches and does not repair", "remedy=None")
-        if gradient_evidence:
-            _refuse(
-                "gradient_evidence",
-                gradient_evidence,
-                "this version has forward evidence only",
-                "gradient_evidence=False",
-            )
-        if not isinstance(name, str) or not name.isidentifier():
-            _refuse("name", name, "metric keys start with it", 'name="dead_relu"')
-        if mask is not None and not callable(mask):
-            _refuse("mask", mask, "it is called with each batch", 'mask=lambda batch: batch["attention_mask"]')
+        try:
+            check({name: value for name, value in locals().items() if name not in ("self", "__class__")})
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from None
         self.every_n_steps = every_n_steps
         self.window = window
         self.threshold = threshold
@@ -490,35 +478,3 @@ def _logging_step(trainer: Trainer) -> int:
 def _trains(trainer: Trainer) -> bool:
     """Whether batches train: StochasticWeightAveraging ends with an epoch that only measures BatchNorm statistics."""
     return not getattr(trainer.fit_loop, "_skip_backward", False)
-
-
-def _refuse(argument: str, value: object, why: str, remedy: str) -> None:
-    raise MisconfigurationException(f"`DeadReLUMonitor({argument}={value!r})`: {why}. Try `{remedy}`.")
-
-
-def _check_counts(**counts: int) -> None:
-    for argument, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            example = {"every_n_steps": 10, "window": 10, "min_samples": 299}[argument]
-            _refuse(argument, value, "it has to be a whole number of at least 1", f"{argument}={example}")
-
-
-def _check_shares(**shares: float) -> None:
-    for argument, value in shares.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            example = {"threshold": 0.1, "tau": 0.025}[argument]
-            _refuse(argument, value, "it is a share, from 0 to 1", f"{argument}={example}")
-
-
-def _check_patterns(**patterns: Sequence[str]) -> None:
-    for argument, value in patterns.items():
-        listed = isinstance(value, Sequence) and not isinstance(value, str)
-        if not listed or not all(isinstance(pattern, str) for pattern in value):
-            example = [value] if isinstance(value, str) else ["encoder.*"]
-            _refuse(argument, value, "it takes a list of patterns", f"{argument}={example}")
-
-
-def _check_unit_dims(value: Mapping[str, int] | None) -> None:
-    pairs = value.items() if isinstance(value, Mapping) else [] if value is None else [(None, None)]
-    if not all(isinstance(pattern, str) and type(dim) is int for pattern, dim in pairs):
-        _refuse("unit_dims", value, "it maps patterns to dimensions", 'unit_dims={"encoder.*": 1}')

@@ -8,22 +8,19 @@ be copied, pickled, compiled and exported at any time.
 from __future__ import annotations
 
 import inspect
-import re
-import sys
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.overrides import TorchFunctionMode, _push_mode
 from torch.utils.hooks import RemovableHandle
 
 from lightning_deadrelu.lineage import STEADY, Call, Lineage, follow, function_name, of_module, parameter, tensors_in
+from lightning_deadrelu.modes import EagerCompiler, no_caching_modes, remove_mode
 from lightning_deadrelu.sites import (
     Rectifier,
     Site,
@@ -54,7 +51,6 @@ _IGNORED |= {
 }
 _ZEROS = frozenset({"zeros", "zeros_like", "new_zeros"})
 _ARMS_PER_LOOK = 10
-_GLOBAL_HOOKS = re.compile(r"Using `torch\.compile\(module\)` when there are global hooks")
 _MOST_WIDTHS = 4  # a site whose number of units differs between calls more often has no units
 
 
@@ -124,8 +120,7 @@ class Probe(TorchFunctionMode):
         self._zero_buffers = [(buffer, _version(buffer)) for buffer in zeros]
         self._widths: dict[tuple[Any, ...], set[int]] = {}
         self._handles: list[RemovableHandle] = []
-        self._stance: AbstractContextManager[None] | None = None
-        self._silence: Any = None
+        self._compiler = EagerCompiler()
         self._modules: dict[int, tuple[nn.Module, str]] = {}
         self._parameters: dict[int, tuple[Tensor, Lineage]] = {}
         self._armed_before = 0
@@ -169,19 +164,19 @@ class Probe(TorchFunctionMode):
             register_module_forward_pre_hook(self._enter_module),
             register_module_forward_hook(self._leave_module, always_call=True),
         ]
-        self._pause_compiler()
+        self._compiler.pause()
         _push_mode(self)
 
     def disarm(self) -> None:
         """Stop to look and leave no trace, wherever other modes were entered meanwhile. Harmless when not armed."""
         self.pause()
-        self._resume_compiler()
+        self._compiler.resume()
 
     def pause(self) -> None:
         """Stop to look, but leave compiled code eager: what was run eagerly has to be recomputed so in backward."""
         if not self.armed:
             return
-        _remove_mode(self)
+        remove_mode(self)
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -194,23 +189,6 @@ class Probe(TorchFunctionMode):
         self._modules = {id(module): (module, clean(name)) for name, module in self._model.named_modules()}
         named = self._model.named_parameters(remove_duplicate=False)
         self._parameters = {id(tensor): (tensor, parameter(clean(name))) for name, tensor in named}
-
-    def _pause_compiler(self) -> None:
-        if "torch._dynamo" not in sys.modules or self._stance is not None:
-            return
-        self._stance = torch.compiler.set_stance("force_eager")
-        # that our hooks see `OptimizedModule` too does no harm: it is not among the model's modules
-        # put in by hand, because the official way would let every warning of the program show once more
-        self._silence = ("ignore", _GLOBAL_HOOKS, Warning, None, 0)
-        warnings.filters.insert(0, self._silence)
-
-    def _resume_compiler(self) -> None:
-        if self._stance is None:
-            return
-        self._stance.__exit__(None, None, None)
-        self._stance = None
-        if self._silence in warnings.filters:
-            warnings.filters.remove(self._silence)
 
     def _forget(self) -> None:
         self._fused = None
@@ -227,7 +205,7 @@ class Probe(TorchFunctionMode):
                 self._fused = module
                 if not isinstance(module, nn.MultiheadAttention):  # which has no rectifier inside
                     self.unwatched[entry[1]] = "it runs without gradients as one fused kernel"
-                _remove_mode(self)
+                remove_mode(self)
 
     def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
         if threading.get_ident() != self._thread or (path := self._path_left(module)) is None:
@@ -351,7 +329,7 @@ class Probe(TorchFunctionMode):
             return
         traced = not source[0].startswith("#")
         site = Site(owner, functional, rectifier.kind, source, units, rectifier.smooth, rectifier.cap, traced)
-        with torch.no_grad(), _no_caching_modes():
+        with torch.no_grad(), no_caching_modes():
             self._sink(site, rectifier, values, output, dims)
 
     def _dims(self, name: str, lineage: Lineage, x: Tensor) -> tuple[int, ...] | None:
@@ -453,22 +431,3 @@ def _plain(x: Tensor) -> Tensor | None:
             return None
         x = x.as_subclass(Tensor)
     return x.detach()
-
-
-def _no_caching_modes() -> AbstractContextManager[Any]:
-    """Hide from selective checkpointing, which replays in backward just the operations it saw in forward."""
-    if torch._C._len_torch_dispatch_stack() == 0:
-        return nullcontext()
-    from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
-
-    caching = any("Cach" in type(mode).__name__ for mode in _get_current_dispatch_mode_stack())
-    return _disable_current_modes() if caching else nullcontext()
-
-
-def _remove_mode(mode: TorchFunctionMode) -> None:
-    above = []
-    while mode in _get_current_function_mode_stack():
-        if (top := _pop_mode()) is not mode:
-            above.append(top)
-    for other in reversed(above):
-        _push_mode(other)

@@ -24,7 +24,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 MAY_IMPORT = {
     "sites": set(),
     "lineage": {"sites"},
-    "probe": {"lineage", "sites"},
+    "modes": set(),
+    "probe": {"lineage", "modes", "sites"},
     "statistics": {"drawing", "sites"},  # drawing only when something is drawn
     "trainable": {"sites"},
     "watch": {"probe", "sites", "statistics"},
@@ -32,7 +33,8 @@ MAY_IMPORT = {
     "drawing": {"statistics"},
     "reporting": {"statistics"},
     "ranks": {"sites", "statistics", "watch"},
-    "callback": {"ranks", "reporting", "sites", "statistics", "trainable", "watch"},
+    "arguments": set(),
+    "callback": {"arguments", "ranks", "reporting", "sites", "statistics", "trainable", "watch"},
     "__init__": {"audit", "callback", "statistics"},
 }
 ONLY_IN = {
