@@ -150,6 +150,18 @@ def test_another_window_after_a_resume_is_tolerated(window, tmp_path):
     assert resumed.report.dead_units >= 3
 
 
+@pytest.mark.parametrize("selection", [{"exclude": ["net.1"]}, {"include": ["net.3"]}, {"unit_dims": {"net.3": -1}}])
+def test_other_patterns_after_a_resume_hold_from_then_on(selection, tmp_path):
+    items = tensors(9)
+    fresh_run(Verdicts(**SETTINGS), every_step(tmp_path), items=items, enable_checkpointing=True)
+    resumed = Verdicts(**SETTINGS, **selection)
+    with pytest.warns(UserWarning, match="other sites are selected than in the checkpoint"):
+        fresh_run(resumed, items=items, ckpt=tmp_path / "9.ckpt")
+    expected = ["net.1", "net.3"] if "unit_dims" in selection else ["net.3"]
+    assert [site.name for site in resumed.report.sites] == expected
+    assert int(resumed.report["net.3"].age.max()) <= 5 * 9  # from zero
+
+
 def test_a_resume_with_nothing_left_to_do_keeps_the_state(tmp_path):
     trainer = fit(Net(), batches(9), monitor := DeadReLUMonitor(**SETTINGS))
     trainer.save_checkpoint(tmp_path / "a.ckpt")
