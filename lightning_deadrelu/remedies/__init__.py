@@ -1,0 +1,1 @@
+"""Ways to bring dead units back, and when to use them."""

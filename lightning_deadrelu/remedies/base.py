@@ -1,0 +1,197 @@
+"""What a remedy sees, what it answers, and when it may act."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_deadrelu.slices import Attribution, Slice
+from lightning_deadrelu.statistics import SiteReport
+
+LEVELS = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
+"""Of which shares :attr:`SiteView.quantiles` holds the quantiles."""
+_UNIFORM_KURTOSIS, _NORMAL_KURTOSIS = 1.8, 3.0
+
+
+class Law(NamedTuple):
+    """The law that a tensor's entries were drawn from, as far as its moments tell.
+
+    Args:
+        mean: Its mean.
+        std: Its standard deviation; 0 for a constant.
+        uniform: Whether it is flat rather than normal.
+    """
+
+    mean: float
+    std: float
+    uniform: bool
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Law:
+        """Take the moments of a tensor that was just drawn.
+
+        Example:
+            >>> Law.of(torch.zeros(5))
+            Law(mean=0.0, std=0.0, uniform=False)
+        """
+        values = tensor.detach().double().flatten()
+        mean, std = values.mean(), values.std(correction=0)
+        kurtosis = ((values - mean) / std).pow(4).mean()
+        flat = bool(kurtosis < (_UNIFORM_KURTOSIS + _NORMAL_KURTOSIS) / 2)
+        return cls(float(mean), float(std), flat)
+
+    def draw(self, like: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw as many numbers as ``like`` has, on the CPU.
+
+        Args:
+            like: Gives the shape.
+            generator: A CPU generator.
+        """
+        if self.uniform:
+            return (torch.rand(like.shape, generator=generator) * 2 - 1) * math.sqrt(3) * self.std + self.mean
+        return torch.randn(like.shape, generator=generator) * self.std + self.mean
+
+
+@dataclass(frozen=True, eq=False)
+class SiteView:
+    """What a remedy is shown of a site.
+
+    Args:
+        report: The verdict.
+        units: Which units to treat, boolean, shape ``(units,)``: dead or frozen, and confirmed on a further batch.
+        attribution: Which entries feed and read them.
+        values: Parameters and buffers of the model by name. To be read only.
+        laws: What weights and biases were drawn from, by name, as they were when training began.
+        quantiles: Of each treated unit's input in the confirming batch, measured from the hinge, at
+            :data:`LEVELS`; shape ``(len(LEVELS), units)``, float64, not a number for other units.
+        step: The training batch.
+    """
+
+    report: SiteReport
+    units: Tensor
+    attribution: Attribution
+    values: Mapping[str, Tensor]
+    laws: Mapping[str, Law]
+    quantiles: Tensor
+    step: int = 0
+
+    def quantile(self, share: float) -> Tensor:
+        """Interpolate the quantiles of all units' inputs, shape ``(units,)``.
+
+        Args:
+            share: From 0 (the smallest input) to 1 (the largest).
+        """
+        right = next(place for place, level in enumerate(LEVELS) if level >= share)
+        left = max(right - 1, 0)
+        width = LEVELS[right] - LEVELS[left]
+        weight = (share - LEVELS[left]) / width if width else 0.0
+        return torch.lerp(self.quantiles[left], self.quantiles[right], weight)
+
+
+class Write(NamedTuple):
+    """New values for some entries; the optimizer's state of those is repaired along.
+
+    Args:
+        slice: Which entries, of the treated units alone.
+        values: What they become, of the shape that ``slice.read`` returns, or one number for all.
+    """
+
+    slice: Slice
+    values: Tensor | float
+
+
+class Warmth(NamedTuple):
+    """A term added to the units' inputs in training forwards, and annealed away.
+
+    Args:
+        gamma: At the start, shape ``(units,)``; 0 for units that are left alone.
+        steps: Training batches until it is 0.
+    """
+
+    gamma: Tensor
+    steps: int
+
+
+class Activation(NamedTuple):
+    """Another activation for the site's module.
+
+    Args:
+        kind: ``"leaky_relu"``, ``"rrelu"``, ``"elu"``, ``"selu"``, ``"gelu"`` or ``"silu"``.
+        slopes: Negative slope of each unit, shape ``(units,)``, 0 for a plain rectifier; None where all units change.
+        steps: Training batches in which the slopes rise and fall back to 0; 0 if they stay for good.
+    """
+
+    kind: str
+    slopes: Tensor | None = None
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class Edits:
+    """What is to be changed.
+
+    Args:
+        writes: Entries of parameters and buffers.
+        warmth: A term for a time.
+        activation: Another activation.
+    """
+
+    writes: tuple[Write, ...] = ()
+    warmth: Warmth | None = None
+    activation: Activation | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remedy:
+    """What to do about the dead units of a site, and when.
+
+    Derive a frozen dataclass from it and write :meth:`propose` to make your own.
+
+    Args:
+        patience: Verdicts in a row with a dead fraction above the monitor's ``threshold`` before it acts.
+        cooldown: Windows after an edit until its outcome is judged; a site is left alone meanwhile.
+        attempts: Edits of a site without success, one after the other, until the next remedy takes over or, behind the
+            last, the site is given up.
+        max_edits: Edits in a run, over all sites; None for no limit.
+        start_step: First training batch at which it may act.
+        stop_step: Training batch from which on it acts no more; None for never.
+        evidence: Samples for which a unit has to have been silent; None for ten times the monitor's ``min_samples``.
+        significance: If given, a unit is treated once its silence is as improbable as this under its own
+            history, whatever its age: self-normalised resets (Farias and Jozefiak 2024, arXiv 2410.20098). Units
+            that have never fired go by ``evidence``.
+        check_ranks: Compare a checksum of the edited parameters over all ranks after each edit.
+        dry_run: Say what it would do, and do nothing.
+    """
+
+    patience: int = 1
+    cooldown: int = 2
+    attempts: int | None = 3
+    max_edits: int | None = None
+    start_step: int = 0
+    stop_step: int | None = None
+    evidence: int | None = None
+    significance: float | None = None
+    check_ranks: bool = False
+    dry_run: bool = False
+
+    needs: ClassVar[frozenset[str]] = frozenset({"incoming"})
+    """What has to be known of a site: ``"incoming"``, ``"outgoing"``, ``"outlet"``, ``"module"``."""
+
+    @property
+    def treats_frozen(self) -> bool:
+        """Whether units that fire, but put out one value whatever the input, are treated too."""
+        return False
+
+    def propose(self, view: SiteView, generator: torch.Generator) -> Edits:
+        """Say what is to be changed; pure.
+
+        Args:
+            view: The site.
+            generator: For random numbers, on the CPU; seeded alike on all ranks.
+        """
+        raise NotImplementedError

@@ -1,0 +1,111 @@
+"""Which entries of which named tensors belong to which units. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """Entries of one parameter or buffer, in groups that each belong to one unit of a site.
+
+    Row ``r`` speaks of the entries of ``tensor.view(shape)`` at ``index[r]`` along ``dims``, and of all of the other
+    dimensions. Row ``i`` of a linear layer's weight is ``dims=(0,)``, ``index=[[i]]``; behind a flattening, several
+    rows belong to one unit; for grouped convolutions ``shape`` splits off the groups.
+
+    Args:
+        name: Of the parameter or buffer, in its model.
+        role: ``"weight"`` and ``"bias"`` of a layer that feeds the site, ``"scale"``, ``"shift"``, ``"mean"`` and
+            ``"variance"`` of a norm on the way, ``"reader"`` for the weight of a layer that reads it.
+        units: The unit of each row, shape ``(rows,)``, int64.
+        index: Where, along ``dims``; shape ``(rows, len(dims))``, int64.
+        dims: Dimensions of the view, counted from the start.
+        shape: The view; empty for the tensor's own shape.
+
+    Example:
+        >>> rows = Slice("fc.weight", "weight", torch.arange(3), torch.arange(3)[:, None], (0,))
+        >>> rows.of(torch.tensor([False, True, False])).read(torch.eye(3))
+        tensor([[0., 1., 0.]])
+    """
+
+    name: str
+    role: str
+    units: Tensor
+    index: Tensor
+    dims: tuple[int, ...]
+    shape: tuple[int, ...] = ()
+
+    def of(self, units: Tensor) -> Slice:
+        """Keep the rows of some units.
+
+        Args:
+            units: Which, boolean, shape ``(units,)``.
+        """
+        rows = units[self.units]
+        return replace(self, units=self.units[rows], index=self.index[rows])
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """Copy the entries out, shape ``(rows, ...)``."""
+        return self._front(tensor)[self._place(tensor)]
+
+    def write_(self, tensor: Tensor, values: Tensor | float) -> None:
+        """Put values in, of the shape that :meth:`read` returns, or one for all.
+
+        Args:
+            tensor: What to change, in place.
+            values: On any device, of any dtype.
+        """
+        with torch.no_grad():
+            new = torch.as_tensor(values, dtype=tensor.dtype, device=tensor.device)
+            self._front(tensor)[self._place(tensor)] = new
+
+    def _front(self, tensor: Tensor) -> Tensor:
+        whole = tensor.detach().view(self.shape) if self.shape else tensor.detach()
+        return whole.movedim(self.dims, tuple(range(len(self.dims))))
+
+    def _place(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        return self.index.to(tensor.device).unbind(1)
+
+
+class Outlet(NamedTuple):
+    """Where a constant can be added to each unit's input: the output of the last layer before the site.
+
+    Args:
+        path: The module's path.
+        channels: The place of each unit along ``dim`` of the module's output, shape ``(units,)``, int64.
+        dim: Counted from the end.
+    """
+
+    path: str
+    channels: Tensor
+    dim: int
+
+
+@dataclass(frozen=True, eq=False)
+class Attribution:
+    """Which entries feed each unit of a site, and which read it.
+
+    Args:
+        incoming: What feeds the units, in the order of execution.
+        outgoing: What reads them: the weights of all layers behind.
+        outlet: Where a term can be added; None where no module's output is the place.
+        no_incoming: Why the units' parameters must not be edited; empty if they may.
+        no_outgoing: Why the readers are not known; empty if they are.
+        no_outlet: Why there is no outlet.
+    """
+
+    incoming: tuple[Slice, ...] = ()
+    outgoing: tuple[Slice, ...] = ()
+    outlet: Outlet | None = None
+    no_incoming: str = ""
+    no_outgoing: str = ""
+    no_outlet: str = ""
+
+    @property
+    def bias(self) -> Slice | None:
+        """The last entries added to the units: a norm's shift where there is a norm, else the layer's bias."""
+        return next((one for one in reversed(self.incoming) if one.role in ("bias", "shift")), None)
