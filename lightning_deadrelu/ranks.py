@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from lightning_deadrelu.confirmation import Evidence
 from lightning_deadrelu.sites import Site
 from lightning_deadrelu.statistics import Totals
 from lightning_deadrelu.watch import Watch
@@ -43,9 +45,7 @@ def agree(watch: Watch | None, failed: bool, device: torch.device) -> bool:
     if any_failed or watch is None:
         return False
     if highest != -lowest:
-        layouts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(layouts, sites)
-        watch.adopt(dict.fromkeys(site for layout in layouts for site in layout))
+        watch.adopt(dict.fromkeys(site for layout in gather(sites) for site in layout))
     return True
 
 
@@ -66,6 +66,33 @@ def merge(watch: Watch) -> Totals:
     if dist.get_rank() == 0:
         watch.liveness.load(totals)
     return totals
+
+
+def confirm(evidence: Evidence, failed: bool) -> Evidence | None:
+    """Merge what all ranks saw of the units asked about; None if any has failed. Two collectives.
+
+    Args:
+        evidence: What this rank saw.
+        failed: Whether this rank has failed.
+    """
+    maxima = torch.cat([evidence.fired, evidence.fired.new_full((1,), float(failed))])
+    sums = torch.cat([evidence.sums, evidence.calls[None]])
+    dist.all_reduce(maxima, dist.ReduceOp.MAX)
+    dist.all_reduce(sums, dist.ReduceOp.SUM)
+    return None if maxima[-1] else Evidence(maxima[:-1], sums[:-1], sums[-1])
+
+
+def gather(value: Any) -> list[Any]:
+    """Return what each rank holds; for small and rare things."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def total(values: Tensor) -> Tensor:
+    """Add up over all ranks, in place."""
+    dist.all_reduce(values, dist.ReduceOp.SUM)
+    return values
 
 
 def _fingerprint(sites: Sequence[Site]) -> float:

@@ -164,6 +164,7 @@ class Remedy:
         significance: If given, a unit is treated once its silence is as improbable as this under its own
             history, whatever its age: self-normalised resets (Farias and Jozefiak 2024, arXiv 2410.20098). Units
             that have never fired go by ``evidence``.
+        seed: Of what is drawn; the same edit draws the same numbers on all ranks, and other numbers at another step.
         check_ranks: Compare a checksum of the edited parameters over all ranks after each edit.
         dry_run: Say what it would do, and do nothing.
     """
@@ -176,6 +177,7 @@ class Remedy:
     stop_step: int | None = None
     evidence: int | None = None
     significance: float | None = None
+    seed: int = 0
     check_ranks: bool = False
     dry_run: bool = False
 

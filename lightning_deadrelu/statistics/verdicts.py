@@ -84,18 +84,22 @@ class History:
         ever: Whether it has ever fired.
         dead: Whether it was dead when last judged.
         revived: Whether it ever fired again after it had been dead.
+        fired: Elements that fired, over all windows in which any did, int64.
+        seen: Elements of those windows, int64.
     """
 
     age: Tensor
     ever: Tensor
     dead: Tensor
     revived: Tensor
+    fired: Tensor
+    seen: Tensor
 
     @classmethod
     def empty(cls, units: int = 0) -> History:
         """Start with units of which nothing is known."""
-        none = torch.zeros(units, dtype=torch.bool)
-        return cls(torch.zeros(units, dtype=torch.int64), none, none.clone(), none.clone())
+        none, zero = torch.zeros(units, dtype=torch.bool), torch.zeros(units, dtype=torch.int64)
+        return cls(zero, none, none.clone(), none.clone(), zero.clone(), zero.clone())
 
     def extended(self, units: int) -> History:
         """Add unknown units at the end, up to ``units``."""
@@ -137,6 +141,7 @@ class SiteReport:
         peak: Largest input, measured from the hinge.
         dormancy: Mean absolute output, divided by its mean over the site (Sokar et al. 2023, arXiv 2302.12902).
         age: Samples observed since the unit last fired, int64.
+        usual_rate: Share of the elements that fired over all windows so far in which the unit fired; 0 if it never did.
         rate_bound: At 95 % confidence the firing rate is below this: ``1 - 0.05 ** (1 / age)``.
     """
 
@@ -163,6 +168,7 @@ class SiteReport:
     peak: Tensor
     dormancy: Tensor
     age: Tensor
+    usual_rate: Tensor
 
     @property
     def rate_bound(self) -> Tensor:
@@ -320,6 +326,7 @@ def _judge_site(
     age = _age(totals.samples[index], last.long(), before.age)
     silent = known & ~fires & (nonfinite < NAN) & (not site.smooth)
     dead = silent & (age >= rules.min_samples)
+    lifetime = _lifetime(totals.fired[place], elements, before)
     rate = totals.fired[place].double() / max(elements, 1)
     dormancy = dormancy_of(totals.magnitude[place].nan_to_num(0.0, 0.0) / max(elements, 1))
     revived = fires & before.dead
@@ -348,8 +355,15 @@ def _judge_site(
         peak=peak,
         dormancy=dormancy,
         age=age,
+        usual_rate=lifetime[0] / lifetime[1].clamp(min=1),
     )
-    return report, History(age, before.ever | fires, dead | (before.dead & ~fires), before.revived | revived)
+    flags = before.ever | fires, dead | (before.dead & ~fires), before.revived | revived
+    return report, History(age, *flags, *lifetime)
+
+
+def _lifetime(fired: Tensor, elements: int, before: History) -> tuple[Tensor, Tensor]:
+    """Add up the windows in which each unit fired; those it was silent in say nothing of how it was alive."""
+    return before.fired + fired, before.seen + torch.where(fired > 0, elements, 0)
 
 
 def _age(samples: Tensor, last: Tensor, before: Tensor) -> Tensor:
