@@ -25,7 +25,8 @@ class Event(NamedTuple):
         step: The training batch, as loggers count.
         site: Name of the site.
         action: ``"edited"``, ``"would edit"`` (a dry run), ``"revived"``, ``"failed"``, ``"harmed"``, ``"refused"``,
-            ``"escalated"``, ``"given up"`` or ``"dropped"`` (a term still in flight when training ended).
+            ``"escalated"``, ``"given up"``, ``"waits"`` (for a dead site before it) or ``"dropped"`` (a term still in
+            flight when training ended).
         remedy: Its class.
         units: Numbers of the units concerned.
         reason: In words.
@@ -232,7 +233,7 @@ class Ladder:
         units = candidates(site, remedy, self._evidence)
         suspects = int((site.dead | units).sum() if remedy.significance else site.dead.sum())
         progress.above = progress.above + 1 if suspects > self._threshold * site.units else 0
-        if progress.above < remedy.patience or not self._may(progress.rung, step):
+        if progress.above < remedy.patience or not self.may(progress.rung, step):
             return None
         units |= frozen_units(site, remedy)
         if not units.any():
@@ -240,7 +241,7 @@ class Ladder:
         share = suspects / site.units
         return Request(site.name, progress.rung, units, f"{share:.1%} dead, above the threshold {self._threshold:.1%}")
 
-    def _may(self, rung: int, step: int) -> bool:
+    def may(self, rung: int, step: int) -> bool:
         """Whether a remedy may act at all at this step."""
         remedy = self.rungs[rung]
         in_time = remedy.start_step <= step and (remedy.stop_step is None or step < remedy.stop_step)
@@ -284,7 +285,8 @@ def improbable(site: SiteReport, significance: float) -> Tensor:
         significance: The probability below which silence is no accident.
     """
     log_odds = site.age * torch.log1p(-site.usual_rate.clamp(max=1 - 1e-12))
-    return log_odds.le(math.log(significance))
+    silence: Tensor = log_odds <= math.log(significance)
+    return silence
 
 
 def frozen_units(site: SiteReport, remedy: Remedy) -> Tensor:

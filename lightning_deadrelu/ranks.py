@@ -95,5 +95,10 @@ def total(values: Tensor) -> Tensor:
     return values
 
 
+def rank() -> int:
+    """Return this rank's number."""
+    return dist.get_rank()
+
+
 def _fingerprint(sites: Sequence[Site]) -> float:
     return float(int.from_bytes(hashlib.sha256(repr(sites).encode()).digest()[:6], "big"))

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_deadrelu.confirmation import Confirmation
 from lightning_deadrelu.probe import Probe
 from lightning_deadrelu.sites import Rectifier, Site, clean, is_rectifier_module, is_selected, names_of, unmatched
 from lightning_deadrelu.statistics import Rules, UnitLiveness, count
@@ -50,15 +51,30 @@ class Watch:
         self._unit_dims = dict(unit_dims or {})
         self._places: dict[Site, int] = {}
         self._window, self._rules = window, rules
-        self._device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
         self.liveness = self._new_liveness()
         self.probe = Probe(model, self._take, unit_dims, keep_fused)
         self.valid: Tensor | None = None
         """True where the current batch holds data, False where padding; None where all is data."""
+        self.offsets: dict[int, Tensor] = {}
+        """By number of the site, what is added to each unit's input for a time; a verdict looks past it."""
+        self.confirmation: Confirmation | None = None
+        """Looks once more at some units."""
+        self.dims: dict[int, tuple[int, ...]] = {}
+        """By number of the site, the dimensions of its input that hold the units, counted from the end."""
 
     def _new_liveness(self) -> UnitLiveness:
-        dtype = torch.float32 if self._device.type == "mps" else torch.float64  # MPS has no float64
-        return UnitLiveness(window=self._window, rules=self._rules, dtype=dtype).to(self._device)
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64  # MPS has no float64
+        return UnitLiveness(window=self._window, rules=self._rules, dtype=dtype).to(self.device)
+
+    @property
+    def judged_as(self) -> Mapping[str, Rectifier]:
+        """See :attr:`~lightning_deadrelu.probe.Probe.judged_as`."""
+        return self.probe.judged_as
+
+    @judged_as.setter
+    def judged_as(self, rectifiers: Mapping[str, Rectifier]) -> None:
+        self.probe.judged_as = rectifiers
 
     @property
     def sites(self) -> list[Site]:
@@ -70,8 +86,15 @@ class Watch:
         if place is None:
             left_out = self._places.get(site._replace(units=0))
             place = self._places[site] = self._add(site) if left_out is None else left_out
-        if self.sites[place].units:
-            self.liveness.add(place, count(x, out, dims, rectifier, _fit(self.valid, x, dims)))
+        if not self.sites[place].units:
+            return
+        self.dims[place] = dims
+        valid = _fit(self.valid, x, dims)
+        if place in self.offsets:
+            x, out, rectifier = _without(self.offsets[place], x, dims, rectifier)
+        self.liveness.add(place, count(x, out, dims, rectifier, valid))
+        if self.confirmation:
+            self.confirmation(place, rectifier, x, dims, valid)
 
     def _add(self, site: Site) -> int:
         name = names_of([*self.sites, site])[-1]
@@ -131,6 +154,15 @@ _SMOOTH_MODULES = (nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.CELU, nn.SELU, nn.Softp
 
 def _is_exact(module: nn.Module) -> bool:
     return not isinstance(module, _SMOOTH_MODULES) and not (isinstance(module, nn.Hardtanh) and module.min_val != 0)
+
+
+def _without(
+    offset: Tensor, x: Tensor, dims: tuple[int, ...], rectifier: Rectifier
+) -> tuple[Tensor, Tensor, Rectifier]:
+    """Take a term off a rectifier's input, and say what it would put out then."""
+    shape = [x.shape[dim] if dim in dims else 1 for dim in range(-x.ndim, 0)]
+    x = x - offset.to(x.device, x.dtype).view(shape)
+    return x, (x - rectifier.hinge).clamp(min=0), rectifier._replace(plain=False)
 
 
 def _fit(valid: Tensor | None, x: Tensor, dims: tuple[int, ...]) -> Tensor | None:
