@@ -113,6 +113,8 @@ class Probe(TorchFunctionMode):
         super().__init__()
         self._keep_fused = keep_fused
         self._fused: nn.Module | None = None
+        self._judged_as: dict[str, Rectifier] = {}
+        self._standing_in: tuple[nn.Module, Tensor, Tensor] | None = None
         self._model: nn.Module = getattr(model, "_orig_mod", model)
         self._sink = sink
         self._unit_dims = dict(unit_dims or {})
@@ -138,6 +140,19 @@ class Probe(TorchFunctionMode):
         """What went wrong inside the probe, which stopped it; the model's own errors pass through."""
         self.tracing_error: Exception | None = None
         """The first call whose producers could not be followed, which stopped nothing."""
+
+    @property
+    def judged_as(self) -> Mapping[str, Rectifier]:
+        """By path, what the modules stand for that took a rectifier's place: they are judged by their input, as it was.
+
+        To set it makes the probe look at the model anew when next it is armed.
+        """
+        return self._judged_as
+
+    @judged_as.setter
+    def judged_as(self, rectifiers: Mapping[str, Rectifier]) -> None:
+        plain = {path: rectifier._replace(plain=False, smooth=False) for path, rectifier in rectifiers.items()}
+        self._judged_as, self._armed_before = plain, 0
 
     @property
     def armed(self) -> bool:
@@ -191,7 +206,7 @@ class Probe(TorchFunctionMode):
         self._parameters = {id(tensor): (tensor, parameter(clean(name))) for name, tensor in named}
 
     def _forget(self) -> None:
-        self._fused = None
+        self._fused = self._standing_in = None
         self._known.clear()
         self._zeros.clear()
         self._frames.clear()
@@ -201,6 +216,8 @@ class Probe(TorchFunctionMode):
         if entry is not None and threading.get_ident() == self._thread:
             self.entered.add(entry[1])
             self._frames.append(_Frame(entry[1], module))
+            if entry[1] in self._judged_as and self._standing_in is None:
+                self._guard(self._enter_substitute, entry[1], module, args)
             if self._keep_fused and self._fused is None and _may_be_fused(module):
                 self._fused = module
                 if not isinstance(module, nn.MultiheadAttention):  # which has no rectifier inside
@@ -208,7 +225,11 @@ class Probe(TorchFunctionMode):
                 remove_mode(self)
 
     def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
-        if threading.get_ident() != self._thread or (path := self._path_left(module)) is None:
+        if threading.get_ident() != self._thread:
+            return
+        if self._standing_in is not None and self._standing_in[0] is module:
+            self._guard(self._leave_substitute, output)
+        if (path := self._path_left(module)) is None:
             return
         if self._fused is module:
             self._fused = None
@@ -217,6 +238,26 @@ class Probe(TorchFunctionMode):
             prefix = f"{path}." if path else ""
             own = [(clean(prefix + name), tensor) for name, tensor in module.named_parameters(recurse=False)]
             self._remember(output, of_module(own, output))
+
+    def _enter_substitute(self, path: str, module: nn.Module, args: Any) -> None:
+        if torch._C._current_graph_task_id() != -1:  # recomputed in backward
+            return
+        if not args or not isinstance(args[0], Tensor):
+            self.unwatched[path] = "its substitute was not called with a tensor by position"
+            return
+        with torch.no_grad():
+            values = args[0].detach().clone() if getattr(module, "inplace", False) else args[0]
+        self._standing_in = module, args[0], values
+
+    def _leave_substitute(self, output: Any) -> None:
+        """Take the call of the whole module for the rectifier's."""
+        assert self._standing_in is not None
+        (module, x, values), self._standing_in = self._standing_in, None
+        place = next((n for n in reversed(range(len(self._frames))) if self._frames[n].module is module), None)
+        if place is None or not isinstance(output, Tensor):  # an error passed through
+            return
+        del self._frames[place + 1 :]
+        self._rectified(self._judged_as[self._frames[place].path], x, values, output)
 
     def _path_left(self, module: nn.Module) -> str | None:
         """Drop a module's frame, and those that an error left above it."""
@@ -232,8 +273,8 @@ class Probe(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = function_name(func)
-        if name in _IGNORED or self.failure or torch._C._current_graph_task_id() != -1:  # recomputed in backward
-            return func(*args, **kwargs)
+        if name in _IGNORED or self.failure or self._standing_in or torch._C._current_graph_task_id() != -1:
+            return func(*args, **kwargs)  # inside a substitute, or recomputed in backward
         found = self._guard(self._find, name, args, kwargs)
         output = func(*args, **kwargs)
         self._guard(self._note, name, args, kwargs, output, found)
@@ -342,8 +383,8 @@ class Probe(TorchFunctionMode):
     def _place(self, lineage: Lineage) -> tuple[str, bool, tuple[str, ...]] | None:
         """Tell the owner of this call and what tells it from the owner's other calls; None if it is no site."""
         frames = self._frames
-        functional = not (frames and is_rectifier_module(frames[-1].module))
         owner = frames[-1].path if frames else ""
+        functional = not (frames and (is_rectifier_module(frames[-1].module) or owner in self._judged_as))
         key = (*[frame.path for frame in frames], lineage)
         if key in self._sources:
             return owner, functional, self._sources[key]
