@@ -18,7 +18,7 @@ from lightning_deadrelu.confirmation import Confirmation, Evidence
 from lightning_deadrelu.ladder import Event, Ladder, Loss, Request
 from lightning_deadrelu.optimizer_state import unknown_state
 from lightning_deadrelu.remedies import Edits, Law, Remedy, SiteView
-from lightning_deadrelu.sites import Site, names_of
+from lightning_deadrelu.sites import names_of
 from lightning_deadrelu.slices import Attribution
 from lightning_deadrelu.statistics import LivenessReport, SiteReport
 from lightning_deadrelu.terms import Terms, is_compiled
@@ -69,7 +69,8 @@ class Repair:
         self.refusal = ""
         """Why nothing can be repaired here; empty if it can."""
         self._laws: dict[str, Law] = {}
-        self._records: list[dict[str, Any]] = []
+        self.records: list[dict[str, Any]] = []
+        """What was put in the place of rectifiers for good."""
         self._requests: list[Request] = []
         self._report: LivenessReport | None = None  # the verdict behind the requests
         self._confirmation: Confirmation | None = None
@@ -81,8 +82,12 @@ class Repair:
 
     def begin(self, patient: Patient, observed: bool) -> None:
         """Let terms in flight enter the forward; look again at the units asked about, if this batch is observed."""
-        self.terms.begin()
         watch = patient.watch
+        if observed and not watch.attributions:
+            watch.trace()
+        if not self.terms.sites and not self._requests:
+            return
+        self.terms.begin()
         names = names_of(watch.sites)
         watch.offsets = {
             names.index(name): term for name in self.terms.sites if (term := self.terms.offset(name)) is not None
@@ -211,8 +216,8 @@ class Repair:
         if edits.activation and edits.activation.steps:
             self.terms.ramp(patient.model, view.report.name, site, edits.activation, dims)
         elif edits.activation:
-            self._records.append(substitute_(patient.model, site, edits.activation, dims))
-            watch.judge_as(self._records)
+            self.records.append(substitute_(patient.model, site, edits.activation, dims))
+            watch.judge_as(self.records)
         if remedy.check_ranks and patient.joint:
             self._check_ranks(edits, patient)
         self.edited_units += int(view.units.sum())
@@ -271,7 +276,7 @@ class Repair:
     def load_state_dict(self, state: Mapping[str, Any], records: list[dict[str, Any]], patient: Patient) -> None:
         """Go on from what was saved."""
         self.ladder.load_state_dict(state["ladder"])
-        self._records = records
+        self.records = records
         for record in records:
             apply_record(patient.model, record)
         patient.watch.judge_as(records)
