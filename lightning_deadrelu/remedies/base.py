@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -15,6 +15,18 @@ from lightning_deadrelu.statistics import SiteReport
 
 LEVELS = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
 """Of which shares :attr:`SiteView.quantiles` holds the quantiles."""
+_NEEDS = frozenset({"incoming", "outgoing", "outlet", "module"})
+# of each count: the least value, whether None is one, and an example
+_COUNTS = {
+    "patience": (1, False, 1),
+    "cooldown": (1, False, 2),
+    "attempts": (1, True, 3),
+    "max_edits": (1, True, 10),
+    "start_step": (0, False, 0),
+    "stop_step": (1, True, 1000),
+    "evidence": (1, True, 2990),
+    "seed": (0, False, 0),
+}
 _UNIFORM_KURTOSIS, _NORMAL_KURTOSIS = 1.8, 3.0
 
 
@@ -39,7 +51,9 @@ class Law(NamedTuple):
             >>> Law.of(torch.zeros(5))
             Law(mean=0.0, std=0.0, uniform=False)
         """
-        values = tensor.detach().double().flatten()
+        values = tensor.detach().cpu().double().flatten()
+        if not len(values) or bool((values == values[0]).all()):  # rounding would give a constant a spread
+            return cls(float(values[0]) if len(values) else 0.0, 0.0, False)
         mean, std = values.mean(), values.std(correction=0)
         kurtosis = ((values - mean) / std).pow(4).mean()
         flat = bool(kurtosis < (_UNIFORM_KURTOSIS + _NORMAL_KURTOSIS) / 2)
@@ -150,7 +164,9 @@ class Edits:
 class Remedy:
     """What to do about the dead units of a site, and when.
 
-    Derive a frozen dataclass from it and write :meth:`propose` to make your own.
+    Derive a frozen dataclass from it and write :meth:`propose` to make your own: say which entries become what, and
+    leave writing to the monitor, which repairs the optimizer's state along. ``needs`` says what has to be known of a
+    site; others are left alone. The fields below come with it; a ``__post_init__`` of your own has to call this one.
 
     Args:
         patience: Verdicts in a row with a dead fraction above the monitor's ``threshold`` before it acts.
@@ -167,6 +183,28 @@ class Remedy:
         seed: Of what is drawn; the same edit draws the same numbers on all ranks, and other numbers at another step.
         check_ranks: Compare a checksum of the edited parameters over all ranks after each edit.
         dry_run: Say what it would do, and do nothing.
+
+    Raises:
+        ValueError: What was written, why it cannot work, and the smallest edit that mends it.
+
+    Example:
+        >>> @dataclass(frozen=True, kw_only=True)
+        ... class Lift(Remedy):
+        ...     "Raise the bias of dead units for good, until their largest input is ``height`` above the hinge."
+        ...
+        ...     height: float = 0.1
+        ...
+        ...     def propose(self, view, generator):
+        ...         if view.attribution.bias is None:
+        ...             return Edits()
+        ...         bias = view.attribution.bias.of(view.units)
+        ...         lift = self.height - view.report.peak[bias.units]
+        ...         return Edits(writes=(Write(bias, bias.read(view.values[bias.name]).cpu() + lift),))
+        >>> Lift(height=0.5, patience=2).height
+        0.5
+        >>> Lift(patience=0)
+        Traceback (most recent call last):
+        ValueError: `Lift(patience=0)`: it has to be a whole number of at least 1. Try `patience=1`.
     """
 
     patience: int = 1
@@ -183,6 +221,44 @@ class Remedy:
 
     needs: ClassVar[frozenset[str]] = frozenset({"incoming"})
     """What has to be known of a site: ``"incoming"``, ``"outgoing"``, ``"outlet"``, ``"module"``."""
+
+    def __post_init__(self) -> None:
+        for field, (least, optional, example) in _COUNTS.items():
+            self._check_count(field, least, optional, example)
+        for field in ("check_ranks", "dry_run"):
+            self._check_flag(field)
+        if self.significance is not None:
+            self._check_number("significance", 0.001, 0, 1)
+        if self.stop_step is not None and self.stop_step <= self.start_step:
+            why = f"it has to be behind `start_step={self.start_step}`, or it never acts"
+            self._refuse("stop_step", why, f"stop_step={self.start_step + 1000}")
+        if unknown := sorted(set(self.needs) - _NEEDS):
+            raise ValueError(
+                f"`{type(self).__name__}.needs` names {unknown}, which no site has. Try any of {sorted(_NEEDS)}."
+            )
+
+    def _refuse(self, field: str, why: str, example: str) -> NoReturn:
+        written = getattr(self, field)
+        raise ValueError(f"`{type(self).__name__}({field}={written!r})`: {why}. Try `{example}`.")
+
+    def _check_count(self, field: str, least: int, optional: bool, example: int) -> None:
+        value = getattr(self, field)
+        if (value is None and optional) or (type(value) is int and value >= least):
+            return
+        alternative = ", or None" if optional else ""
+        self._refuse(field, f"it has to be a whole number of at least {least}{alternative}", f"{field}={example}")
+
+    def _check_flag(self, field: str) -> None:
+        if not isinstance(getattr(self, field), bool):
+            self._refuse(field, "it is a switch", f"{field}=True")
+
+    def _check_number(self, field: str, example: float, above: float, below: float = math.inf) -> None:
+        value = getattr(self, field)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not above < value < below:
+            limits = [f"above {above:g}"] * math.isfinite(above) + [f"below {below:g}"] * math.isfinite(below)
+            why = " and ".join(limits) or "finite"
+            self._refuse(field, f"it has to be a number {why}", f"{field}={example}")
 
     @property
     def treats_frozen(self) -> bool:

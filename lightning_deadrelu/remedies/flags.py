@@ -1,0 +1,87 @@
+"""From what a user writes to remedies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+
+from lightning_deadrelu.remedies.base import Remedy
+from lightning_deadrelu.remedies.sites import KINDS, PRELU, LeakySlope, SwapActivation
+from lightning_deadrelu.remedies.units import BiasWarming, Reset, ThermalKick
+
+
+def _swap(kind: str) -> Callable[[], Remedy]:
+    return lambda: SwapActivation(activation=kind)
+
+
+_FLAGS: dict[str, Callable[[], Remedy]] = {
+    "reset": Reset,
+    "thermal_kick": ThermalKick,
+    "bias_warming": BiasWarming,
+    "leaky": LeakySlope,
+    **{kind: _swap(kind) for kind in KINDS},
+}
+
+
+def remedy_of(flag: str) -> Remedy:
+    """Make the remedy that a flag stands for, with its defaults.
+
+    Args:
+        flag: ``"reset"``, ``"thermal_kick"``, ``"bias_warming"``, ``"leaky"``, or an activation to swap to.
+
+    Raises:
+        ValueError: There is no such flag.
+
+    Example:
+        >>> remedy_of("silu").activation
+        'silu'
+        >>> remedy_of("rest")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ValueError: `remedy='rest'` is no remedy. Did you mean `remedy='reset'`? Known: reset, ...
+    """
+    if flag in _FLAGS:
+        return _FLAGS[flag]()
+    if flag == "prelu":
+        raise ValueError(f"`remedy='prelu'`: {PRELU}.")
+    close = get_close_matches(flag, _FLAGS, n=1)
+    guess = f" Did you mean `remedy={close[0]!r}`?" if close else ""
+    raise ValueError(f"`remedy={flag!r}` is no remedy.{guess} Known: {', '.join(_FLAGS)}.")
+
+
+def ladder_of(remedy: str | Remedy | Sequence[str | Remedy] | None) -> tuple[Remedy, ...]:
+    """Turn whatever the ``remedy`` argument may be into its rungs.
+
+    Args:
+        remedy: None for none, a flag, a remedy, or several of these: each takes over where the one before failed.
+
+    Raises:
+        ValueError: Something else was given, an unknown flag, or an empty sequence.
+
+    Example:
+        >>> [type(rung).__name__ for rung in ladder_of(["reset", LeakySlope(slope=0.1)])]
+        ['Reset', 'LeakySlope']
+        >>> ladder_of(None)
+        ()
+    """
+    if remedy is None:
+        return ()
+    if isinstance(remedy, (str, Remedy)) or not isinstance(remedy, Sequence):
+        return (_rung(remedy),)
+    if not remedy:
+        raise ValueError(f"`remedy={remedy!r}`: a ladder needs a rung. Try `remedy=None` to watch only.")
+    return tuple(_rung(one) for one in remedy)
+
+
+def _rung(remedy: object) -> Remedy:
+    if isinstance(remedy, str):
+        return remedy_of(remedy)
+    if isinstance(remedy, Remedy):
+        if type(remedy).propose is Remedy.propose:
+            name = type(remedy).__name__
+            raise ValueError(f"`remedy={name}()` has no `propose`, so it can do nothing. Try `remedy='reset'`.")
+        return remedy
+    if isinstance(remedy, type) and issubclass(remedy, Remedy):
+        name = remedy.__name__
+        raise ValueError(f"`remedy={name}` is a class, and a remedy is an object of it. Try `remedy={name}()`.")
+    why = "it takes a flag, a remedy, or a list of these"
+    raise ValueError(f"`remedy={remedy!r}`: {why}. Try `remedy='reset'`.")

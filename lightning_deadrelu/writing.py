@@ -1,0 +1,141 @@
+"""Write what remedies propose into parameters, buffers and the optimizers' state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_deadrelu.optimizer_state import repair_, unknown_state
+from lightning_deadrelu.remedies import Law, Write
+from lightning_deadrelu.sites import clean
+from lightning_deadrelu.slices import Slice
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """List parameters and buffers under all of their names, without the prefixes of wrappers.
+
+    Args:
+        model: Possibly compiled or wrapped.
+
+    Example:
+        >>> list(tensors_of(nn.BatchNorm1d(2)))
+        ['weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked']
+    """
+    parameters = model.named_parameters(remove_duplicate=False)
+    buffers = model.named_buffers(remove_duplicate=False)
+    return {clean(name): tensor for name, tensor in (*parameters, *buffers)}
+
+
+def laws_of(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, Law]:
+    """Take the laws that parameters follow, to be called when training begins.
+
+    Args:
+        model: As it was drawn.
+        names: Of which parameters; None for all that have values.
+
+    Example:
+        >>> laws_of(nn.BatchNorm1d(2))["bias"]
+        Law(mean=0.0, std=0.0, uniform=False)
+    """
+    chosen = None if names is None else set(names)
+    drawn = {clean(name): one for name, one in model.named_parameters(remove_duplicate=False)}
+    return {
+        name: Law.of(one)
+        for name, one in drawn.items()
+        if (chosen is None or name in chosen) and one.is_floating_point() and not _why_sharded(name, one)
+    }
+
+
+def why_not(model: nn.Module, optimizers: Sequence[Optimizer], names: Iterable[str]) -> str:
+    """Say why some parameters or buffers cannot be edited; empty if they can.
+
+    Args:
+        model: Whose they are.
+        optimizers: All that train it.
+        names: As :func:`tensors_of` has them.
+
+    Example:
+        >>> net = nn.Linear(2, 2)
+        >>> why_not(net, [torch.optim.SGD(net.parameters())], ["weight"])
+        ''
+        >>> why_not(net, [], ["weigth"])
+        '`weigth` is no parameter or buffer of the model'
+    """
+    tensors, listed = tensors_of(model), list(names)
+    for name in listed:
+        if name not in tensors:
+            return f"`{name}` is no parameter or buffer of the model"
+        if why := _why_sharded(name, tensors[name]):
+            return why
+    return unknown_state(optimizers, tensors, listed)
+
+
+def write_(
+    writes: Iterable[Write], model: nn.Module, optimizers: Sequence[Optimizer], live: Sequence[Slice] = ()
+) -> None:
+    """Write new values in place, and repair the optimizers' state for exactly these entries.
+
+    Everything is checked before anything is written. To be called behind an optimizer step, never between forward and
+    backward. Communicates with nobody: ranks stay equal if they write equal values.
+
+    Args:
+        writes: What is to become what, in this order.
+        model: Whose parameters and buffers they are.
+        optimizers: All that train it; what none of them holds is just written.
+        live: The entries of live units, from which second moments are taken; all that are not written otherwise.
+
+    Raises:
+        ValueError: A name, a shape or a value cannot be written.
+
+    Example:
+        >>> net = nn.Linear(2, 3)
+        >>> row = Slice("weight", "weight", torch.tensor([1]), torch.tensor([[1]]), (0,))
+        >>> write_([Write(row, 0.0)], net, [torch.optim.SGD(net.parameters())])
+        >>> net.weight[1].tolist()
+        [0.0, 0.0]
+    """
+    pending = [write for write in writes if len(write.slice.index)]
+    if why := why_not(model, optimizers, dict.fromkeys(write.slice.name for write in pending)):
+        raise ValueError(f"{why}. Nothing was written; leave the site out with `exclude`, or only watch it.")
+    tensors = tensors_of(model)
+    for write in pending:
+        _check(write, tensors[write.slice.name])
+    for entries, values in pending:
+        entries.write_(tensors[entries.name], values)
+    for entries, _ in pending:  # once all values are there, since averages of them are copied
+        repair_(optimizers, tensors[entries.name], entries, _live_for(entries, live))
+
+
+def _check(write: Write, tensor: Tensor) -> None:
+    entries, values = write
+    name, old = entries.name, entries.read(tensor)
+    new = torch.as_tensor(values, dtype=tensor.dtype)
+    if new.ndim and new.shape != old.shape:
+        why = f"its values have shape {tuple(new.shape)}, and `slice.read` returns {tuple(old.shape)}"
+        raise ValueError(f"`Write` to `{name}`: {why}. Try one number, or that shape.")
+    if new.is_floating_point() and not bool(new.isfinite().all()):
+        why = f"its values are not all finite as {tensor.dtype}"
+        raise ValueError(f"`Write` to `{name}`: {why}. Leave out units whose new values are not known.")
+
+
+def _live_for(entries: Slice, live: Sequence[Slice]) -> Slice | None:
+    """Find the live units' rows of the same tensor, along the same dimensions."""
+    return next((one for one in live if _is_alike(one, entries) and len(one.index)), None)
+
+
+def _is_alike(one: Slice, other: Slice) -> bool:
+    return (one.name, one.dims, one.shape) == (other.name, other.dims, other.shape)
+
+
+def _why_sharded(name: str, tensor: Tensor) -> str:
+    """Tell by its type that a tensor's entries are not here; the module of the types is for ranks alone."""
+    if any(kind.__name__ == "DTensor" for kind in (type(tensor), type(tensor.data))):
+        return f"`{name}` is a DTensor, split over ranks, and remedies write to whole tensors only"
+    if nn.parameter.is_lazy(tensor):
+        return f"`{name}` has no values yet"
+    if not tensor.numel():
+        return f"`{name}` is empty between steps, its values are split over ranks"
+    return ""
