@@ -160,26 +160,38 @@ class Ladder:
             requests += [request] if request else []
         return requests, events
 
-    def edited(self, request: Request, units: Tensor, report: LivenessReport, loss: Loss | None) -> Event:
+    def edited(self, request: Request, units: Tensor, before: float, loss: Loss | None, step: int) -> Event:
         """Note that an edit was made, or would have been in a dry run.
 
         Args:
-            request: What it was asked for.
+            request: What was asked for.
             units: Which units it came to, boolean, shape ``(units,)``.
-            report: The verdict behind it.
+            before: Dead fraction of the site at the verdict behind it.
             loss: Over the window of that verdict.
+            step: The training batch.
         """
-        remedy, before = self.rungs[request.rung], report[request.site].dead_fraction
+        remedy = self.rungs[request.rung]
         self.edits[request.rung] += not remedy.dry_run
         self.sites[request.site].trial = Trial(units, remedy.cooldown, before, tuple(loss or ()), remedy.dry_run)
         action = "would edit" if remedy.dry_run else "edited"
-        return Event(report.step, request.site, action, _name(remedy), _numbers(units), request.reason, before)
+        return Event(step, request.site, action, _name(remedy), _numbers(units), request.reason, before)
 
     def refused(self, request: Request, reason: str, step: int) -> list[Event]:
         """Note that a remedy cannot be applied to a site, and turn to the next."""
         progress = self.sites[request.site]
         event = Event(step, request.site, "refused", _name(self.rungs[request.rung]), reason=reason)
         return [event, *self._climb(progress, request.site, step)]
+
+    def waiting(self, request: Request, step: int) -> Event:
+        """Note that a site has to wait for the one before it."""
+        why = "its inputs are constant, because a site before it is dead"
+        return Event(step, request.site, "waits", _name(self.rungs[request.rung]), _numbers(request.units), why)
+
+    def dropped(self, site: str, step: int) -> Event:
+        """Note that training ended while a term was in flight."""
+        progress = self.sites[site]
+        why = "training ended before its term was annealed away"
+        return Event(step, site, "dropped", _name(self.rungs[progress.rung]), reason=why)
 
     def _judge(self, progress: Progress, site: SiteReport, step: int, loss: Loss | None) -> list[Event]:
         trial = progress.trial

@@ -63,7 +63,8 @@ def run(it, verdicts, loss=None):
         requests, events = it.decide(now, loss[step] if loss else None)
         told += [(event.step, event.action) for event in events]
         for request in requests:
-            told.append((step, it.edited(request, request.units, now, loss[step] if loss else None).action))
+            before = now[request.site].dead_fraction
+            told.append((step, it.edited(request, request.units, before, loss[step] if loss else None, step).action))
     return told
 
 
