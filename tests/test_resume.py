@@ -2,7 +2,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
-from toys import KEY, Log, Net, Verdicts, assert_alike, bare, batches, fit, mlp, reports_of
+from toys import KEY, Loader, Log, Net, Verdicts, assert_alike, bare, batches, fit, mlp, reports_of, tensors
 from two_ranks import Branching, ddp_trainer, on_two_ranks, shares
 
 from lightning_deadrelu import DeadReLUMonitor
@@ -17,32 +17,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*use of fork",
 )
 SETTINGS = {"every_n_steps": 2, "window": 3, "min_samples": 40}
-
-
-class Loader:
-    """Hands out the same batches in every run, and goes on where it was saved, as torchdata's loaders do."""
-
-    def __init__(self, items):
-        self.items, self.at = items, 0
-
-    def __len__(self):
-        return len(self.items)
-
-    def __iter__(self):
-        self.at %= len(self.items)
-        while self.at < len(self.items):
-            self.at += 1
-            yield self.items[self.at - 1]
-
-    def state_dict(self):
-        return {"at": self.at}
-
-    def load_state_dict(self, state):
-        self.at = state["at"]
-
-
-def tensors(count, size=5):
-    return list(torch.randn(count, size, 4, generator=torch.Generator().manual_seed(5)))
 
 
 def every_step(folder):

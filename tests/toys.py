@@ -57,6 +57,32 @@ def batches(count: int, size: int = 5, width: int = 4, seed: int = 1, **options:
     return DataLoader(torch.randn(count * size, width, generator=generator), batch_size=size, **options)
 
 
+class Loader:
+    """Hands out the same batches in every run, and goes on where it was saved, as torchdata's loaders do."""
+
+    def __init__(self, items):
+        self.items, self.at = items, 0
+
+    def __len__(self):
+        return len(self.items)
+
+    def __iter__(self):
+        self.at %= len(self.items)
+        while self.at < len(self.items):
+            self.at += 1
+            yield self.items[self.at - 1]
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
+def tensors(count, size=5):
+    return list(torch.randn(count, size, 4, generator=torch.Generator().manual_seed(5)))
+
+
 def bare(**options: Any) -> dict[str, Any]:
     """Trainer options without ornaments, where ``options`` do not ask for them."""
     plain = {
