@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_deadrelu.activations import LeakyUnits, find_module, original_of, places_of, take_over
+from lightning_deadrelu.activations import find_module, places_of, take_over
 from lightning_deadrelu.sites import Rectifier, clean
+from lightning_deadrelu.substitutes import LeakyUnits, original_of
 
 _CALLED = ("forward", "training_step")
 

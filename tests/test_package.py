@@ -38,8 +38,9 @@ MAY_IMPORT = {
     "reporting": {"statistics"},
     "ranks": {"confirmation", "sites", "statistics", "watch"},
     "optimizer_state": {"slices"},
-    "activations": {"sites"},
-    "terms": {"activations", "sites"},
+    "substitutes": {"sites"},
+    "activations": {"sites", "substitutes"},
+    "terms": {"activations", "sites", "substitutes"},
     "writing": {"activations", "optimizer_state", "remedies", "sites", "slices", "terms"},
     "ladder": {"remedies", "statistics"},
     "repair": {
