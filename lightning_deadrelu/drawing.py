@@ -6,10 +6,12 @@ import io
 import itertools
 import math
 import textwrap
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from lightning_deadrelu.slices import Attribution
 from lightning_deadrelu.statistics import LivenessReport, SiteReport
 
 if TYPE_CHECKING:
@@ -126,6 +128,40 @@ def _tally(mask: Tensor) -> str:
 
 def _is_idle(column: str, rows: list[dict[str, str]]) -> bool:
     return column in ("not finite", "not judged") and all(row[column] in ("0", "-") for row in rows)
+
+
+def attribution_table(known: Mapping[str, Attribution], width: int = 140) -> str:
+    """Lay out which parameters feed each site's units and which read them, one row per site.
+
+    Args:
+        known: Attributions by the sites' names.
+        width: Characters per line.
+
+    Example:
+        >>> print(attribution_table({"act": Attribution(no_incoming="no", no_outgoing="no", no_outlet="no")}))
+        site  fed by  bias that counts  read by  refused because
+        act   -       -                 -        fed: no; read: no; outlet: no
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(box=None, pad_edge=False)
+    for name in ("site", "fed by", "bias that counts", "read by", "refused because"):
+        grid.add_column(name, overflow="fold")
+    for site, attribution in known.items():
+        grid.add_row(*map(Text, (site, *_attribution_cells(attribution))))
+    paper = io.StringIO()
+    Console(file=paper, width=width, no_color=True, highlight=False, markup=False, emoji=False).print(grid)
+    return "\n".join(line.rstrip() for line in paper.getvalue().rstrip().splitlines())
+
+
+def _attribution_cells(attribution: Attribution) -> tuple[str, str, str, str]:
+    bias = attribution.bias.name if attribution.bias else ""
+    refused = {"fed": attribution.no_incoming, "read": attribution.no_outgoing, "outlet": attribution.no_outlet}
+    fed, read = ([part.name for part in parts] for parts in (attribution.incoming, attribution.outgoing))
+    reasons = "; ".join(f"{what}: {why}" for what, why in refused.items() if why)
+    return ", ".join(fed) or "-", bias or "-", ", ".join(dict.fromkeys(read)) or "-", reasons or "-"
 
 
 # -- pictures --------------------------------------------------------------------------------------------

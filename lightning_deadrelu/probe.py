@@ -19,6 +19,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode, _push_mode
 from torch.utils.hooks import RemovableHandle
 
+from lightning_deadrelu.attribution import Tracer
 from lightning_deadrelu.lineage import STEADY, Call, Lineage, follow, function_name, of_module, parameter, tensors_in
 from lightning_deadrelu.modes import EagerCompiler, no_caching_modes, remove_mode
 from lightning_deadrelu.sites import (
@@ -138,6 +139,9 @@ class Probe(TorchFunctionMode):
         """Why, by name, a rectifier that ran is not watched."""
         self.failure: Exception | None = None
         """What went wrong inside the probe, which stopped it; the model's own errors pass through."""
+        self.tracer: Tracer | None = None
+        """Takes every call until the next pause, to tell who feeds and reads each unit."""
+        self._met: tuple[Site, Rectifier, tuple[int, ...]] | None = None
         self.tracing_error: Exception | None = None
         """The first call whose producers could not be followed, which stopped nothing."""
 
@@ -153,6 +157,11 @@ class Probe(TorchFunctionMode):
     def judged_as(self, rectifiers: Mapping[str, Rectifier]) -> None:
         plain = {path: rectifier._replace(plain=False, smooth=False) for path, rectifier in rectifiers.items()}
         self._judged_as, self._armed_before = plain, 0
+
+    @property
+    def model(self) -> nn.Module:
+        """The model watched, without the wrapper of a compiler."""
+        return self._model
 
     @property
     def armed(self) -> bool:
@@ -174,6 +183,8 @@ class Probe(TorchFunctionMode):
         if self._armed_before % _ARMS_PER_LOOK == 0:
             self._look_at_model()
         self._armed_before += 1
+        if self.tracer is not None:
+            self.tracer.begin()
         self._thread = threading.get_ident()
         self._handles = [
             register_module_forward_pre_hook(self._enter_module),
@@ -196,6 +207,9 @@ class Probe(TorchFunctionMode):
             handle.remove()
         self._handles = []
         self._forget()
+        if self.tracer is not None:
+            self.tracer.end()
+            self.tracer = None
 
     def _look_at_model(self) -> None:
         """List modules and parameters; what is exchanged later goes by its module until the next look."""
@@ -257,7 +271,9 @@ class Probe(TorchFunctionMode):
         if place is None or not isinstance(output, Tensor):  # an error passed through
             return
         del self._frames[place + 1 :]
-        self._rectified(self._judged_as[self._frames[place].path], x, values, output)
+        rectifier = self._judged_as[self._frames[place].path]
+        self._rectified(rectifier, x, values, output)
+        self._trace("substitute", None, (x,), {}, output, (rectifier, x, values))
 
     def _path_left(self, module: nn.Module) -> str | None:
         """Drop a module's frame, and those that an error left above it."""
@@ -278,6 +294,7 @@ class Probe(TorchFunctionMode):
         found = self._guard(self._find, name, args, kwargs)
         output = func(*args, **kwargs)
         self._guard(self._note, name, args, kwargs, output, found)
+        self._guard(self._trace, name, func, args, kwargs, output, found)
         return output
 
     def _guard(self, step: Callable[..., Any], *args: Any) -> Any:
@@ -321,6 +338,22 @@ class Probe(TorchFunctionMode):
             )
         if found is not None:  # its input is out of sight
             self._rectified(found[0], outputs[0], outputs[0], outputs[0])
+
+    def _trace(
+        self,
+        name: str,
+        func: Callable[..., Any] | None,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        output: Any,
+        found: tuple[Rectifier, Tensor, Tensor] | None,
+    ) -> None:
+        """Hand a call on, as a site's if it was one."""
+        met, self._met = self._met, None
+        if self.tracer is not None:
+            frame = (self._frames[-1].path, self._frames[-1].module) if self._frames else ("", None)
+            with no_caching_modes():
+                self.tracer.see(name, func, args, kwargs, output, frame, (*met, found[1]) if met and found else None)
 
     def _follow(self, call: Call) -> Lineage | None:
         """Follow a call; the layers that make up most of a model once for all calls alike."""
@@ -370,6 +403,7 @@ class Probe(TorchFunctionMode):
             return
         traced = not source[0].startswith("#")
         site = Site(owner, functional, rectifier.kind, source, units, rectifier.smooth, rectifier.cap, traced)
+        self._met = site, rectifier, dims
         with torch.no_grad(), no_caching_modes():
             self._sink(site, rectifier, values, output, dims)
 

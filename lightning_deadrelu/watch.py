@@ -7,9 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_deadrelu.attribution import Tracer, merged
 from lightning_deadrelu.confirmation import Confirmation
 from lightning_deadrelu.probe import Probe
 from lightning_deadrelu.sites import Rectifier, Site, clean, is_rectifier_module, is_selected, names_of, unmatched
+from lightning_deadrelu.slices import Attribution
 from lightning_deadrelu.statistics import Rules, UnitLiveness, count
 
 
@@ -54,6 +56,7 @@ class Watch:
         self.device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
         self.liveness = self._new_liveness()
         self.probe = Probe(model, self._take, unit_dims, keep_fused)
+        self._tracer = Tracer(self.probe.model)
         self.valid: Tensor | None = None
         """True where the current batch holds data, False where padding; None where all is data."""
         self.offsets: dict[int, Tensor] = {}
@@ -112,6 +115,15 @@ class Watch:
             if site in old.sites:
                 self.liveness.copy_site(old, old.sites.index(site), place)
         self._places = {site: place for place, site in enumerate(self.sites)}
+
+    def trace(self) -> None:
+        """Follow the next observed batch from layers to sites and on; what was known before is added to."""
+        self.probe.tracer = self._tracer
+
+    @property
+    def attributions(self) -> dict[Site, Attribution]:
+        """Which entries feed and read the units of each site, as far as all traced batches tell."""
+        return merged(self._tracer.attributions(), self.sites, "it has not run while its layers were traced")
 
     def unwatched(self) -> dict[str, str]:
         """Say, by name, why a rectifier of the model is not watched."""

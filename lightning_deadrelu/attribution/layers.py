@@ -1,0 +1,294 @@
+"""Which rows of a layer's weight make its outputs, and which meet its inputs. Pure."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from lightning_deadrelu.attribution.flows import (
+    OUTLET,
+    Flow,
+    Leak,
+    Misfit,
+    Origin,
+    Outcome,
+    Read,
+    Step,
+    Stream,
+    Weight,
+    along,
+    leaks_of,
+    over,
+    shrunk,
+)
+from lightning_deadrelu.sites import Site
+
+COMPUTED = "its weight is computed from parameters (parametrised, quantised, a low-rank update)"
+SHARDED = "its parameters are sharded"
+_CONVOLUTION = re.compile(r"conv(_transpose)?([123])d$")
+_PRODUCTS = frozenset({"matmul", "mm", "mv"})
+_CHANNEL_NORMS = frozenset({"batch_norm", "instance_norm"})
+_MIXING_NORMS = frozenset({"layer_norm", "group_norm", "rms_norm"})
+
+
+class Layer(NamedTuple):
+    """A weight between an input and an output.
+
+    Args:
+        x: What it is applied to.
+        weight: The tensor in the weight's place.
+        bias: Its bias, if any.
+        into: The dimension of the input that holds the features, counted from the end.
+        out: The dimension of the output that holds the units, counted from the end.
+        rows: Given the named weight, the entries that make each unit, and those that meet each feature.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    into: int
+    out: int
+    rows: Callable[[Weight], tuple[Origin, Origin | None]]
+
+
+def is_layer(name: str) -> bool:
+    """Whether a call may apply a weight."""
+    return name in _PRODUCTS | {"linear", "addmm", "embedding"} or bool(_CONVOLUTION.match(name))
+
+
+def is_norm(name: str) -> bool:
+    """Whether a call normalises."""
+    return name in _CHANNEL_NORMS | _MIXING_NORMS
+
+
+# -- layers ----------------------------------------------------------------------------------------------
+
+
+def apply(step: Step) -> Outcome:
+    """Follow a layer: its output depends on rows of its weight and bias, and it reads what it is applied to.
+
+    Raises:
+        Misfit: If no parameter stands in the weight's place.
+    """
+    layer = _layer(step)
+    weight = step.look(layer.weight).weight
+    if weight is None:
+        return _without_weight(step, layer)
+    makes, meets = layer.rows(weight)
+    streams = [Stream(makes, along(makes.rows, step.output.ndim, layer.out))]
+    leaks = list(leaks_of(step.look(layer.x), *_readers(step)))
+    reads: tuple[Read, ...] = ()
+    if meets is not None:
+        reads, leaks = _read(step, layer, meets)
+    own, more = _bias(step, layer)
+    streams += own
+    streams += _outlet(step, makes.rows, layer.out)
+    return Outcome((Flow(tuple(streams)),), (*leaks, *more), reads, (makes,))
+
+
+def _layer(step: Step) -> Layer:
+    if step.name == "linear":
+        x, weight, bias = (step.argument(i, name) for i, name in enumerate(("input", "weight", "bias")))
+        return Layer(x, weight, bias, -1, -1, _matrix)
+    if step.name == "embedding":
+        return Layer(step.argument(0, "input"), step.argument(1, "weight"), None, -1, -1, _table)
+    if found := _CONVOLUTION.match(step.name):
+        return _convolution(step, bool(found[1]), int(found[2]))
+    return _product(step)
+
+
+def _matrix(weight: Weight) -> tuple[Origin, Origin]:
+    """Take rows for outputs and columns for inputs, or the other way round."""
+    if len(weight.shape) != 2:
+        raise Misfit("its weight is no matrix")
+    out, into = (1, 0) if weight.flipped else (0, 1)
+    sizes = weight.shape
+    return Origin(weight.name, "weight", (out,), (sizes[out],)), Origin(weight.name, "reader", (into,), (sizes[into],))
+
+
+def _turned(weight: Weight) -> tuple[Origin, Origin]:
+    return _matrix(weight._replace(flipped=not weight.flipped))
+
+
+def _table(weight: Weight) -> tuple[Origin, None]:
+    return Origin(weight.name, "weight", (1,), (weight.shape[1],)), None
+
+
+def _product(step: Step) -> Layer:
+    left, right = step.operands[-2:]
+    bias = step.operands[0] if step.name == "addmm" else None
+    if step.name == "addmm" and (len(step.operands) != 3 or step.kwargs.get("beta", 1) != 1):
+        raise Misfit("it scales what it adds")
+    if len(step.operands) < 2 or (left.ndim > 2 and right.ndim > 2):
+        raise Misfit("it multiplies stacks")
+    if step.look(right).weight and right.ndim == 2:
+        return Layer(left, right, bias, -1, -1, _turned)
+    if step.look(left).weight and left.ndim == 2 and bias is None:
+        place = -1 if right.ndim == 1 else -2
+        return Layer(right, left, None, place, place, _matrix)
+    raise Misfit("it multiplies activations")
+
+
+def _convolution(step: Step, transposed: bool, positions: int) -> Layer:
+    x, weight, bias = (step.argument(i, name) for i, name in enumerate(("input", "weight", "bias")))
+    groups = step.argument(6, "groups", 1)
+    place = -positions - 1
+
+    def rows(named: Weight) -> tuple[Origin, Origin]:
+        return (_transposed if transposed else _forward)(named, groups)
+
+    return Layer(x, weight, bias, place, place, rows)
+
+
+def _forward(weight: Weight, groups: int) -> tuple[Origin, Origin]:
+    name, (out, into, *kernel) = weight.name, weight.shape
+    makes = Origin(name, "weight", (0,), (out,))
+    if groups == 1:
+        return makes, Origin(name, "reader", (1,), (into,))
+    return makes, Origin(name, "reader", (0, 2), (groups, into), (groups, out // groups, into, *kernel))
+
+
+def _transposed(weight: Weight, groups: int) -> tuple[Origin, Origin]:
+    name, (into, out, *kernel) = weight.name, weight.shape
+    meets = Origin(name, "reader", (0,), (into,))
+    if groups == 1:
+        return Origin(name, "weight", (1,), (out,)), meets
+    return Origin(name, "weight", (0, 2), (groups, out), (groups, into // groups, out, *kernel)), meets
+
+
+def _without_weight(step: Step, layer: Layer) -> Outcome:
+    """Read all there is; say why nothing is known of the output."""
+    learned = step.look(layer.weight)
+    own = step.module is not None and any(layer.weight is other for other in step.module._parameters.values())
+    why = SHARDED if own else COMPUTED
+    flows = [step.look(tensor) for tensor in step.operands]
+    before, behind = _readers(step)
+    if not learned.learned and not own and not learned.streams:
+        why = f"`{step.name}` multiplies it with what is no parameter"
+    leaks = [leak for flow in flows for leak in leaks_of(flow, before, why if own else behind)]
+    return Outcome((Flow(why=why),), tuple(leaks))
+
+
+def _readers(step: Step) -> tuple[str, str]:
+    return f"`{step.name}`", f"`{step.name}` reads it, and not unit by unit"
+
+
+def _read(step: Step, layer: Layer, rows: Origin) -> tuple[tuple[Read, ...], list[Leak]]:
+    """Tell which unit of which site each feature is; what comes straight from layers must not be read."""
+    flow = step.look(layer.x)
+    if flow.zero:
+        return (), []
+    mine: dict[Site, tuple[Tensor, ...]] = {}
+    leaks = list(leaks_of(flow._replace(streams=tuple(flow.before)), *_readers(step)))
+    for stream in flow.behind:
+        units = _features(layer, stream.labels, rows.rows)
+        if units is None:
+            leaks += leaks_of(Flow((stream,)), *_readers(step))
+        else:
+            assert isinstance(stream.origin, Site)
+            mine[stream.origin] = (*mine.get(stream.origin, ()), units)
+    return (Read(rows, mine),), leaks
+
+
+def _features(layer: Layer, labels: Tensor, count: int) -> Tensor | None:
+    place = layer.into % labels.ndim
+    alike = shrunk(labels, [dim for dim in range(labels.ndim) if dim != place])
+    return None if alike is None else alike.flatten().expand(count)
+
+
+def _bias(step: Step, layer: Layer) -> tuple[list[Stream], tuple[Leak, ...]]:
+    if not isinstance(layer.bias, Tensor):
+        return [], ()
+    flow = step.look(layer.bias)
+    if flow.weight is None or layer.bias.ndim != 1:
+        return [], leaks_of(flow, *_readers(step))
+    origin = Origin(flow.weight.name, "bias", (0,), flow.weight.shape)
+    return [Stream(origin, along(origin.rows, step.output.ndim, layer.out))], ()
+
+
+# -- norms -----------------------------------------------------------------------------------------------
+
+
+def normalise(step: Step) -> Outcome:
+    """Follow a norm: per channel it adds its own rows; over units it cuts off what came before."""
+    flow = step.look(step.argument(0, "input"))
+    own, leaks = _own_rows(step)
+    learned = any(origin.role in ("scale", "shift") for origin in _origins(own))
+    silenced = f"a `{step.name}` behind it makes a constant of a silent unit"
+    leaks += leaks_of(flow._replace(streams=tuple(flow.behind)), f"`{step.name}`", silenced)
+    kept, why = flow.before, flow.why or ("it normalises what another activation puts out" if flow.behind else "")
+    if step.name in _MIXING_NORMS or (why and learned):
+        leaks += leaks_of(Flow(tuple(kept)), f"`{step.name}`", silenced)
+        kept, why = [], "" if learned else why or f"`{step.name}` mixes the units of the layer before it"
+    kept = [stream for stream in kept if not _is_idle(step, stream.origin, learned)]
+    channels = step.name not in ("layer_norm", "rms_norm")
+    place = 1 - step.output.ndim if channels else -1
+    flat = channels or all(len(origin.sizes) == 1 for origin in _origins(own))
+    outlet = _outlet(step, step.output.shape[place], place) if flat else []
+    return Outcome((Flow((*kept, *own, *outlet), why),), tuple(leaks), (), tuple(_origins(own)))
+
+
+def _origins(streams: list[Stream]) -> list[Origin]:
+    return [stream.origin for stream in streams if isinstance(stream.origin, Origin)]
+
+
+def _is_idle(step: Step, origin: Any, learned: bool) -> bool:
+    """Whether a norm makes an outlet the wrong place, or a bias idle that it subtracts again."""
+    batch_wise = bool(step.argument(5, "training", step.kwargs.get("use_input_stats")))
+    return origin.role == OUTLET or (origin.role == "bias" and batch_wise and not learned)
+
+
+def _own_rows(step: Step) -> tuple[list[Stream], list[Leak]]:
+    """Follow a norm's scale and shift, and its running statistics."""
+    own: list[Stream] = []
+    leaks: list[Leak] = []
+    for role, (place, word) in _places(step.name).items():
+        tensor = step.argument(place, word)
+        if not isinstance(tensor, Tensor):
+            continue
+        flow, ndim = step.look(tensor), step.output.ndim
+        name = flow.weight.name if flow.weight else flow.buffer
+        if not name:
+            leaks += leaks_of(flow, f"`{step.name}`", "")
+            continue
+        origin = Origin(name, role, tuple(range(tensor.ndim)), tuple(tensor.shape))
+        last = step.name in ("layer_norm", "rms_norm")
+        own.append(Stream(origin, over(tensor.shape, ndim) if last else along(origin.rows, ndim, 1)))
+    return own, leaks
+
+
+def _places(name: str) -> dict[str, tuple[int, str]]:
+    if name == "rms_norm":
+        return {"scale": (2, "weight")}
+    if name in _MIXING_NORMS:
+        return {"scale": (2, "weight"), "shift": (3, "bias")}
+    statistics = {"mean": (1, "running_mean"), "variance": (2, "running_var")}
+    return {"scale": (3, "weight"), "shift": (4, "bias"), **statistics}
+
+
+# -- outlets ---------------------------------------------------------------------------------------------
+
+_OUTLETS: tuple[type[nn.Module], ...] = (
+    nn.Linear,
+    nn.modules.conv._ConvNd,
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+)
+_OUTLETS += (getattr(nn, "RMSNorm", nn.LayerNorm),)
+
+
+def _outlet(step: Step, count: int, dim: int) -> list[Stream]:
+    """Start a stream at a module's output, if it is one."""
+    if not isinstance(step.module, _OUTLETS) or not _is_plain(step.module):
+        return []
+    origin = Origin(step.path, OUTLET, (dim,), (count,))
+    return [Stream(origin, along(count, step.output.ndim, dim))]
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return str(inspect.unwrap(type(module).forward).__module__).startswith("torch.nn.modules.")

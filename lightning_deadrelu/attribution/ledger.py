@@ -1,0 +1,219 @@
+"""What was seen of all sites, and the attribution that follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from lightning_deadrelu.attribution.flows import NONE, OUTLET, Flow, Leak, Origin, Outcome, Read, Stream, pairs
+from lightning_deadrelu.sites import Site, base_name
+from lightning_deadrelu.slices import Attribution, Outlet, Slice
+
+_NORM_ROLES = frozenset({"scale", "shift", "mean", "variance"})
+_UNFED = "no layer was seen to feed it directly"
+_UNREAD = "nothing was seen to read it"
+_MIXED = "`{}` also multiplies other things"
+
+
+class Ledger:
+    """Collects who feeds and who reads whom, over any number of calls and batches; holds no activations."""
+
+    def __init__(self) -> None:
+        self.fed: dict[Site, dict[Origin, Tensor]] = {}
+        self.why: dict[Site, str] = {}
+        self.mute: dict[Site, str] = {}
+        self.no_outlet: dict[Site, str] = {}
+        self.leaked: dict[Origin | Site, dict[str, Tensor]] = {}
+        self.odd: dict[str, str] = {}
+        self.sharded: set[str] = set()
+        self.views: dict[str, set[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
+        self.reads: dict[Origin, list[Read]] = {}
+
+    # -- what was seen
+
+    def leak(self, leaks: Iterable[Leak]) -> None:
+        """Note what was read where it cannot be accounted for."""
+        for leak in leaks:
+            if isinstance(leak.origin, str):
+                self.odd.setdefault(leak.origin, leak.reason)
+                continue
+            count = leak.origin.units if isinstance(leak.origin, Site) else leak.origin.rows
+            reasons = self.leaked.setdefault(leak.origin, {})
+            mask = reasons.setdefault(leak.reason, torch.zeros(count, dtype=torch.bool, device="cpu"))
+            mask[leak.labels[leak.labels >= 0].flatten()] = True
+
+    def note(self, outcome: Outcome) -> None:
+        """Note what a call read, and which entries it used."""
+        for origin in (*outcome.uses, *_rows_in(outcome)):
+            self.views.setdefault(origin.name, set()).add((origin.dims, origin.shape))
+        for read in outcome.reads:
+            known = self.reads.setdefault(read.rows, [])
+            if not any(_alike(read, other) for other in known):
+                known.append(read)
+
+    def feed(self, site: Site, flow: Flow, units: Tensor) -> None:
+        """Note what arrives at a site."""
+        fed = self.fed.setdefault(site, {})
+        for origin, labels in flow.before:
+            assert isinstance(origin, Origin)
+            new = pairs(labels, units)
+            fed[origin] = torch.cat([fed[origin], new]).unique(dim=0) if origin in fed else new
+        why = flow.why or ("" if flow.before else _UNFED)
+        if flow.behind:
+            other = flow.behind[0].origin
+            assert isinstance(other, Site)
+            why = f"it rectifies what `{_name(other)}` puts out"
+        if why and not self.why.get(site):
+            self.why[site] = why
+
+    def is_spent(self, stream: Stream) -> bool:
+        """Whether a stream was leaked, so that following it further brings nothing."""
+        reasons = self.leaked.get(stream.origin)
+        if not reasons:
+            return False
+        if isinstance(stream.origin, Site):
+            return True
+        mask = torch.stack(list(reasons.values())).any(0)
+        return bool(mask[stream.labels[stream.labels >= 0]].all())
+
+    def spent_reason(self, stream: Stream) -> str:
+        """Say why a stream was leaked."""
+        assert isinstance(stream.origin, Origin)
+        return f"`{stream.origin.name}` also feeds {next(iter(self.leaked[stream.origin]))}"
+
+    # -- what follows
+
+    def attributions(self) -> dict[Site, Attribution]:
+        """Attribute every site met."""
+        return {site: self._attribution(site) for site in self.fed}
+
+    def _attribution(self, site: Site) -> Attribution:
+        incoming, no_incoming = self._incoming(site)
+        outgoing, no_outgoing = self._outgoing(site)
+        outlet, no_outlet = self._outlet(site)
+        return Attribution(incoming, outgoing, outlet, no_incoming, no_outgoing, no_outlet)
+
+    def _incoming(self, site: Site) -> tuple[tuple[Slice, ...], str]:
+        fed = [origin for origin in self.fed[site] if origin.role != OUTLET]
+        refusals = {origin: self._refusal(site, origin) for origin in fed}
+        refused = next(filter(None, refusals.values()), "") or ("" if fed else _UNFED)
+        if self.why.get(site) or not refused:
+            return self._slices(site, [] if self.why.get(site) else fed), self.why.get(site, "")
+        norm = _last_norm(fed)
+        if norm and not any(refusals[origin] for origin in norm):
+            return self._slices(site, norm), ""
+        return (), refused
+
+    def _slices(self, site: Site, origins: Iterable[Origin]) -> tuple[Slice, ...]:
+        return tuple(_slice(origin, *self.fed[site][origin].unbind(1)) for origin in origins)
+
+    def _refusal(self, site: Site, origin: Origin) -> str:
+        """Say why the entries that feed a site are not its own."""
+        rows = self.fed[site][origin][:, 0]
+        if len(rows.unique()) < len(rows):
+            return f"a slice of `{origin.name}` feeds several units"
+        for reason, mask in self.leaked.get(origin, {}).items():
+            if mask[rows].any():
+                return f"`{origin.name}` also feeds {reason}"
+        for other, fed in self.fed.items():
+            if other != site and origin in fed and torch.isin(rows, fed[origin][:, 0]).any():
+                return f"`{origin.name}` also feeds `{_name(other)}`"
+        return self._conflict(origin.name)
+
+    def _conflict(self, name: str) -> str:
+        if name in self.sharded:
+            return "its parameters are sharded"
+        if name in self.odd:
+            return f"`{name}` is also used by {self.odd[name]}"
+        if len(self.views.get(name, ())) > 1:
+            return f"`{name}` is used in several ways (tied weights)"
+        return ""
+
+    def _outgoing(self, site: Site) -> tuple[tuple[Slice, ...], str]:
+        if refused := self.mute.get(site) or next(iter(self.leaked.get(site, ())), ""):
+            return (), refused
+        slices = []
+        for rows, reads in self.reads.items():
+            mine = [read.sites.get(site, ()) for read in reads]
+            if not any(mine):
+                continue
+            if refused := self._conflict(rows.name):
+                return (), refused
+            if not all(_same_units(mine[0], other) for other in mine[1:]):
+                return (), _MIXED.format(rows.name)
+            slices += [_reader(rows, units) for units in mine[0]]
+        return tuple(slices), "" if slices else _UNREAD
+
+    def _outlet(self, site: Site) -> tuple[Outlet | None, str]:
+        ends = [origin for origin in self.fed[site] if origin.role == OUTLET]
+        if not ends:
+            weights = [origin.name for origin in self.fed[site] if origin.role not in ("mean", "variance")]
+            return None, _no_outlet(weights[-1]) if weights else self.why.get(site, _UNFED)
+        refusals = [self._refusal(site, end) or _no_place(site, self.fed[site][end]) for end in ends]
+        good = [end for end, refusal in zip(ends, refusals, strict=True) if not refusal]
+        if not good:
+            return None, refusals[-1]
+        rows, units = self.fed[site][good[-1]].unbind(1)
+        return Outlet(good[-1].name, rows[units.argsort()], good[-1].dims[0]), ""
+
+
+def _no_outlet(name: str) -> str:
+    return f"`{name}` is used by a function, or the output of its module is changed before it gets here"
+
+
+def _no_place(site: Site, places: Tensor) -> str:
+    units = places[:, 1].unique()
+    return "" if len(units) == len(places) == site.units else "a unit has no place of its own in the layer's output"
+
+
+def _last_norm(fed: list[Origin]) -> list[Origin]:
+    """List what the last norm before a site adds; empty where none can be edited."""
+    last = len(fed)
+    while last and fed[last - 1].role in _NORM_ROLES:
+        last -= 1
+    norm = fed[last:]
+    return norm if any(origin.role in ("scale", "shift") for origin in norm) else []
+
+
+def _slice(origin: Origin, rows: Tensor, units: Tensor) -> Slice:
+    order = units.argsort(stable=True)
+    return Slice(origin.name, origin.role, units[order], origin.places(rows[order]), origin.dims, origin.shape)
+
+
+def _reader(rows: Origin, units: Tensor) -> Slice:
+    features = (units != NONE).nonzero().flatten()
+    return _slice(rows, features, units[features])
+
+
+def _rows_in(outcome: Outcome) -> list[Origin]:
+    """List the rows that start in an outcome's streams; the rest are known."""
+    streams = [stream for flow in outcome.flows for stream in flow.streams]
+    return [stream.origin for stream in streams if isinstance(stream.origin, Origin) and stream.origin.role != OUTLET]
+
+
+def _alike(read: Read, other: Read) -> bool:
+    return read.sites.keys() == other.sites.keys() and all(
+        _same_units(units, other.sites[site]) for site, units in read.sites.items()
+    )
+
+
+def _same_units(mine: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> bool:
+    return len(mine) == len(other) and all(map(torch.equal, mine, other))
+
+
+def _name(site: Site) -> str:
+    return base_name(site.owner, site.functional, site.kind)
+
+
+def merged(known: Mapping[Site, Attribution], sites: Iterable[Site], missing: str) -> dict[Site, Attribution]:
+    """Answer for all sites, also for those of which nothing is known.
+
+    Args:
+        known: What is known.
+        sites: All sites.
+        missing: Why nothing is known of the rest.
+    """
+    blank = Attribution(no_incoming=missing, no_outgoing=missing, no_outlet=missing)
+    return {site: known.get(site, blank) for site in sites}

@@ -1,0 +1,273 @@
+"""Follow one batch from layers to sites and from sites to readers."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_deadrelu.attribution.flows import Flow, Leak, Outcome, Step, Stream, Weight, leaks_of
+from lightning_deadrelu.attribution.ledger import Ledger, merged
+from lightning_deadrelu.attribution.rules import follow, plain
+from lightning_deadrelu.lineage import tensors_in
+from lightning_deadrelu.sites import Rectifier, Site, clean
+from lightning_deadrelu.slices import Attribution
+
+_ZEROS = frozenset({"zeros", "zeros_like", "new_zeros"})
+_MOST_NODES = 10_000
+_OUT_OF_SIGHT = "code out of sight"
+
+
+class Tracer:
+    """Takes every call of a torch function in one batch, and knows afterwards who feeds and reads each unit.
+
+    Labels are kept on the CPU and no value of an activation is looked at, so that nothing waits for the device.
+
+    Args:
+        model: Whose parameters to name. Its tensors are never changed.
+
+    Example:
+        >>> from lightning_deadrelu.probe import Probe
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
+        >>> probe = Probe(model, lambda *call: None)
+        >>> tracer = probe.tracer = Tracer(model)
+        >>> with probe:
+        ...     _ = model(torch.zeros(5, 3))
+        >>> (attribution,) = tracer.attributions().values()
+        >>> [(one.name, one.role) for one in (*attribution.incoming, *attribution.outgoing)]
+        [('0.weight', 'weight'), ('0.bias', 'bias'), ('2.weight', 'reader')]
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._ledger = Ledger()
+        self._named: dict[int, tuple[Tensor, Flow]] = {}
+        self._known: dict[int, tuple[weakref.ref[Tensor], Flow, int]] = {}
+        self._stored: dict[int, list[Flow]] = {}
+        self._nodes: dict[int, list[Flow]] = {}
+        self.error: Exception | None = None
+        """What went wrong; nothing is attributed from then on."""
+
+    def begin(self) -> None:
+        """Look at the model's tensors before a batch."""
+        self.end()
+        try:
+            self._name_tensors()
+        except Exception as error:
+            self.error = error
+
+    def _name_tensors(self) -> None:
+        for name, buffer in self._model.named_buffers():
+            self._named.setdefault(id(buffer), (buffer, Flow(constant=True, buffer=clean(name))))
+        for name, tensor in self._model.named_parameters(remove_duplicate=False):
+            if not nn.parameter.is_lazy(tensor):
+                flow = Flow(constant=True, weight=Weight(clean(name), tuple(tensor.shape)))
+                self._named.setdefault(id(tensor), (tensor, flow))
+                if hasattr(tensor, "device_mesh"):
+                    self._ledger.sharded.add(clean(name))
+
+    def end(self) -> None:
+        """Let go of the batch."""
+        self._named.clear()
+        self._known.clear()
+        self._stored.clear()
+        self._nodes.clear()
+
+    def see(
+        self,
+        name: str,
+        func: Callable[..., Any] | None,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        output: Any,
+        frame: tuple[str, nn.Module | None] = ("", None),
+        met: tuple[Site, Rectifier, tuple[int, ...], Tensor] | None = None,
+    ) -> None:
+        """Take one call; an error stops the tracing and nothing else.
+
+        Args:
+            name: Of the function.
+            func: The function.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+            output: What it returned.
+            frame: The path of the module whose forward is running, and the module.
+            met: The site, its rectifier, the dimensions of its units and its input, where the call is a site's.
+        """
+        if self.error is not None:
+            return
+        try:
+            self._see(name, func, args, kwargs, output, frame, met)
+        except Exception as error:
+            self.error = error
+            self.end()
+
+    def attributions(self) -> dict[Site, Attribution]:
+        """Say, for every site met so far, which entries feed and read its units."""
+        known = self._ledger.attributions()
+        if self.error is None:
+            return known
+        return merged({}, known, f"it could not be traced: {type(self.error).__name__}: {self.error}")
+
+    def _see(
+        self,
+        name: str,
+        func: Callable[..., Any] | None,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        output: Any,
+        frame: tuple[str, nn.Module | None],
+        met: tuple[Site, Rectifier, tuple[int, ...], Tensor] | None,
+    ) -> None:
+        outputs = [args[0]] if name == "__setitem__" else _tensors(output)
+        if not outputs:
+            return
+        changed = {id(out) for out in outputs}
+
+        def look(value: Any) -> Flow:
+            return self._look(value, changed) if isinstance(value, Tensor) else Flow()
+
+        step = Step(plain(name), func, args, kwargs, outputs, look, *frame)
+        outcome = self._rectify(step, *met) if met else self._follow(step)
+        trained = any(out.requires_grad for out in outputs) or name == "__setitem__"
+        pending = frozenset[Leak]().union(*(look(tensor).pending for tensor in step.operands), outcome.leaks)
+        if trained:
+            self._ledger.leak(pending)
+            pending = frozenset()
+        for out, flow in zip(outputs, outcome.flows, strict=True):
+            self._remember(out, self._pruned(flow)._replace(pending=pending))
+
+    def _follow(self, step: Step) -> Outcome:
+        if step.name in _ZEROS:
+            return Outcome((Flow(constant=True, zero=True),))
+        if any(operand.is_nested for operand in (*step.operands, *step.outputs)):
+            step.name = f"{step.name} of nested tensors"
+        outcome = follow(step)
+        self._ledger.note(outcome)
+        return outcome
+
+    def _rectify(self, step: Step, site: Site, rectifier: Rectifier, dims: tuple[int, ...], x: Tensor) -> Outcome:
+        """Close what feeds a site, and open what it feeds."""
+        units = _units(site, tuple(step.output.shape), dims)
+        flow = step.look(x)
+        leaks: list[Leak] = []
+        if rectifier.fused:
+            leaks = [
+                leak
+                for tensor in step.operands
+                for leak in leaks_of(step.look(tensor), f"`{step.name}`", f"`{step.name}` reads it")
+            ]
+            flow = Flow(why="it is fused with its layer")
+        else:
+            leaks += leaks_of(flow._replace(streams=()), f"`{step.name}`", "")
+        self._ledger.feed(site, flow, units)
+        mute = _not_mute(step, rectifier)
+        if mute:
+            self._ledger.mute[site] = mute
+            leaks += leaks_of(flow._replace(streams=tuple(flow.behind)), "", f"`{step.name}` reads it")
+        behind = () if mute else tuple(flow.behind)
+        return Outcome((Flow((*behind, Stream(site, units))),), tuple(leaks))
+
+    # -- tensors
+
+    def _look(self, tensor: Tensor, changed: set[int]) -> Flow:
+        if (named := self._named.get(id(tensor))) is not None and named[0] is tensor:
+            return named[1]
+        entry = self._known.get(id(tensor))
+        if entry is None or entry[0]() is not tensor:
+            return self._found(tensor)
+        if entry[2] != _version(tensor) and id(tensor) not in changed:
+            return self._changed(tensor, entry[1])
+        return entry[1]
+
+    def _changed(self, tensor: Tensor, flow: Flow) -> Flow:
+        """Give up on what was changed through another view of the same memory."""
+        for other in (flow, *self._stored.get(_storage(tensor), ())):
+            self._ledger.leak(leaks_of(other, "a change in place", "a view of it is read"))
+        found = Flow(why="it is changed in place")
+        self._remember(tensor, found)
+        return found
+
+    def _found(self, tensor: Tensor) -> Flow:
+        """Meet a tensor that no seen function returned: an input, or the work of code out of sight."""
+        node = tensor.grad_fn
+        if node is None:
+            return Flow()
+        if node._sequence_nr() in self._nodes:
+            found = Flow(why="it was unpacked out of sight")
+            for flow in self._nodes[node._sequence_nr()]:
+                self._ledger.leak(leaks_of(flow, _OUT_OF_SIGHT, f"{_OUT_OF_SIGHT} reads it"))
+        else:
+            self._walk(node)
+            found = Flow(why="what feeds it is computed out of sight")
+        self._remember(tensor, found)
+        return found
+
+    def _walk(self, node: Any) -> None:
+        """Find what code out of sight has read, along the graph of the gradients."""
+        left, seen = [node], {node}
+        while left:
+            node = left.pop()
+            if hasattr(node, "variable"):
+                self._ledger.leak(leaks_of(self._look(node.variable, {id(node.variable)}), _OUT_OF_SIGHT, ""))
+                continue
+            known = self._nodes.get(node._sequence_nr())
+            for flow in known or ():
+                self._ledger.leak(leaks_of(flow, _OUT_OF_SIGHT, f"{_OUT_OF_SIGHT} reads it"))
+            new = [] if known is not None else [one for one, _ in node.next_functions if one not in seen]
+            new = [one for one in new if one is not None]
+            left += new
+            seen.update(new)
+            if len(seen) > _MOST_NODES:
+                raise RuntimeError("too much is computed out of sight")
+
+    def _pruned(self, flow: Flow) -> Flow:
+        """Follow no further what is refused already."""
+        spent = [stream for stream in flow.streams if self._ledger.is_spent(stream)]
+        if not spent:
+            return flow
+        kept = tuple(stream for stream in flow.streams if not any(stream is other for other in spent))
+        lost = [stream for stream in spent if not isinstance(stream.origin, Site) and stream.origin.role != "outlet"]
+        return flow._replace(streams=kept, why=flow.why or (self._ledger.spent_reason(lost[0]) if lost else ""))
+
+    def _remember(self, tensor: Tensor, flow: Flow) -> None:
+        self._known[id(tensor)] = weakref.ref(tensor), flow, _version(tensor)
+        if flow.streams:
+            self._stored.setdefault(_storage(tensor), []).append(flow)
+        if (node := tensor.grad_fn) is not None:
+            self._nodes.setdefault(node._sequence_nr(), []).append(flow)
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    if isinstance(output, Tensor):
+        return [output]
+    return tensors_in(output) if isinstance(output, (list, tuple)) else []
+
+
+def _units(site: Site, shape: tuple[int, ...], dims: tuple[int, ...]) -> Tensor:
+    """Number the units where they are in the site's output."""
+    own = {dim % len(shape) for dim in dims}
+    sizes = [size if place in own else 1 for place, size in enumerate(shape)]
+    return torch.arange(site.units, device="cpu").view(sizes)
+
+
+def _not_mute(step: Step, rectifier: Rectifier) -> str:
+    """Say why a unit that does not fire puts out something all the same; empty if it does not."""
+    if step.name == "substitute":
+        return "a silent unit puts out something since its activation was swapped"
+    value = step.argument(2, "value", 0.0) if rectifier.kind == "threshold" else float(rectifier.kind == "softplus")
+    return f"a silent unit puts out {value:g}, not 0" if value else ""
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _storage(tensor: Tensor) -> int:
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (RuntimeError, NotImplementedError):  # sparse, or under a transform
+        return -1
