@@ -254,7 +254,8 @@ def _load(path: str) -> Mapping[str, Any]:
 def _recorded(checkpoint: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Collect the records of all monitors; a class derived from ours saves its state under its own name."""
     states = [state for state in checkpoint.get("callbacks", {}).values() if isinstance(state, Mapping)]
-    listed = [record for state in states for record in state.get("activations") or ()]
+    lists = [state["activations"] for state in states if isinstance(state.get("activations"), list)]
+    listed = [record for records in lists for record in records]
     return [record for record in listed if isinstance(record, Mapping) and {"path", "kind", "original"} <= set(record)]
 
 
