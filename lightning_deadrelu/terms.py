@@ -198,6 +198,11 @@ class _Ramp(_Term):
 
     def __init__(self, what: dict[str, Any], model: nn.Module) -> None:
         super().__init__(what, model)
+        if original_of(self.module) is None:
+            raise ValueError(
+                f"A slope of `{what['site']}` goes to one of torch's rectifiers, and `{what['path']}` is a"
+                f" `{type(self.module).__name__}`. Put an `nn.ReLU` there."
+            )
         self._whole = self.whole()
         self._places = places_of(model, self.module)
         self.passing = _Passing(self.module, self._whole, what["dims"])
@@ -284,7 +289,7 @@ class Terms:
             steps: Training batches until the rectifier is as it was.
 
         Raises:
-            ValueError: If the model has no such module.
+            ValueError: If the model has no such module, or it is no rectifier of torch's.
         """
         what = {"kind": "ramp", "dims": list(dims), "site": site, "path": path}
         self._add(model, {**what, "values": _plain(slopes), "steps": steps})
