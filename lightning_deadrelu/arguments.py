@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from lightning_deadrelu.remedies import ladder_of
+
 
 def check(arguments: Mapping[str, Any]) -> None:
     """Check all arguments of the monitor.
@@ -20,6 +22,9 @@ def check(arguments: Mapping[str, Any]) -> None:
         Traceback (most recent call last):
         ValueError: `DeadReLUMonitor(window=0)`: it has to be a whole number of at least 1. Try `window=10`.
     """
+    if ladder_of(arguments.get("remedy")) and arguments.get("threshold") == 1:
+        why = "no site can have more than all of its units dead, so no remedy would ever act"
+        _refuse("threshold", arguments["threshold"], why, "threshold=0.1")
     for argument, value in arguments.items():
         if argument in _COUNTS:
             _check_count(argument, value)
@@ -36,7 +41,6 @@ def check(arguments: Mapping[str, Any]) -> None:
 _COUNTS = {"every_n_steps": 10, "window": 10, "min_samples": 299}
 _SHARES = {"threshold": 0.1, "tau": 0.025}
 _OTHERS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
-    "remedy": (lambda value: value is None, "this version watches and does not repair", "remedy=None"),
     "gradient_evidence": (lambda value: not value, "this version has forward evidence only", "gradient_evidence=False"),
     "mask": (
         lambda value: value is None or callable(value),

@@ -5,24 +5,32 @@ from __future__ import annotations
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_deadrelu import ranks
+from lightning_deadrelu.activations import records, rectifiers, restore_activations
 from lightning_deadrelu.arguments import check
+from lightning_deadrelu.attribution import Attributions
+from lightning_deadrelu.ladder import Event
+from lightning_deadrelu.remedies import Remedy, ladder_of
+from lightning_deadrelu.repair import Patient, Repair
 from lightning_deadrelu.reporting import Reporter
 from lightning_deadrelu.sites import Site
 from lightning_deadrelu.statistics import History, LivenessReport, Rules, Totals, judge
 from lightning_deadrelu.trainable import Gradients, trainable_sites
 from lightning_deadrelu.watch import Watch
 
+_SHARDED = frozenset({"FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy"})
+_AVERAGING = frozenset({"WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging"})
 _SAVED = ("batches", "observing", "observation", "step", "judged", "unjudged", "score")
 
 
@@ -45,8 +53,12 @@ class DeadReLUMonitor(Callback):
         window: Observations between verdicts.
         min_samples: A unit that stays silent is dead once so many samples have passed since it last fired;
             299 bound its firing rate below 1 % at 95 % confidence.
-        threshold: A site is reported on the terminal when more than this share of its units is dead.
-        remedy: What to do about dead units; this version only watches, so None is all it takes.
+        threshold: A site is reported on the terminal, and treated, while more than this share of its units is dead; 0
+            means any dead unit.
+        remedy: What to do about dead units: a flag (``"reset"``, ``"thermal_kick"``, ``"bias_warming"``, ``"leaky"``,
+            ``"leaky_relu"``, ``"rrelu"``, ``"elu"``, ``"selu"``, ``"gelu"``, ``"silu"``), a remedy such as
+            :class:`Reset`, your own subclass of :class:`Remedy`, or a list of these: the next is tried where the one
+            before did not revive a site. None only watches.
         include: Shell patterns over site names, or kinds such as ``"relu6"``; empty for all rectifiers.
             Smooth activations (``"gelu"``, ``"silu"``, ``"elu"``, ``"leaky_relu"``, ``"softplus"``, ...) are
             watched, for dormancy, when their kind is named here.
@@ -77,7 +89,7 @@ class DeadReLUMonitor(Callback):
         window: int = 10,
         min_samples: int = 299,
         threshold: float = 0.1,
-        remedy: None = None,
+        remedy: str | Remedy | Sequence[str | Remedy] | None = None,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         tau: float = 0.025,
@@ -95,6 +107,7 @@ class DeadReLUMonitor(Callback):
         self.every_n_steps = every_n_steps
         self.window = window
         self.threshold = threshold
+        self.remedy = remedy
         self.include = tuple(include)
         self.exclude = tuple(exclude)
         self.rules = Rules(min_samples, tau)
@@ -104,8 +117,6 @@ class DeadReLUMonitor(Callback):
         self.name = name
         self.report: LivenessReport | None = None
         """The latest verdict; None before the first."""
-        self.events: tuple[Any, ...] = ()
-        """What was done to which units, and when; empty, because this version only watches."""
         self._pending: dict[str, Any] | None = None  # what a checkpoint held, until training starts
         self._clear()
 
@@ -113,6 +124,7 @@ class DeadReLUMonitor(Callback):
         self.report = None
         self._watch: Watch | None = None
         self._history = History.empty()
+        self._repair = self._new_repair()
         self._gradients = Gradients()
         self._reporter = Reporter(self.name)
         self._failure: Exception | None = None
@@ -142,6 +154,16 @@ class DeadReLUMonitor(Callback):
             report: The verdict.
         """
 
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """What was done to which units, when and why; the last 1,000."""
+        return tuple(self._repair.events)
+
+    @property
+    def attribution(self) -> Attributions | None:
+        """Which parameters feed and read each site; prints as a table. None before the first observed batch."""
+        return self._watch.attributions if self._watch and self._watch.sites else None
+
     # -- when --------------------------------------------------------------------------------------------
 
     @property
@@ -162,6 +184,7 @@ class DeadReLUMonitor(Callback):
         self._trainer = trainer
         with self._careful():
             self._watch = self._new_watch(pl_module)
+            self._watch.judged_as = rectifiers(pl_module)
         self._reporter.prepare(trainer.loggers, trainer.is_global_zero)
         if not trainer.loggers and not trainer.barebones:
             rank_zero_warn(
@@ -178,7 +201,10 @@ class DeadReLUMonitor(Callback):
         if self._pending:
             with self._careful():
                 self._restore(self._pending, trainer, pl_module)
+        else:
+            self._repair.start(pl_module)
         self._pending = None
+        self._repair.refusal = self._refusal(trainer)
         self._show(trainer)  # who waits for the key must not crash
 
     @override
@@ -186,11 +212,13 @@ class DeadReLUMonitor(Callback):
         self._disarm()
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._observing = self._batches % self.every_n_steps == 0 and _trains(trainer)
-        if self._observing and self._watch and not self._failure:
+        if self._watch and not self._failure:
             with self._careful():
-                self._watch.valid = self._valid(batch)
-                self._watch.liveness.observation = self._observation
-                self._watch.probe.arm()
+                self._repair.begin(self._patient(trainer), self._observing)
+                if self._observing:
+                    self._watch.valid = self._valid(batch)
+                    self._watch.liveness.observation = self._observation
+                    self._watch.probe.arm()
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -209,7 +237,12 @@ class DeadReLUMonitor(Callback):
     ) -> None:
         self._disarm()
         self._step = _logging_step(trainer)
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch:
+        last = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+        if self._watch:
+            self._repair.end(self._patient(trainer), last)
+        if self._observing:
+            self._repair.note_loss(outputs.get("loss") if isinstance(outputs, Mapping) else outputs)
+        if last:
             self._batches += 1
             if self._observing:
                 self._observed(trainer, pl_module)
@@ -248,14 +281,64 @@ class DeadReLUMonitor(Callback):
 
     def _stop(self) -> None:
         self._disarm()
+        self._repair.stop(self._step)
         self._running = self._joint = False
 
     def _disarm(self) -> None:
+        self._repair.terms.end()
         if self._watch:
             self._watch.probe.disarm()
             self._watch.valid = None
 
+    @override
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restore_activations(trainer, pl_module)
+
+    @override
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restore_activations(trainer, pl_module)
+
+    @override
+    def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restore_activations(trainer, pl_module)
+
+    def _restore_activations(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the activations in place that go with the weights which a checkpoint brought outside of a fit."""
+        if self._pending and not self._running:
+            restore_activations(pl_module, {"callbacks": {self.state_key: self._pending}})
+            self._pending = None
+
     # -- how ---------------------------------------------------------------------------------------------
+
+    def _patient(self, trainer: Trainer) -> Patient:
+        assert self._watch is not None
+        joint = self._joint and trainer.state.status != "interrupted"
+        model = trainer.lightning_module
+        return Patient(self._watch, model, trainer.optimizers, trainer.strategy.model or model, joint)
+
+    def _new_repair(self) -> Repair:
+        return Repair(ladder_of(self.remedy), self.threshold, self.rules.min_samples, self._tell)
+
+    def _refusal(self, trainer: Trainer) -> str:
+        """Say why nothing can be repaired under this strategy; empty if it can."""
+        if not self._repair.ladder.rungs:
+            return ""
+        sharded = [kind.__name__ for kind in type(trainer.strategy).__mro__ if kind.__name__ in _SHARDED]
+        if not sharded:
+            return ""
+        reason = f"`{sharded[0]}` shards parameters or keeps other copies of them, which no remedy edits yet"
+        rank_zero_warn(f"{self.name}: {reason}; watching goes on. Set `remedy=None`, or train with `strategy='ddp'`.")
+        return reason
+
+    def _tell(self, event: Event) -> None:
+        if event.action == "refused":
+            rank_zero_warn(f"{self.name}: {event}. `monitor.attribution` shows what is known of all sites.")
+        else:
+            rank_zero_info(f"{self.name}: {event}")
+        copies = [type(one) for one in getattr(self._trainer, "callbacks", []) if _has_name(one, _AVERAGING)]
+        if event.action == "edited" and copies and "copies" not in self._told:
+            self._told.add("copies")
+            rank_zero_warn(f"{self.name}: averaged copies of the weights ({copies[0].__name__}) are left alone.")
 
     @property
     def _headline(self) -> str:
@@ -307,6 +390,9 @@ class DeadReLUMonitor(Callback):
         if not self._joint and self._watch and self._watch.sites:
             with self._careful():
                 self._check_sites()
+        if self._watch:
+            with self._careful():
+                self._repair.confirm(self._patient(trainer), self._step, self._failure is not None)
         if self._observation == self.window:
             self._verdict(trainer, pl_module, close=True)
 
@@ -319,6 +405,8 @@ class DeadReLUMonitor(Callback):
                 self._check_sites()
                 report = self._judge(totals, trainer, pl_module, close)
                 self._publish(report, trainer)
+                if close:
+                    self._repair.decide(self._patient(trainer), report)
         if close:
             self._observation = 0
             if self._watch:
@@ -347,7 +435,8 @@ class DeadReLUMonitor(Callback):
         self._score = report.dead_fraction
         self._show(trainer)
         if report.sites:
-            self._reporter(report, trainer.loggers, trainer.is_global_zero)
+            self._reporter(report, trainer.loggers, trainer.is_global_zero, self._repair.edited_units)
+        self._repair.edited_units = 0
         self._warn(report)
 
     def _warn(self, report: LivenessReport) -> None:
@@ -436,6 +525,8 @@ class DeadReLUMonitor(Callback):
                 state["totals"] = {key: tensor.clone() for key, tensor in vars(totals).items()}
                 state["history"] = dict(vars(self._history))
                 state["never_trained"] = self._gradients.save(self._trainer.lightning_module)
+                state["repair"] = self._repair.state_dict(self._patient(self._trainer))
+                state["activations"] = records(self._trainer.lightning_module)
         return state
 
     @override
@@ -449,6 +540,9 @@ class DeadReLUMonitor(Callback):
             setattr(self, f"_{key}", state[key])
         self._told = set(state["told"])
         self._gradients.load(state["never_trained"], pl_module, trainer.optimizers)
+        restore_activations(pl_module, {"callbacks": {self.state_key: state}})
+        self._watch.judged_as = rectifiers(pl_module)
+        self._repair.load_state_dict(state["repair"], self._patient(trainer))
         if state["selection"] != self._selection:  # the sites are others, and so are their numbers
             self._observation = 0
             rank_zero_warn(f"{self.name}: other sites are selected than in the checkpoint, so all ages start at zero.")
@@ -466,8 +560,18 @@ class DeadReLUMonitor(Callback):
     def __getstate__(self) -> dict[str, Any]:
         # Lightning binds `log` to the model; a copy of the callback must not copy that, nor watch
         state = {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
-        fresh = {"_watch": None, "_trainer": None, "_gradients": Gradients(), "_reporter": Reporter(self.name)}
+        fresh: dict[str, Any] = {
+            "_watch": None,
+            "_trainer": None,
+            "_gradients": Gradients(),
+            "_reporter": Reporter(self.name),
+        }
+        fresh["_repair"] = self._new_repair()
         return state | fresh | {"_running": False, "_joint": False}
+
+
+def _has_name(value: object, names: AbstractSet[str]) -> bool:
+    return any(kind.__name__ in names for kind in type(value).__mro__)
 
 
 def _logging_step(trainer: Trainer) -> int:

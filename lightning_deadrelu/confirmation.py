@@ -11,6 +11,8 @@ from torch import Tensor
 from lightning_deadrelu.remedies.base import LEVELS
 from lightning_deadrelu.sites import Rectifier
 
+MOST_ROWS = 256
+"""Of a layer's input that are kept for a moment."""
 _MOST_NUMBERS = 2**22  # of one call that are sorted; more are thinned out evenly
 
 
@@ -60,6 +62,7 @@ class Confirmation:
     def __init__(self, asked: Mapping[int, Tensor], device: torch.device) -> None:
         self._columns: dict[int, Tensor] = {}
         self._places: dict[int, slice] = {}
+        self._rows: dict[int, list[Tensor]] = {}
         start = 0
         for number, units in asked.items():
             columns = units.nonzero().flatten()
@@ -95,6 +98,25 @@ class Confirmation:
         self.evidence.sums[:, place].add_(torch.quantile(thinned, levels, dim=0))
         self.evidence.calls[place].add_(1)
 
+    def listen(self, number: int, x: Tensor) -> None:
+        """Keep some rows of the input of the layer that feeds a site.
+
+        Args:
+            number: Of the site.
+            x: Shape ``(..., features)``.
+        """
+        rows = x.flatten(0, -2) if x.ndim > 1 else x[None]
+        self._rows.setdefault(number, []).append(_thinned(rows))
+
+    def rows(self, number: int) -> Tensor | None:
+        """Return what was kept, at most :data:`MOST_ROWS` rows, shape ``(rows, features)``."""
+        parts = [part for part in self._rows.get(number, ()) if len(part)]
+        return _thinned(torch.cat(parts)).double() if parts else None
+
     def of(self, number: int, evidence: Evidence) -> Evidence:
         """Cut one site out of evidence that was merged over ranks."""
         return evidence.part(self._places[number])
+
+
+def _thinned(rows: Tensor) -> Tensor:
+    return rows[:: max(1, -(-len(rows) // MOST_ROWS))]

@@ -25,8 +25,7 @@ class Event(NamedTuple):
         step: The training batch, as loggers count.
         site: Name of the site.
         action: ``"edited"``, ``"would edit"`` (a dry run), ``"revived"``, ``"failed"``, ``"harmed"``, ``"refused"``,
-            ``"escalated"``, ``"given up"``, ``"waits"`` (for a dead site before it) or ``"dropped"`` (a term still in
-            flight when training ended).
+            ``"escalated"``, ``"given up"`` or ``"dropped"`` (a term still in flight when training ended).
         remedy: Its class.
         units: Numbers of the units concerned.
         reason: In words.
@@ -181,11 +180,6 @@ class Ladder:
         progress = self.sites[request.site]
         event = Event(step, request.site, "refused", _name(self.rungs[request.rung]), reason=reason)
         return [event, *self._climb(progress, request.site, step)]
-
-    def waiting(self, request: Request, step: int) -> Event:
-        """Note that a site has to wait for the one before it."""
-        why = "its inputs are constant, because a site before it is dead"
-        return Event(step, request.site, "waits", _name(self.rungs[request.rung]), _numbers(request.units), why)
 
     def dropped(self, site: str, step: int) -> Event:
         """Note that training ended while a term was in flight."""

@@ -141,6 +141,8 @@ class Probe(TorchFunctionMode):
         """What went wrong inside the probe, which stopped it; the model's own errors pass through."""
         self.tracer: Tracer | None = None
         """Takes every call until the next pause, to tell who feeds and reads each unit."""
+        self.listeners: dict[str, Callable[[Tensor], None]] = {}
+        """By path, who is handed the input of a module."""
         self._met: tuple[Site, Rectifier, tuple[int, ...]] | None = None
         self.tracing_error: Exception | None = None
         """The first call whose producers could not be followed, which stopped nothing."""
@@ -229,6 +231,8 @@ class Probe(TorchFunctionMode):
         entry = self._modules.get(id(module))
         if entry is not None and threading.get_ident() == self._thread:
             self.entered.add(entry[1])
+            if entry[1] in self.listeners and args and isinstance(args[0], Tensor) and not _recomputes():
+                self._guard(self.listeners[entry[1]], args[0].detach())
             self._frames.append(_Frame(entry[1], module))
             if entry[1] in self._judged_as and self._standing_in is None:
                 self._guard(self._enter_substitute, entry[1], module, args)
@@ -254,7 +258,7 @@ class Probe(TorchFunctionMode):
             self._remember(output, of_module(own, output))
 
     def _enter_substitute(self, path: str, module: nn.Module, args: Any) -> None:
-        if torch._C._current_graph_task_id() != -1:  # recomputed in backward
+        if _recomputes():
             return
         if not args or not isinstance(args[0], Tensor):
             self.unwatched[path] = "its substitute was not called with a tensor by position"
@@ -289,8 +293,8 @@ class Probe(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = function_name(func)
-        if name in _IGNORED or self.failure or self._standing_in or torch._C._current_graph_task_id() != -1:
-            return func(*args, **kwargs)  # inside a substitute, or recomputed in backward
+        if name in _IGNORED or self.failure or self._standing_in or _recomputes():
+            return func(*args, **kwargs)
         found = self._guard(self._find, name, args, kwargs)
         output = func(*args, **kwargs)
         self._guard(self._note, name, args, kwargs, output, found)
@@ -470,6 +474,11 @@ class Probe(TorchFunctionMode):
         made = self._zeros.get(id(value))
         known = [(made[0](), made[1])] if made else self._zero_buffers
         return any(value is zeros and _version(value) == version for zeros, version in known)  # and none filled since
+
+
+def _recomputes() -> bool:
+    """Whether this is a forward that is run again within backward."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _detail(lineage: Lineage) -> list[str]:

@@ -82,6 +82,26 @@ def confirm(evidence: Evidence, failed: bool) -> Evidence | None:
     return None if maxima[-1] else Evidence(maxima[:-1], sums[:-1], sums[-1])
 
 
+def share(rows: Tensor | None, features: int, most: int, device: torch.device) -> Tensor | None:
+    """Put some rows of each rank's together, the same on all; None if none has any. One collective.
+
+    Args:
+        rows: This rank's, shape ``(rows, features)``, or None.
+        features: How many.
+        most: Rows in all.
+        device: Where the backend communicates.
+    """
+    each = max(1, most // dist.get_world_size())
+    slots = torch.zeros(dist.get_world_size(), each, features + 1, dtype=torch.float64, device=device)
+    if rows is not None:
+        mine = rows[:: -(-len(rows) // each)]
+        slots[dist.get_rank(), : len(mine)] = torch.cat([mine, mine.new_ones(len(mine), 1)], 1)
+    dist.all_reduce(slots, dist.ReduceOp.SUM)
+    flat = slots.flatten(0, 1)
+    kept = flat[flat[:, -1] > 0, :-1]
+    return kept if len(kept) else None
+
+
 def gather(value: Any) -> list[Any]:
     """Return what each rank holds; for small and rare things."""
     values: list[Any] = [None] * dist.get_world_size()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,19 +13,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_deadrelu import ranks
-from lightning_deadrelu.activations import apply_record, no_module, substitute_
-from lightning_deadrelu.attribution import merged
-from lightning_deadrelu.confirmation import Confirmation, Evidence
+from lightning_deadrelu.activations import no_module, rectifiers, substitute_
+from lightning_deadrelu.confirmation import MOST_ROWS, Confirmation, Evidence
 from lightning_deadrelu.ladder import Event, Ladder, Loss, Request
-from lightning_deadrelu.optimizer_state import unknown_state
 from lightning_deadrelu.remedies import Edits, Law, Remedy, SiteView
 from lightning_deadrelu.sites import names_of
-from lightning_deadrelu.slices import Attribution
+from lightning_deadrelu.slices import Attribution, Slice
 from lightning_deadrelu.statistics import LivenessReport, SiteReport
 from lightning_deadrelu.terms import Terms, is_compiled
-from lightning_deadrelu.watch import Watch
-from lightning_deadrelu.writing import tensors_of, write_
+from lightning_deadrelu.watch import NOT_TRACED, Watch
+from lightning_deadrelu.writing import laws_of, tensors_of, why_not, write_
 
+_LINEAR = (["weight"], ["weight", "bias"])
 _MOST_EVENTS = 1000
 _MOST_UNITS_IN_EVENTS = 100_000
 
@@ -69,12 +69,11 @@ class Repair:
         self.refusal = ""
         """Why nothing can be repaired here; empty if it can."""
         self._laws: dict[str, Law] = {}
-        self.records: list[dict[str, Any]] = []
-        """What was put in the place of rectifiers for good."""
         self._requests: list[Request] = []
+        self._layers: dict[str, str] = {}  # by site asked about, the linear module that feeds it
         self._report: LivenessReport | None = None  # the verdict behind the requests
         self._confirmation: Confirmation | None = None
-        self._waiting: set[str] = set()  # sites that were said to wait
+        self._traced = False  # whether any batch was traced
         self._losses: Tensor | None = None  # number, sum and sum of squares over the open window, on the device
         self._loss: Loss | None = None  # over the window behind the requests
 
@@ -83,7 +82,8 @@ class Repair:
     def begin(self, patient: Patient, observed: bool) -> None:
         """Let terms in flight enter the forward; look again at the units asked about, if this batch is observed."""
         watch = patient.watch
-        if observed and not watch.attributions:
+        if observed and not self._traced:
+            self._traced = True
             watch.trace()
         if not self.terms.sites and not self._requests:
             return
@@ -95,14 +95,17 @@ class Repair:
         if observed and self._requests and self._confirmation is None:
             asked = {names.index(request.site): request.units for request in self._requests}
             self._confirmation = watch.confirmation = Confirmation(asked, watch.device)
+            watch.probe.listeners = {
+                path: partial(self._confirmation.listen, names.index(site)) for site, path in self._layers.items()
+            }
             watch.trace()
 
     def end(self, patient: Patient, last: bool) -> None:
         """Take terms out again; after the last batch of an accumulated one go on with the anneal."""
         self.terms.end()
         patient.watch.offsets = {}
-        if last:
-            self.terms.advance()
+        if last and self.terms.advance():
+            patient.watch.judged_as = rectifiers(patient.model) | self.terms.rectifiers
 
     def note_loss(self, loss: Tensor | None) -> None:
         """Add up the losses of observed batches, without looking at them."""
@@ -121,6 +124,9 @@ class Repair:
         self._loss = _over_ranks(losses, patient)
         self._requests, events = self.ladder.decide(report, self._loss, self.terms.sites)
         self._report = report if self._requests else None
+        attributions, tensors = patient.watch.attributions, tensors_of(patient.model)
+        layers = {one.site: fed_by_linear(attributions[one.site], tensors) for one in self._requests}
+        self._layers = {site: path for site, path in layers.items() if path}
         self._note(events)
 
     def _concerned(self, report: LivenessReport) -> bool:
@@ -129,62 +135,80 @@ class Repair:
 
     # -- the batch after ---------------------------------------------------------------------------------
 
-    def confirm(self, patient: Patient, failed: bool = False) -> None:
+    def confirm(self, patient: Patient, step: int, failed: bool = False) -> None:
         """Edit the units asked about that were silent once more; every rank has to come here."""
         if not self._requests or not (self._confirmation or failed):
             return
         requests, confirmation = self._requests, self._confirmation
         self._requests, self._confirmation, patient.watch.confirmation = [], None, None
+        patient.watch.probe.listeners = {}
         units = sum(int(request.units.sum()) for request in requests)
         own = confirmation.evidence if confirmation else Evidence.nothing(units, patient.watch.device)
         evidence = ranks.confirm(own, failed) if patient.joint else own
         if evidence is None or failed or confirmation is None or self._report is None:
             return
-        attributions = self._agreed(requests, patient)
+        attributions = self._agreed(patient)
         names = names_of(patient.watch.sites)
         for request in requests:
-            if self.ladder.may(request.rung, self._report.step):
-                seen = confirmation.of(names.index(request.site), evidence)
-                self._treat(request, seen, attributions, patient)
+            if self.ladder.may(request.rung, step):
+                number = names.index(request.site)
+                inputs = self._inputs(attributions[request.site], confirmation.rows(number), patient)
+                self._treat(
+                    request, confirmation.of(number, evidence), inputs, attributions[request.site], patient, step
+                )
 
-    def _agreed(self, requests: Iterable[Request], patient: Patient) -> dict[str, Attribution]:
+    def _inputs(self, attribution: Attribution, rows: Tensor | None, patient: Patient) -> Tensor | None:
+        """Bring together what all ranks kept of a layer's input."""
+        tensors = tensors_of(patient.model)
+        if not fed_by_linear(attribution, tensors):
+            return None
+        if patient.joint:
+            features = tensors[attribution.incoming[0].name].shape[1]
+            rows = ranks.share(rows, features, MOST_ROWS, patient.watch.device)
+        return None if rows is None else rows.cpu()
+
+    def _agreed(self, patient: Patient) -> Mapping[str, Attribution]:
         """Join what all ranks know of who feeds and reads whom; they may have run different layers."""
-        own = dict(
-            zip(names_of(patient.watch.sites), map(patient.watch.attribution_of, patient.watch.sites), strict=True)
-        )
+        own = patient.watch.attributions
         if not patient.joint:
             return own
         digest = hashlib.sha256(repr([(name, _plain(one)) for name, one in own.items()]).encode()).digest()
         if len(set(ranks.gather(digest))) == 1:
             return own
-        theirs = ranks.gather(own)
-        return {name: merged([attributions[name] for attributions in theirs]) for name in own}
+        theirs = ranks.gather(dict(own))
+        return {name: joined([attributions[name] for attributions in theirs]) for name in own}
 
     def _treat(
-        self, request: Request, seen: Evidence, attributions: Mapping[str, Attribution], patient: Patient
+        self,
+        request: Request,
+        seen: Evidence,
+        inputs: Tensor | None,
+        attribution: Attribution,
+        patient: Patient,
+        step: int,
     ) -> None:
         assert self._report is not None
         remedy, site = self.ladder.rungs[request.rung], self._report[request.site]
-        attribution = attributions[request.site]
         if reason := self._reason_against(remedy, site, attribution, patient):
-            self._note(self.ladder.refused(request, reason, self._report.step))
+            self._note(self.ladder.refused(request, reason, step))
             return
+        tensors = tensors_of(patient.model)
         units, quantiles = _confirmed(request, site, seen)
-        units &= ~self._waits(site, attributions, patient)
+        if inputs is not None:
+            units &= site.frozen | ~fires_now(inputs, attribution, tensors)
         if units.any():
-            view = SiteView(
-                site, units, attribution, tensors_of(patient.model), self._laws, quantiles, self._report.step
-            )
+            view = SiteView(site, units, attribution, tensors, self._laws, quantiles, step, inputs)
             if not remedy.dry_run:
                 self._apply(remedy.propose(view, _generator(remedy, view)), remedy, view, patient)
-            self._note([self.ladder.edited(request, units, self._report, self._loss)])
+            self._note([self.ladder.edited(request, units, site.dead_fraction, self._loss, step)])
 
     def _reason_against(self, remedy: Remedy, site: SiteReport, attribution: Attribution, patient: Patient) -> str:
         """Say why a remedy cannot be applied to a site; empty if it can."""
         names = names_of(patient.watch.sites)
         own = patient.watch.sites[names.index(site.name)]
+        untraced = "" if attribution.incoming else "what feeds it could not be traced"
         reasons = {
-            "incoming": attribution.no_incoming,
+            "incoming": attribution.no_incoming or untraced,
             "outgoing": attribution.no_outgoing,
             "outlet": attribution.no_outlet or _compiled(attribution, patient),
             "module": no_module(patient.model, own, patient.watch.sites),
@@ -193,31 +217,24 @@ class Repair:
             one.name for need in ("incoming", "outgoing") if need in remedy.needs for one in getattr(attribution, need)
         }
         found = [reasons[need] for need in sorted(remedy.needs) if reasons[need]]
-        return "; ".join(found) or unknown_state(patient.optimizers, tensors_of(patient.model), sorted(edited))
-
-    def _waits(self, site: SiteReport, attributions: Mapping[str, Attribution], patient: Patient) -> Tensor:
-        """Mark the units that see nothing but constants: what they would do is settled by the sites before."""
-        assert self._report is not None
-        varies = {one.name: ~one.silent & ~one.frozen for one in self._report.sites if not one.smooth}
-        waits = behind_constants(site.name, attributions, varies, tensors_of(patient.model))
-        if waits.all() and site.name not in self._waiting:
-            self._waiting.add(site.name)
-            why = "its inputs are constant, because a site before it is dead"
-            self._note([Event(self._report.step, site.name, "waits", "", reason=why)])
-        return waits
+        return "; ".join(found) or why_not(patient.model, patient.optimizers, sorted(edited))
 
     def _apply(self, edits: Edits, remedy: Remedy, view: SiteView, patient: Patient) -> None:
-        write_(edits.writes, patient.model, patient.optimizers)
+        alive = ~view.report.silent & ~view.report.frozen
+        live = [one.of(alive) for one in (*view.attribution.incoming, *view.attribution.outgoing)]
+        write_(edits.writes, patient.model, patient.optimizers, live)
         watch = patient.watch
         number = names_of(watch.sites).index(view.report.name)
         site, dims = watch.sites[number], watch.dims[number]
         if edits.warmth and view.attribution.outlet:
             self.terms.warm(patient.model, view.report.name, view.attribution.outlet, edits.warmth)
         if edits.activation and edits.activation.steps:
-            self.terms.ramp(patient.model, view.report.name, site, edits.activation, dims)
+            _, slopes, steps = edits.activation
+            self.terms.ramp(patient.model, view.report.name, site.owner, _slopes(slopes, view), dims, steps)
         elif edits.activation:
-            self.records.append(substitute_(patient.model, site, edits.activation, dims))
-            watch.judge_as(self.records)
+            kind, slopes, _ = edits.activation
+            substitute_(patient.model, site.owner, kind, slopes, dims)
+        watch.judged_as = rectifiers(patient.model) | self.terms.rectifiers
         if remedy.check_ranks and patient.joint:
             self._check_ranks(edits, patient)
         self.edited_units += int(view.units.sum())
@@ -239,17 +256,12 @@ class Repair:
 
     def start(self, model: nn.Module) -> None:
         """Note what the parameters were drawn from, before they are trained."""
-        self._laws = {name: Law.of(tensor) for name, tensor in tensors_of(model).items() if tensor.is_floating_point()}
+        if self.ladder.rungs:
+            self._laws = laws_of(model)
 
     def stop(self, step: int) -> None:
         """Take out of the model what was there for a time; harmless when there is nothing."""
-        dropped = self.terms.clear()
-        self._note(
-            [
-                Event(step, name, "dropped", "", reason="training ended before its term was annealed away")
-                for name in dropped
-            ]
-        )
+        self._note([self.ladder.dropped(site, step) for site in self.terms.clear()])
 
     def state_dict(self, patient: Patient) -> dict[str, Any]:
         """Return all that a resumed run needs, as plain values and tensors; every rank has to call it.
@@ -266,57 +278,57 @@ class Repair:
             "requests": [list(request) for request in self._requests],
             "sites": [dict(vars(site)) for site in self._report.sites] if self._report else [],
             "step": self._report.step if self._report else 0,
+            "layers": dict(self._layers),
             "losses": self._losses,
             "loss": list(self._loss) if self._loss else None,
-            "waiting": sorted(self._waiting),
             "edited_units": self.edited_units,
             "events": [list(event) for event in self.events],
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], records: list[dict[str, Any]], patient: Patient) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], patient: Patient) -> None:
         """Go on from what was saved."""
         self.ladder.load_state_dict(state["ladder"])
-        self.records = records
-        for record in records:
-            apply_record(patient.model, record)
-        patient.watch.judge_as(records)
         self.terms.load_state_dict(state["terms"], patient.model)
+        patient.watch.judged_as = rectifiers(patient.model) | self.terms.rectifiers
         self._laws = {name: Law(*law) for name, law in state["laws"].items()}
         self._requests = [Request(*request) for request in state["requests"]]
         if self._requests:
             self._report = LivenessReport(tuple(SiteReport(**site) for site in state["sites"]), state["step"])
         if state["losses"] is not None and (not patient.joint or ranks.rank() == 0):
             self._losses = state["losses"].to(patient.watch.device)
+        self._layers = dict(state["layers"])
         self._loss = Loss(*state["loss"]) if state["loss"] else None
-        self._waiting = set(state["waiting"])
         self.edited_units = state["edited_units"]
-        self.events = deque(Event(*event[:4], tuple(event[4]), *event[5:]) for event in state["events"])
+        self.events = deque(Event._make([*event[:4], tuple(event[4]), *event[5:]]) for event in state["events"])
 
 
-def behind_constants(
-    name: str, attributions: Mapping[str, Attribution], varies: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
-) -> Tensor:
-    """Mark the units of a site whose every input is a unit that puts out a constant, shape ``(units,)``.
+def fed_by_linear(attribution: Attribution, tensors: Mapping[str, Tensor]) -> str:
+    """Name the linear module whose output alone is a site's input; empty where it is fed otherwise.
 
     Args:
-        name: Of the site.
-        attributions: Of all sites.
-        varies: Which units of each site put out more than one value, boolean, by name.
-        tensors: The model's parameters.
+        attribution: Of the site.
+        tensors: The model's parameters, by name.
     """
-    waits = torch.ones_like(varies[name])
-    weights = [one for one in attributions[name].incoming if one.role == "weight"]
-    for weight in weights:
-        marks = torch.zeros(tensors[weight.name].shape, dtype=torch.uint8)
-        readers = [
-            (one, varies[other]) for other in varies for one in attributions[other].outgoing if one.name == weight.name
-        ]
-        for reader, varying in readers:
-            reader.of(~varying).write_(marks, 1)
-        for reader, varying in readers:
-            reader.of(varying).write_(marks, 2)
-        waits[weight.units] &= (weight.read(marks).flatten(1) == 1).all(1)
-    return waits if weights else torch.zeros_like(waits)
+    layers = attribution.incoming
+    if attribution.no_incoming or attribution.outlet is None or [one.role for one in layers] not in _LINEAR:
+        return ""
+    path, weight = attribution.outlet.path, layers[0]
+    names = [f"{path}.{role}" for role in ("weight", "bias")][: len(layers)]
+    plain = not weight.shape and weight.dims == (0,) and tensors[weight.name].ndim == 2
+    return path if plain and [one.name for one in layers] == names else ""
+
+
+def fires_now(inputs: Tensor, attribution: Attribution, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Tell which units of a site fire on some inputs with the weights as they are, shape ``(units,)``.
+
+    Args:
+        inputs: Of the linear layer that feeds it, shape ``(rows, features)``.
+        attribution: Of the site.
+        tensors: The model's parameters, by name.
+    """
+    weight, *bias = (one.read(tensors[one.name]).cpu().double() for one in attribution.incoming)
+    z = inputs @ weight.T + (bias[0] if bias else 0.0)
+    return (z > 0).any(0)
 
 
 def _confirmed(request: Request, site: SiteReport, seen: Evidence) -> tuple[Tensor, Tensor]:
@@ -341,6 +353,10 @@ def _over_ranks(sums: Tensor | None, patient: Patient) -> Loss | None:
     return Loss(mean, max(squares / number - mean * mean, 0.0) ** 0.5)
 
 
+def _slopes(slopes: Tensor | None, view: SiteView) -> Tensor:
+    return view.units * 0.01 if slopes is None else slopes
+
+
 def _compiled(attribution: Attribution, patient: Patient) -> str:
     if attribution.outlet and is_compiled(patient.outer, attribution.outlet.path):
         return "the model is compiled, and a compiler does not see a term that is added later"
@@ -354,10 +370,30 @@ def _generator(remedy: Remedy, view: SiteView) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def joined(theirs: Sequence[Attribution]) -> Attribution:
+    """Join what ranks know of one site: a refusal of one is a refusal of all, and all readers count.
+
+    Args:
+        theirs: The attribution on each rank; those on which the site has not run say nothing.
+    """
+    known = [one for one in theirs if one.no_incoming != NOT_TRACED] or list(theirs[:1])
+    first = known[0]
+    alike = all(_plain(one)[0] == _plain(first)[0] for one in known)
+    readers = {repr(_plain_slice(one)): one for attribution in known for one in attribution.outgoing}
+    no_incoming, no_outgoing, no_outlet = (
+        next((reason for one in known if (reason := getattr(one, name))), "")
+        for name in ("no_incoming", "no_outgoing", "no_outlet")
+    )
+    no_incoming = no_incoming or ("" if alike else "ranks differ in what feeds it")
+    return Attribution(first.incoming, tuple(readers.values()), first.outlet, no_incoming, no_outgoing, no_outlet)
+
+
 def _plain(attribution: Attribution) -> Any:
     """Turn into plain values that are equal where the attributions are."""
-    slices = [
-        (one.name, one.role, one.units.tolist(), one.index.tolist(), one.dims, one.shape)
-        for one in (*attribution.incoming, *attribution.outgoing)
-    ]
-    return slices, attribution.no_incoming, attribution.no_outgoing, attribution.no_outlet
+    incoming, outgoing = ([_plain_slice(one) for one in part] for part in (attribution.incoming, attribution.outgoing))
+    outlet = attribution.outlet and (attribution.outlet.path, attribution.outlet.channels.tolist())
+    return incoming, outgoing, outlet, attribution.no_incoming, attribution.no_outgoing, attribution.no_outlet
+
+
+def _plain_slice(one: Slice) -> Any:
+    return one.name, one.role, one.units.tolist(), one.index.tolist(), one.dims, one.shape

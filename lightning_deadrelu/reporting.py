@@ -15,12 +15,13 @@ _COUNTED = {"newly_dead": "newly_dead_units", "revived": "revived_units", "redie
 _SHARED = {name: f"{name}_fraction" for name in ("rare", "always_on", "frozen", "dormant")}
 
 
-def metrics_of(report: LivenessReport, name: str = "dead_relu") -> dict[str, float]:
+def metrics_of(report: LivenessReport, name: str = "dead_relu", remedied_units: int = 0) -> dict[str, float]:
     """Turn a report into the scalars that are logged.
 
     Args:
         report: The verdict.
         name: Prefix of the keys.
+        remedied_units: Units edited since the last report.
 
     Returns:
         ``<name>/...`` for the whole model and ``<name>_sites/<site>`` for the dead fraction of each site;
@@ -34,7 +35,7 @@ def metrics_of(report: LivenessReport, name: str = "dead_relu") -> dict[str, flo
     totals["judged_fraction"] = report.fraction("judged")
     totals |= {key: report.total(mask) for mask, key in _COUNTED.items()}
     totals |= {key: report.fraction(mask) for mask, key in _SHARED.items()}
-    totals["remedied_units"] = 0  # watching repairs nothing
+    totals["remedied_units"] = remedied_units
     metrics: dict[str, float] = {f"{name}/{key}": float(value) for key, value in totals.items()}
     for site in report.sites:
         if site.smooth:
@@ -70,15 +71,18 @@ class Reporter:
                 with self._spared(logger):
                     self._define(logger)
 
-    def __call__(self, report: LivenessReport, loggers: Iterable[Logger], is_global_zero: bool = True) -> None:
+    def __call__(
+        self, report: LivenessReport, loggers: Iterable[Logger], is_global_zero: bool = True, remedied_units: int = 0
+    ) -> None:
         """Log a report.
 
         Args:
             report: The verdict; its ``step`` is the x-axis.
             loggers: Where to.
             is_global_zero: Whether this is rank 0.
+            remedied_units: Units edited since the last report.
         """
-        metrics = metrics_of(report, self._name)
+        metrics = metrics_of(report, self._name, remedied_units)
         for logger in loggers:
             if id(logger) not in self._broken:
                 with self._spared(logger):

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_deadrelu.attribution import Tracer, merged
+from lightning_deadrelu.attribution import Attributions, Tracer, merged
 from lightning_deadrelu.confirmation import Confirmation
 from lightning_deadrelu.probe import Probe
 from lightning_deadrelu.sites import Rectifier, Site, clean, is_rectifier_module, is_selected, names_of, unmatched
-from lightning_deadrelu.slices import Attribution
 from lightning_deadrelu.statistics import Rules, UnitLiveness, count
+
+NOT_TRACED = "it has not run while its layers were traced"
 
 
 class Watch:
@@ -121,9 +122,11 @@ class Watch:
         self.probe.tracer = self._tracer
 
     @property
-    def attributions(self) -> dict[Site, Attribution]:
+    def attributions(self) -> Attributions:
         """Which entries feed and read the units of each site, as far as all traced batches tell."""
-        return merged(self._tracer.attributions(), self.sites, "it has not run while its layers were traced")
+        known = merged(self._tracer.attributions(), self.sites, NOT_TRACED)
+        names = names_of(self.sites)
+        return Attributions({name: known[site] for name, site in zip(names, self.sites, strict=True) if site.units})
 
     def unwatched(self) -> dict[str, str]:
         """Say, by name, why a rectifier of the model is not watched."""

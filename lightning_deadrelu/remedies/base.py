@@ -84,6 +84,8 @@ class SiteView:
         quantiles: Of each treated unit's input in the confirming batch, measured from the hinge, at
             :data:`LEVELS`; shape ``(len(LEVELS), units)``, float64, not a number for other units.
         step: The training batch.
+        inputs: Some rows of the input of the linear layer that alone feeds the site, in the confirming batch, shape
+            ``(rows, features)``; None where it is fed otherwise.
     """
 
     report: SiteReport
@@ -93,6 +95,7 @@ class SiteView:
     laws: Mapping[str, Law]
     quantiles: Tensor
     step: int = 0
+    inputs: Tensor | None = None
 
     def quantile(self, share: float) -> Tensor:
         """Interpolate the quantiles of all units' inputs, shape ``(units,)``.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_deadrelu.remedies.base import Edits, Law, Remedy, SiteView, Warmth, Write
+from lightning_deadrelu.remedies.choosing import choose
 from lightning_deadrelu.slices import Slice
 
 _NEUTRAL = {"scale": 1.0, "shift": 0.0, "mean": 0.0, "variance": 1.0}
@@ -27,29 +28,35 @@ class Reset(Remedy):
     which the unit is silent, as long as the new unit's output is finite. The readers learn from the first step on, the
     new unit from the second.
 
-    Frozen units, which fire but put out one value whatever the input, are redrawn as well. Their readers are kept:
-    the output changes in any case, since others have learnt to count on the constant, and a network that is constant
-    altogether needs its readers to come back.
+    Where a linear layer alone feeds the site, each new unit is the best of ``tries`` draws: it gets a bias with which
+    it fires on a share of the confirming batch, drawn from 0.1 to 0.9, and the draw is kept that fires on most of the
+    inputs on which the whole layer is silent. A plain redraw is silent again half of the time in a narrow layer, or
+    fires where another unit does; see :func:`~lightning_deadrelu.remedies.choosing.choose`.
 
     Source: ReDo (Sokar et al. 2023, arXiv 2302.12902) with tau = 0; running statistics as in continual backpropagation
     (Dohare et al. 2024, Nature 632:768).
 
     Args:
-        bias: What biases become, and shifts of norms; None for their own law, and 0 for shifts.
-        frozen: Whether frozen units are treated too.
+        tries: Draws for each unit; 1 for a plain redraw, with a bias from its own law.
+        bias: What biases become, and shifts of norms; None for the above, and 0 for shifts.
+        frozen: Whether frozen units, which fire but put out one value whatever the input, are redrawn too. Their
+            readers are kept, and the output changes. Mostly they come back by themselves once the dead layer before
+            them has.
 
     Example:
         >>> Reset(patience=2).bias is None
         True
     """
 
+    tries: int = 8
     bias: float | None = None
-    frozen: bool = True
+    frozen: bool = False
 
     needs: ClassVar[frozenset[str]] = frozenset({"incoming", "outgoing"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_count("tries", 1, False, 8)
         if self.bias is not None:
             self._check_number("bias", 0.1, -math.inf)
         self._check_flag("frozen")
@@ -64,8 +71,18 @@ class Reset(Remedy):
         silent = view.units & ~view.report.frozen
         units = view.units if self.frozen else silent
         clear = [Write(one, 0.0) for one in _rows(view.attribution.outgoing, silent)]
+        if view.inputs is not None and self.bias is None and self.tries > 1:
+            return Edits(writes=(*clear, *self._chosen(view, view.inputs, units, generator)))
         fresh = [Write(one, self._fresh(one, view, generator)) for one in _rows(view.attribution.incoming, units)]
         return Edits(writes=(*clear, *fresh))
+
+    def _chosen(self, view: SiteView, inputs: Tensor, units: Tensor, generator: torch.Generator) -> list[Write]:
+        layer = {one.role: one for one in view.attribution.incoming}
+        old = {role: one.read(view.values[one.name]) for role, one in layer.items()}
+        law = _law_of(layer["weight"], old["weight"], view)
+        weights, biases = choose(inputs, old["weight"], old.get("bias"), units, law, self.tries, generator)
+        new = {"weight": weights, "bias": biases}
+        return [Write(one.of(units), new[role]) for role, one in layer.items()]
 
     def _fresh(self, entries: Slice, view: SiteView, generator: torch.Generator) -> Tensor | float:
         if self.bias is not None and entries.role in ("bias", "shift"):

@@ -1,0 +1,483 @@
+"""Remedies at work in a real Trainer: what they change, what they leave, and when."""
+
+import copy
+from dataclasses import dataclass
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from torch import nn
+from toys import Loader, Log, Net, assert_same, bare, batches, fit, mlp, tensors
+from two_ranks import ddp_trainer, on_two_ranks
+
+from lightning_deadrelu import DeadReLUMonitor
+from lightning_deadrelu.ladder import Event
+from lightning_deadrelu.remedies import (
+    BiasWarming,
+    Edits,
+    LeakySlope,
+    Remedy,
+    Reset,
+    SwapActivation,
+    ThermalKick,
+    Write,
+)
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*the Trainer has no logger",
+    "ignore:.*get no gradient",
+    "ignore:.*use of fork",
+    "ignore:You're resuming from a checkpoint that ended before the epoch ended",
+    "ignore:Be aware that when using `ckpt_path`",
+)
+FLAGS = ["reset", "thermal_kick", "bias_warming", "leaky", "leaky_relu", "rrelu", "elu", "selu", "gelu", "silu"]
+OBJECTS = {
+    "reset": Reset(),
+    "thermal_kick": ThermalKick(depth=3.0),
+    "bias_warming": BiasWarming(steps=15),
+    "leaky": LeakySlope(slope=0.1),
+    "ramp": LeakySlope(slope=0.1, ramp_steps=12),
+    "gelu": SwapActivation(activation="gelu"),
+}
+EAGER = {"every_n_steps": 1, "window": 4, "min_samples": 2, "threshold": 0.0}
+
+
+class Compare(Callback):
+    """Keeps everything that could differ, before and after the monitor's turn at each batch."""
+
+    def __init__(self, probe, store):
+        self.probe, self.store = probe, store
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        with torch.no_grad():
+            logits = pl_module.net(self.probe)
+        state = copy.deepcopy([pl_module.state_dict(), trainer.optimizers[0].state_dict()["state"], logits])
+        self.store.append(state)
+
+
+def around(monitor, probe):
+    before, after = [], []
+    return [Compare(probe, before), monitor, Compare(probe, after)], before, after
+
+
+def actions(monitor):
+    return [event.action for event in monitor.events]
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_a_healthy_run_stays_as_it_was_to_the_last_bit(flag):
+    def run(*callbacks):
+        torch.manual_seed(3)
+        model = Net(nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 1)))
+        trainer = fit(model, batches(30, 20), *callbacks, max_epochs=2)
+        return model.state_dict(), trainer.optimizers[0].state_dict(), torch.get_rng_state()
+
+    monitor = DeadReLUMonitor(remedy=flag, every_n_steps=2, window=5, threshold=0.0)
+    assert_same(run(monitor), run())
+    assert monitor.report.dead_units == 0
+    assert monitor.events == ()
+
+
+def test_a_reset_revives_and_changes_the_output_by_exactly_nothing():
+    torch.manual_seed(0)
+    model, data = Net(mlp(3)), batches(24, 8)
+    probe = torch.cat(list(data))
+    monitor = DeadReLUMonitor(remedy="reset", **EAGER)
+    callbacks, before, after = around(monitor, probe)
+    fit(model, data, *callbacks)
+    (edit,) = [event for event in monitor.events if event.action == "edited" and event.site == "net.1"][:1]
+    (place,) = [
+        i
+        for i, (a, b) in enumerate(zip(before, after, strict=True))
+        if not torch.equal(a[0]["net.0.weight"], b[0]["net.0.weight"])
+    ][:1]
+    assert edit.units == (0, 1, 2)
+    assert place == edit.step
+    assert torch.equal(before[place][2], after[place][2])
+    untouched = [3, 4, 5, 6, 7]
+    for name, rows in (
+        ("net.0.weight", (untouched,)),
+        ("net.0.bias", (untouched,)),
+        ("net.2.weight", (slice(None), untouched)),
+    ):
+        assert torch.equal(before[place][0][name][rows], after[place][0][name][rows])
+    for name in ("net.2.bias", "net.4.weight", "net.4.bias"):
+        assert torch.equal(before[place][0][name], after[place][0][name])
+    assert not monitor.report["net.1"].silent[:3].all()
+    assert "revived" in actions(monitor)
+
+
+@pytest.mark.parametrize("remedy", OBJECTS.values(), ids=OBJECTS)
+def test_only_dead_units_of_the_site_are_touched(remedy):
+    torch.manual_seed(0)
+    model, data = Net(mlp(3)), batches(12, 8)
+    monitor = DeadReLUMonitor(remedy=remedy, include=["net.1"], **EAGER)
+    callbacks, before, after = around(monitor, torch.cat(list(data)))
+    fit(model, data, *callbacks)
+    rows = {"net.0.weight": 0, "net.0.bias": 0, "net.2.weight": 1}
+    for (weights, state, _), (new_weights, new_state, _) in zip(before, after, strict=True):
+        for name, tensor in weights.items():
+            kept = torch.equal(tensor, new_weights[name])
+            if name in rows:
+                live = torch.arange(3, tensor.shape[rows[name]])
+                kept = torch.equal(
+                    tensor.index_select(rows[name], live), new_weights[name].index_select(rows[name], live)
+                )
+            assert kept, name
+        for number, name in enumerate(weights):
+            for key, value in state[number].items():
+                kept = torch.equal(value, new_state[number][key])
+                if name in rows and value.ndim:
+                    live = torch.arange(3, value.shape[rows[name]])
+                    kept = torch.equal(
+                        value.index_select(rows[name], live), new_state[number][key].index_select(rows[name], live)
+                    )
+                assert kept, (name, key)
+    assert "edited" in actions(monitor)
+
+
+@pytest.mark.parametrize("remedy", ["reset", "thermal_kick"])
+def test_remedies_bring_units_back_for_good(remedy):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 1))
+    with torch.no_grad():
+        net[0].bias[:16] = -4.0
+        net[0].weight[:16] *= 0.3
+    monitor = DeadReLUMonitor(remedy=remedy, every_n_steps=1, window=5, min_samples=20, threshold=0.0)
+    fit(Net(net), batches(200, 16), monitor, max_epochs=2)
+    assert monitor.report["net.1"].dead.sum() <= 4
+    assert sum(event.action == "revived" for event in monitor.events) >= 1
+
+
+def test_what_survives_the_anneal_is_measured_and_said():
+    torch.manual_seed(0)
+    monitor = DeadReLUMonitor(remedy=BiasWarming(steps=10, attempts=1), include=["net.1"], **EAGER)
+    fit(Net(mlp(3), lr=0.001), batches(60, 8), monitor)
+    edit, outcome = monitor.events[:2]
+    assert (edit.action, outcome.action in ("revived", "failed")) == ("edited", True)
+    assert outcome.step >= edit.step + 10
+    alive = 3 - int(monitor.report["net.1"].silent[:3].sum())
+    assert outcome.reason == f"{alive} of 3 treated units fire"
+
+
+def test_a_dry_run_says_what_it_would_do_and_does_nothing():
+    def run(*callbacks):
+        torch.manual_seed(0)
+        model = Net(mlp(3))
+        trainer = fit(model, batches(12, 8), *callbacks)
+        return model.state_dict(), trainer.optimizers[0].state_dict()
+
+    monitor = DeadReLUMonitor(remedy=Reset(dry_run=True), **EAGER)
+    assert_same(run(monitor), run())
+    assert set(actions(monitor)) == {"would edit"}
+
+
+def test_units_that_fire_once_more_are_not_edited():
+    """Silence is confirmed on one more observed batch: here all units come back in it."""
+    data = [torch.ones(8, 4)] * 4 + [-torch.ones(8, 4)] * 3
+    net = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 1))
+    nn.init.constant_(net[0].weight, -1.0)
+    monitor = DeadReLUMonitor(remedy="reset", **EAGER)
+    model = Net(net, lr=0.0)
+    fit(model, torch.utils.data.DataLoader(data, batch_size=None), monitor)
+    assert "edited" not in actions(monitor)
+    assert (net[0].weight == -1).all()
+
+
+class Gan(LightningModule):
+    """A discriminator whose first unit fires on real data alone, and whose second never does."""
+
+    def __init__(self):
+        super().__init__()
+        self.critic = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1))
+        with torch.no_grad():
+            self.critic[0].weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [-1.0, -1.0]]))
+            self.critic[0].bias.copy_(torch.tensor([0.0, -100.0, 3.0, 3.0]))
+
+    def training_step(self, batch, batch_idx):
+        real = self.critic(torch.ones(8, 2))
+        fake = self.critic(-torch.ones(8, 2))
+        return (fake - real).mean() * 0
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_a_live_unit_of_a_layer_called_several_times_is_never_edited():
+    torch.manual_seed(0)
+    model = Gan()
+    first = model.critic[0].weight[0].clone()
+    monitor = DeadReLUMonitor(remedy="reset", **EAGER)
+    fit(model, batches(20), monitor)
+    edits = [event for event in monitor.events if event.action == "edited"]
+    assert edits
+    assert all(0 not in event.units for event in edits)
+    assert edits[0].units == (1,)
+    assert torch.equal(model.critic[0].weight[0], first)
+
+
+# -- as written by users ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"remedy": "rest"}, "Did you mean `remedy='reset'`"),
+        ({"remedy": "prelu"}, "swap_activations_"),
+        ({"remedy": "reset", "threshold": 1.0}, "no remedy would ever act"),
+        ({"remedy": []}, "ladder"),
+        ({"remedy": 3}, "flag"),
+        ({"remedy": Reset}, r"Reset\(\)"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_construction(settings, message):
+    with pytest.raises(MisconfigurationException, match=message):
+        DeadReLUMonitor(**settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explode(Remedy):
+    """Does harm."""
+
+    def propose(self, view, generator):
+        bias = view.attribution.bias.of(view.units)
+        return Edits(writes=(Write(bias, 1e4),))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Broken(Remedy):
+    def propose(self, view, generator):
+        raise RuntimeError("no idea")
+
+
+def test_harm_is_noticed_logged_and_not_repeated():
+    torch.manual_seed(0)
+    monitor = DeadReLUMonitor(remedy=Explode(attempts=None), **EAGER)
+    fit(Net(mlp(3)), batches(60, 8), monitor)
+    first = [action for action, event in zip(actions(monitor), monitor.events, strict=True) if event.site == "net.1"]
+    assert first == ["edited", "harmed", "given up"]
+
+
+def test_a_remedy_of_the_users_that_fails_leaves_training_unharmed():
+    def run(*callbacks):
+        torch.manual_seed(0)
+        model = Net(mlp(3))
+        fit(model, batches(12, 8), *callbacks)
+        return model.state_dict()
+
+    plain = run()
+    with pytest.warns(UserWarning, match="the monitor failed and watches no longer"):
+        assert_same(run(DeadReLUMonitor(remedy=Broken(), **EAGER)), plain)
+
+
+class Residual(nn.Module):
+    """Its last rectifier sits behind an addition, on the identity path."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.inner, self.head = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 1)
+        self.act1, self.act2 = nn.ReLU(), nn.ReLU()
+        with torch.no_grad():
+            self.inner.bias[:4] = -1000.0
+
+    def forward(self, x):
+        x = self.act1(self.stem(x))
+        return self.head(self.act2(self.inner(x) + x))
+
+
+def test_what_cannot_be_traced_is_refused_by_name_once_and_the_next_remedy_tried():
+    torch.manual_seed(0)
+    monitor = DeadReLUMonitor(remedy=["reset", "leaky"], include=["net.act2"], **EAGER)
+    with pytest.warns(UserWarning, match=r"Reset refused `net.act2`: .*identity") as told:
+        fit(Net(Residual()), batches(40, 8), monitor)
+    assert sum("refused" in str(one.message) for one in told) == 1
+    assert actions(monitor)[:3] == ["refused", "escalated", "edited"]
+
+
+def test_an_optimizer_whose_state_is_unknown_is_refused():
+    class Odd(torch.optim.SGD):
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    self.state[p]["riddle"] = torch.ones_like(p)
+            return super().step(closure)
+
+    torch.manual_seed(0)
+    monitor = DeadReLUMonitor(remedy="reset", include=["net.1"], **EAGER)
+    with pytest.warns(UserWarning, match="refused `net.1`: .*riddle"):
+        fit(Net(mlp(3), optimizer=Odd), batches(20, 8), monitor)
+    assert actions(monitor) == ["refused", "given up"]
+
+
+@pytest.mark.filterwarnings("ignore:.*Checkpoint directory")
+def test_averaged_copies_are_left_alone_and_that_is_said_once():
+    torch.manual_seed(0)
+    monitor = DeadReLUMonitor(remedy="reset", **EAGER)
+    average = WeightAveraging()
+    with pytest.warns(UserWarning, match="averaged copies of the weights .* are left alone") as told:
+        fit(Net(mlp(3)), batches(40, 8), monitor, average)
+    assert sum("averaged copies" in str(one.message) for one in told) == 1
+
+
+def test_attribution_prints_as_a_table():
+    monitor = DeadReLUMonitor(**EAGER)
+    assert monitor.attribution is None
+    fit(Net(), batches(3), monitor)
+    text = str(monitor.attribution)
+    assert "net.1" in text
+    assert "net.0.bias" in text
+
+
+def test_edited_units_are_logged():
+    torch.manual_seed(0)
+    log, monitor = Log(), DeadReLUMonitor(remedy="reset", include=["net.1"], **EAGER)
+    fit(Net(mlp(3)), batches(40, 8), monitor, logger=log)
+    edited = sum(len(event.units) for event in monitor.events if event.action == "edited")
+    assert sum(metrics["dead_relu/remedied_units"] for _, metrics in log.verdicts()) == edited > 0
+    assert sum(metrics["dead_relu/revived_units"] for _, metrics in log.verdicts()) > 0
+
+
+def test_events_are_bounded():
+    monitor = DeadReLUMonitor(remedy="reset")
+    monitor._repair._note(Event(step, "fc", "edited", "Reset", tuple(range(1000))) for step in range(2000))
+    assert len(monitor.events) == 100
+    assert monitor.events[-1].step == 1999
+
+
+# -- terms that fade -------------------------------------------------------------------------------------
+
+
+class Peek(Callback):
+    """Looks at the model where no term may be seen."""
+
+    def __init__(self):
+        self.outputs, self.inside = [], []
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        plain = nn.Sequential(*[type(m)() if isinstance(m, nn.ReLU) else m for m in pl_module.net])
+        self.outputs.append(torch.equal(pl_module.net(batch), plain(batch)))
+
+
+def test_validation_never_sees_a_term():
+    torch.manual_seed(0)
+    monitor, peek = DeadReLUMonitor(remedy=BiasWarming(steps=100), **EAGER), Peek()
+    fit(Net(mlp(3)), batches(20, 8), monitor, peek, val=batches(2), val_check_interval=4)
+    assert "edited" in actions(monitor)
+    assert peek.outputs
+    assert all(peek.outputs)
+
+
+def test_a_term_in_flight_is_dropped_when_training_ends_and_that_is_said():
+    torch.manual_seed(0)
+    model, monitor = Net(mlp(3)), DeadReLUMonitor(remedy=BiasWarming(steps=1000), **EAGER)
+    fit(model, batches(20, 8), monitor)
+    assert actions(monitor)[-1] == "dropped"
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("remedy", [BiasWarming(steps=1000), LeakySlope(ramp_steps=1000)], ids=["gamma", "ramp"])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_gone_means_gone_also_after_an_error(remedy, error):
+    class Stop(Callback):
+        def on_before_backward(self, trainer, pl_module, loss):
+            if trainer.global_step == 15:
+                raise error
+
+    torch.manual_seed(0)
+    model, monitor = Net(mlp(3)), DeadReLUMonitor(remedy=remedy, **EAGER)
+    with pytest.raises((error, SystemExit)):
+        fit(model, batches(20, 8), monitor, Stop())
+    assert "dropped" in actions(monitor)
+    assert not any(module._forward_hooks for module in model.modules())
+    assert [type(module) for module in model.net] == [type(module) for module in mlp()]
+
+
+def test_a_unit_under_a_term_is_judged_without_it():
+    torch.manual_seed(0)
+    monitor = DeadReLUMonitor(remedy=BiasWarming(steps=10_000), include=["net.1"], **EAGER)
+    fit(Net(mlp(3), lr=0.0), batches(40, 8), monitor)
+    assert monitor.report["net.1"].dead[:3].all()
+
+
+# -- swapped activations ---------------------------------------------------------------------------------
+
+
+def test_a_ramp_ends_in_a_pure_relu():
+    torch.manual_seed(0)
+    model, monitor = Net(mlp(3)), DeadReLUMonitor(remedy=LeakySlope(ramp_steps=5, attempts=1), **EAGER)
+    fit(model, batches(60, 8), monitor)
+    assert "edited" in actions(monitor)
+    assert [type(module) for module in model.net] == [type(module) for module in mlp()]
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*Checkpoint directory")
+def test_testing_from_a_checkpoint_puts_the_activations_back(tmp_path):
+    torch.manual_seed(0)
+    monitor = DeadReLUMonitor(remedy="gelu", include=["net.1"], **EAGER)
+    trainer = fit(Net(mlp(3)), batches(20, 8), monitor)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    fresh, again = Net(mlp(3)), DeadReLUMonitor(remedy="gelu", include=["net.1"], **EAGER)
+    assert isinstance(fresh.net[1], nn.ReLU)
+    Trainer(**bare(callbacks=[again])).test(fresh, batches(2), ckpt_path=tmp_path / "end.ckpt", weights_only=True)
+    assert isinstance(fresh.net[1], nn.GELU)
+
+
+# -- ranks and resuming ----------------------------------------------------------------------------------
+
+
+def repaired(rank, remedy, options):
+    torch.manual_seed(0)
+    model = Net(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 1)))
+    with torch.no_grad():
+        model.net[0].bias[:3] = -4.0
+    torch.manual_seed(rank)
+    monitor = DeadReLUMonitor(remedy=remedy, **EAGER)
+    trainer = ddp_trainer(callbacks=[monitor], **options)
+    trainer.fit(model, batches(30, 8, seed=rank))
+    events = [tuple(event)[:6] for event in monitor.events]
+    return events, model.state_dict(), trainer.optimizers[0].state_dict()["state"]
+
+
+@pytest.mark.parametrize("remedy", [*OBJECTS, "ladder"])
+def test_two_ranks_end_bit_equal(remedy):
+    given = ["thermal_kick", "reset", "leaky"] if remedy == "ladder" else OBJECTS[remedy]
+    first, second = on_two_ranks(repaired, given, {"accumulate_grad_batches": 2} if remedy == "reset" else {})
+    assert any(action == "edited" for _, _, action, *_ in first[0])
+    assert_same(first, second)
+
+
+def run_to_the_end(remedy, items, *callbacks, ckpt=None):
+    torch.manual_seed(0)
+    model = Net(mlp(3), lr=0.02)
+    monitor = DeadReLUMonitor(remedy=remedy, **{**EAGER, "every_n_steps": 2, "window": 3})
+    trainer = fit(model, Loader(items), monitor, *callbacks, ckpt=ckpt, max_epochs=2)
+    return monitor, model, trainer
+
+
+class Save(Callback):
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
+
+
+@pytest.mark.parametrize("remedy", OBJECTS.values(), ids=OBJECTS)
+def test_interrupted_and_resumed_equals_uninterrupted_also_in_mid_anneal(remedy, tmp_path):
+    items = tensors(20, 8)
+    monitor, model, trainer = run_to_the_end(remedy, items, Save(tmp_path))
+    assert "edited" in actions(monitor)
+    for step in (5, 7, 8, 9, 11, 14, 21, 26, 33):
+        again, resumed, resumed_trainer = run_to_the_end(remedy, items, ckpt=tmp_path / f"{step}.ckpt")
+        assert repr(again.events) == repr(monitor.events), step
+        assert_same(resumed.state_dict(), model.state_dict())
+        assert_same(resumed_trainer.optimizers[0].state_dict()["state"], trainer.optimizers[0].state_dict()["state"])
+
+
+def test_the_state_of_a_repair_is_plain(tmp_path):
+    items = tensors(20, 8)
+    run_to_the_end(["bias_warming", "reset", "leaky"], items, Save(tmp_path))
+    for path in tmp_path.glob("*.ckpt"):
+        torch.load(path, weights_only=True)
