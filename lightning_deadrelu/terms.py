@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,35 +19,11 @@ from lightning_deadrelu.activations import find_module, places_of, take_over
 from lightning_deadrelu.sites import Rectifier, clean
 from lightning_deadrelu.substitutes import LeakyUnits, original_of
 
+if TYPE_CHECKING:
+    from lightning_deadrelu.remedies.base import Warmth
+    from lightning_deadrelu.slices import Outlet
+
 _CALLED = ("forward", "training_step")
-
-
-class Outlet(Protocol):
-    """Where a constant can be added; see :class:`~lightning_deadrelu.slices.Outlet`."""
-
-    @property
-    def path(self) -> str:
-        """The module's path."""
-
-    @property
-    def channels(self) -> Tensor:
-        """The place of each unit."""
-
-    @property
-    def dim(self) -> int:
-        """The dimension that holds the channels, counted from the end."""
-
-
-class Warmth(Protocol):
-    """What to add; see :class:`~lightning_deadrelu.remedies.base.Warmth`."""
-
-    @property
-    def gamma(self) -> Tensor:
-        """Of each unit, at the start."""
-
-    @property
-    def steps(self) -> int:
-        """Training batches until it is 0."""
 
 
 def warmth_left(step: int, steps: int) -> float:
