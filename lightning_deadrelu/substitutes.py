@@ -98,11 +98,10 @@ class LeakyUnits(nn.Module):
         return x.copy_(self._leak(x.clone())) if self.original.inplace else self._leak(x)
 
     def _leak(self, x: Tensor) -> Tensor:
-        hinge, low = self.original.hinge, self.original.low
         slope = self.slope.view(self._shape(x)).to(x.dtype)  # autocast would widen the output
-        below = slope * (x - hinge) + low if hinge or low else slope * x
-        # an infinite input times a slope of 0 is not a number
-        return torch.where((x <= hinge) & (slope != 0), below, self.original(x))
+        below = x - self.original.hinge if self.original.hinge else x
+        # an infinite input times a slope of 0 would not be a number
+        return torch.addcmul(self.original(x), slope, below.clamp(torch.finfo(x.dtype).min, 0))
 
     def _shape(self, x: Tensor) -> list[int]:
         if self.slope.ndim == 0:
