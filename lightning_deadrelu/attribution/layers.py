@@ -28,7 +28,7 @@ from lightning_deadrelu.attribution.flows import (
 from lightning_deadrelu.sites import Site
 
 COMPUTED = "its weight is computed from parameters (parametrised, quantised, a low-rank update)"
-SHARDED = "its parameters are sharded"
+SHARDED = "its weight stands in for a parameter (sharded, or given to `functional_call`)"
 _CONVOLUTION = re.compile(r"conv(_transpose)?([123])d$")
 _PRODUCTS = frozenset({"matmul", "mm", "mv"})
 _CHANNEL_NORMS = frozenset({"batch_norm", "instance_norm"})
@@ -166,10 +166,10 @@ def _without_weight(step: Step, layer: Layer) -> Outcome:
     own = step.module is not None and any(layer.weight is other for other in step.module._parameters.values())
     why = SHARDED if own else COMPUTED
     flows = [step.look(tensor) for tensor in step.operands]
-    before, behind = _readers(step)
+    before, _ = _readers(step)
     if not learned.learned and not own and not learned.streams:
-        why = f"`{step.name}` multiplies it with what is no parameter"
-    leaks = [leak for flow in flows for leak in leaks_of(flow, before, why if own else behind)]
+        why = "its weight is no parameter"
+    leaks = [leak for flow in flows for leak in leaks_of(flow, before, f"`{step.name}` reads it: {why}")]
     return Outcome((Flow(why=why),), tuple(leaks))
 
 

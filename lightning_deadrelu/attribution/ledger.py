@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from lightning_deadrelu.attribution.flows import NONE, OUTLET, Flow, Leak, Origin, Outcome, Read, Stream, pairs
+from lightning_deadrelu.attribution.flows import OUTLET, Flow, Leak, Origin, Outcome, Read, Stream, pairs
 from lightning_deadrelu.sites import Site, base_name
 from lightning_deadrelu.slices import Attribution, Outlet, Slice
 
@@ -143,7 +143,7 @@ class Ledger:
                 return (), refused
             if not all(_same_units(mine[0], other) for other in mine[1:]):
                 return (), _MIXED.format(rows.name)
-            slices += [_reader(rows, units) for units in mine[0]]
+            slices.append(_reader(rows, mine[0]))
         return tuple(slices), "" if slices else _UNREAD
 
     def _outlet(self, site: Site) -> tuple[Outlet | None, str]:
@@ -182,9 +182,9 @@ def _slice(origin: Origin, rows: Tensor, units: Tensor) -> Slice:
     return Slice(origin.name, origin.role, units[order], origin.places(rows[order]), origin.dims, origin.shape)
 
 
-def _reader(rows: Origin, units: Tensor) -> Slice:
-    features = (units != NONE).nonzero().flatten()
-    return _slice(rows, features, units[features])
+def _reader(rows: Origin, streams: tuple[Tensor, ...]) -> Slice:
+    features = torch.arange(rows.rows, device="cpu")
+    return _slice(rows, *torch.cat([pairs(features, units) for units in streams]).unique(dim=0).unbind(1))
 
 
 def _rows_in(outcome: Outcome) -> list[Origin]:

@@ -121,7 +121,7 @@ def _unknown(step: Step, reader: str) -> Outcome:
     leaks = [leak for flow in flows for leak in leaks_of(flow, reader, f"{reader} reads it")]
     why = next((flow.why for flow in flows if flow.why), "")
     if any(flow.streams or flow.learned for flow in flows):
-        why = why or f"what feeds it passes through {reader}"
+        why = f"what feeds it passes through {reader}"
     constant = all(flow.constant for flow in flows)
     return Outcome((Flow(why=why, constant=constant),) * len(step.outputs), tuple(leaks))
 
@@ -132,7 +132,7 @@ def _unknown(step: Step, reader: str) -> Outcome:
 def _move(step: Step) -> Outcome:
     mover = moves.mover(step.name)
     assert mover is not None
-    main, *others = step.operands
+    main, *others = step.operands[:1] if step.name.endswith("_as") else step.operands
     flow = step.look(main)
     leaks = [
         leak for other in others for leak in leaks_of(step.look(other), f"`{step.name}`", f"`{step.name}` reads it")
@@ -141,25 +141,27 @@ def _move(step: Step) -> Outcome:
         leaks += leaks_of(Flow(tuple(flow.behind)), "", "`pad` puts something in the place of nothing")
         flow = flow._replace(streams=tuple(flow.before))
     moved: list[list[Stream]] = [[] for _ in step.outputs]
-    for stream in _passing(step, flow):
+    passing, lost = _passing(step, flow)
+    for stream in passing:
         for place, labels in zip(moved, mover(step, main, stream.labels), strict=True):
             place.append(stream._replace(labels=labels))
-    flows = (flow._replace(streams=tuple(streams), weight=None) for streams in moved)
-    return Outcome(tuple(flows), tuple(leaks))
+    flows = (flow._replace(streams=tuple(streams), weight=None, derived=flow.learned) for streams in moved)
+    return Outcome(tuple(flows), (*leaks, *lost))
 
 
-def _passing(step: Step, flow: Flow) -> list[Stream]:
-    """Drop the outlets where a constant added before the call is another one behind it."""
-    return [
-        stream
-        for stream in flow.streams
-        if moves.keeps_sums(step.name) or not (isinstance(stream.origin, Origin) and stream.origin.role == OUTLET)
-    ]
+def _passing(step: Step, flow: Flow) -> tuple[list[Stream], list[Leak]]:
+    """Give up the outlets where a constant added before the call is another one behind it."""
+    if moves.keeps_sums(step.name):
+        return list(flow.streams), []
+    lost = tuple(stream for stream in flow.streams if _is_outlet(stream))
+    kept = [stream for stream in flow.streams if not _is_outlet(stream)]
+    return kept, list(leaks_of(Flow(lost), f"`{step.name}`", ""))
 
 
 def _negate(step: Step) -> Outcome:
     flow = step.look(step.operands[0])
-    return Outcome((flow._replace(why=flow.why or NEGATED, streams=tuple(_passing(step, flow))),))
+    passing, lost = _passing(step, flow)
+    return Outcome((flow._replace(why=flow.why or NEGATED, streams=tuple(passing)),), tuple(lost))
 
 
 def _silent(step: Step) -> Outcome:
@@ -172,7 +174,8 @@ def _silent(step: Step) -> Outcome:
         raise Misfit("it makes something of nothing")
     kept = flow.behind
     if step.name == "masked_fill":
-        kept = _passing(step, flow)
+        kept, lost = _passing(step, flow)
+        leaks += [*lost, *leaks_of(flow._replace(streams=()), reader, "")]
     else:
         leaks += leaks_of(flow._replace(streams=tuple(flow.before)), reader, "")
     why = flow.why or ("" if len(kept) == len(flow.streams) else f"what feeds it passes through {reader}")
@@ -259,8 +262,10 @@ def _as_row(step: Step, tensor: Tensor, role: str) -> Flow:
     """Take a named parameter for a layer of its own: each of its entries feeds what it is added to."""
     flow = step.look(tensor)
     weight = flow.weight
-    if weight is None or weight.flipped or tensor.numel() == 1:
-        return flow._replace(derived=frozenset()) if step.output.numel() == 1 else flow._replace(weight=None)
+    if weight is None:
+        return flow._replace(derived=frozenset()) if step.output.numel() == 1 else flow
+    if weight.flipped or tensor.numel() == 1:
+        return Flow(constant=True, derived=flow.learned if tensor.numel() > 1 else frozenset())
     origin = Origin(weight.name, role, tuple(range(tensor.ndim)), weight.shape)
     return Flow((Stream(origin, over(weight.shape, step.output.ndim)),))
 
@@ -278,10 +283,10 @@ def _multiply(step: Step) -> Outcome:
         lost = step.name == "div" and tensor is divisor
         row = step.look(tensor).weight is not None
         before = [] if lost or (gated and not row) else flow.before
-        kept = [*before, *([] if lost else flow.behind)]
+        kept = [stream for stream in (*before, *([] if lost else flow.behind)) if not _is_outlet(stream)]
         gone = [stream for stream in flow.streams if not any(stream is other for other in kept)]
         leaks += leaks_of(flow._replace(streams=tuple(gone)), reader, f"{reader} reads it")
-        streams += [stream._replace(labels=grown(stream.labels, ndim)) for stream in kept if not _is_outlet(stream)]
+        streams += [stream._replace(labels=grown(stream.labels, ndim)) for stream in kept]
     why = next((flow.why for flow in flows if flow.why), "") or _sign(step)
     if gated and not any(isinstance(stream.origin, Origin) for stream in streams):
         why = why or f"what feeds it passes through {reader}"

@@ -141,8 +141,10 @@ class Tracer:
             self._remember(out, self._pruned(flow)._replace(pending=pending))
 
     def _follow(self, step: Step) -> Outcome:
-        if step.name in _ZEROS:
-            return Outcome((Flow(constant=True, zero=True),))
+        if step.name in _ZEROS or not any(
+            out.numel() for out in step.outputs
+        ):  # an expert without tokens reads nothing
+            return Outcome((Flow(constant=True, zero=True),) * len(step.outputs))
         if any(operand.is_nested for operand in (*step.operands, *step.outputs)):
             step.name = f"{step.name} of nested tensors"
         outcome = follow(step)
