@@ -1,7 +1,23 @@
-"""Watch a network's rectifiers for units that died, from a Lightning callback or without a Trainer."""
+"""Watch a network's rectifiers for units that died, and bring them back, from a Lightning callback or by hand."""
 
+from lightning_deadrelu.activations import restore_activations, swap_activations_
 from lightning_deadrelu.audit import find_dead_units
 from lightning_deadrelu.callback import DeadReLUMonitor
+from lightning_deadrelu.remedies import BiasWarming, LeakySlope, Remedy, Reset, SwapActivation, ThermalKick
 from lightning_deadrelu.statistics import LivenessReport, SiteReport, UnitLiveness
 
-__all__ = ["DeadReLUMonitor", "LivenessReport", "SiteReport", "UnitLiveness", "find_dead_units"]
+__all__ = [
+    "BiasWarming",
+    "DeadReLUMonitor",
+    "LeakySlope",
+    "LivenessReport",
+    "Remedy",
+    "Reset",
+    "SiteReport",
+    "SwapActivation",
+    "ThermalKick",
+    "UnitLiveness",
+    "find_dead_units",
+    "restore_activations",
+    "swap_activations_",
+]

@@ -185,6 +185,7 @@ class DeadReLUMonitor(Callback):
         with self._careful():
             self._watch = self._new_watch(pl_module)
             self._watch.judged_as = rectifiers(pl_module)
+            self._repair.losses = self._repair.losses.to(self._watch.liveness.maxima)
         self._reporter.prepare(trainer.loggers, trainer.is_global_zero)
         if not trainer.loggers and not trainer.barebones:
             rank_zero_warn(
@@ -390,11 +391,22 @@ class DeadReLUMonitor(Callback):
         if not self._joint and self._watch and self._watch.sites:
             with self._careful():
                 self._check_sites()
-        if self._watch:
+        if self._watch and not self._off:
             with self._careful():
                 self._repair.confirm(self._patient(trainer), self._step, self._failure is not None)
         if self._observation == self.window:
             self._verdict(trainer, pl_module, close=True)
+
+    def _settled(self) -> bool:
+        """Make sure that all ranks want the same edits: they do unless one has failed since the counts were merged."""
+        if self._joint and not self._off and ranks.any_failed(self._failure is not None, self._device):
+            self._give_up()
+        return self._failure is None
+
+    def _give_up(self) -> None:
+        """Stop on all ranks together, because one has failed."""
+        self._off = True
+        self._failure = self._failure or RuntimeError("the monitor failed on another rank")
 
     def _verdict(self, trainer: Trainer, pl_module: LightningModule, close: bool = False) -> None:
         """Judge the window so far, on all ranks together, and tell everybody."""
@@ -404,9 +416,11 @@ class DeadReLUMonitor(Callback):
             if (totals := self._joined()) is not None:
                 self._check_sites()
                 report = self._judge(totals, trainer, pl_module, close)
-                self._publish(report, trainer)
                 if close:
                     self._repair.decide(self._patient(trainer), report)
+                self._publish(report, trainer)
+        if close and self._watch and self._repair.ladder.rungs and not self._settled():
+            self._repair.forget(self._patient(trainer))
         if close:
             self._observation = 0
             if self._watch:
@@ -482,11 +496,12 @@ class DeadReLUMonitor(Callback):
         if not self._joint or (self._trainer and self._trainer.state.status == "interrupted"):
             return None if self._failure or not self._watch else self._watch.liveness.totals().to_host()
         if not ranks.agree(self._watch, self._failure is not None, self._device):
-            self._off = True
-            self._failure = self._failure or RuntimeError("the monitor failed on another rank")
+            self._give_up()
             return None
         assert self._watch is not None
-        return ranks.merge(self._watch).to_host()
+        totals, losses = ranks.merge(self._watch, self._repair.losses.to(self._device))
+        self._repair.losses = losses if self._trainer and self._trainer.is_global_zero else torch.zeros_like(losses)
+        return totals.to_host()
 
     @contextmanager
     def _careful(self) -> Iterator[None]:
@@ -525,7 +540,7 @@ class DeadReLUMonitor(Callback):
                 state["totals"] = {key: tensor.clone() for key, tensor in vars(totals).items()}
                 state["history"] = dict(vars(self._history))
                 state["never_trained"] = self._gradients.save(self._trainer.lightning_module)
-                state["repair"] = self._repair.state_dict(self._patient(self._trainer))
+                state["repair"] = self._repair.state_dict()
                 state["activations"] = records(self._trainer.lightning_module)
         return state
 

@@ -53,6 +53,20 @@ class Loss(NamedTuple):
     mean: float
     std: float
 
+    @classmethod
+    def of(cls, sums: Tensor) -> Loss | None:
+        """Take it from the number, the sum and the sum of squares of losses; None where there are none.
+
+        Example:
+            >>> Loss.of(torch.tensor([2.0, 4.0, 10.0]))
+            Loss(mean=2.0, std=1.0)
+        """
+        number, total, squares = sums.tolist()
+        if not number:
+            return None
+        mean = total / number
+        return cls(mean, math.sqrt(max(squares / number - mean * mean, 0.0)))
+
     def jumped_to(self, after: Loss) -> bool:
         """Whether the loss more than doubled, by far more than it usually varies, or is no number any more.
 

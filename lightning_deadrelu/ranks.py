@@ -49,23 +49,37 @@ def agree(watch: Watch | None, failed: bool, device: torch.device) -> bool:
     return True
 
 
-def merge(watch: Watch) -> Totals:
-    """Return the counts of all ranks; two collectives. From then on rank 0 holds them, and the others none.
+def merge(watch: Watch, losses: Tensor) -> tuple[Totals, Tensor]:
+    """Return the counts and losses of all ranks; two collectives.
 
-    So what rank 0 saves is complete, and a run goes on from there exactly as one that loads it.
+    From then on rank 0 holds the counts, and the others none. So what rank 0 saves is complete, and a run goes on from
+    there exactly as one that loads it.
 
     Args:
         watch: What this rank watches with; :func:`agree` has to come first.
+        losses: Sums over the losses of this rank, float64.
     """
     own = watch.liveness.totals()
-    sums, maxima = own.sums(), own.maxima.clone()
+    sums, maxima = torch.cat([own.sums(), losses]), own.maxima.clone()
     dist.all_reduce(sums, dist.ReduceOp.SUM)
     dist.all_reduce(maxima, dist.ReduceOp.MAX)
-    totals = own.merged(sums, maxima)
+    totals = own.merged(sums[: -len(losses)], maxima)
     watch.liveness.reset()
     if dist.get_rank() == 0:
         watch.liveness.load(totals)
-    return totals
+    return totals, sums[-len(losses) :]
+
+
+def any_failed(failed: bool, device: torch.device) -> bool:
+    """Tell whether any rank has failed. One collective of fixed size.
+
+    Args:
+        failed: Whether this one has.
+        device: Where the backend communicates.
+    """
+    flag = torch.tensor(float(failed), device=device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
 
 
 def confirm(evidence: Evidence, failed: bool) -> Evidence | None:
@@ -106,12 +120,6 @@ def gather(value: Any) -> list[Any]:
     """Return what each rank holds; for small and rare things."""
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
-    return values
-
-
-def total(values: Tensor) -> Tensor:
-    """Add up over all ranks, in place."""
-    dist.all_reduce(values, dist.ReduceOp.SUM)
     return values
 
 

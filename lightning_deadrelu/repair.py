@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_deadrelu import ranks
-from lightning_deadrelu.activations import no_module, rectifiers, substitute_
+from lightning_deadrelu.activations import no_module, records, rectifiers, substitute_
 from lightning_deadrelu.confirmation import MOST_ROWS, Confirmation, Evidence
 from lightning_deadrelu.ladder import Event, Ladder, Loss, Request
-from lightning_deadrelu.remedies import Edits, Law, Remedy, SiteView
+from lightning_deadrelu.remedies import Activation, Edits, Law, Remedy, SiteView
 from lightning_deadrelu.sites import names_of
 from lightning_deadrelu.slices import Attribution, Slice
 from lightning_deadrelu.statistics import LivenessReport, SiteReport
@@ -74,7 +74,8 @@ class Repair:
         self._report: LivenessReport | None = None  # the verdict behind the requests
         self._confirmation: Confirmation | None = None
         self._traced = False  # whether any batch was traced
-        self._losses: Tensor | None = None  # number, sum and sum of squares over the open window, on the device
+        self.losses = torch.zeros(3, dtype=torch.float64)
+        """Number, sum and sum of squares of the open window's losses, on the device."""
         self._loss: Loss | None = None  # over the window behind the requests
 
     # -- a training batch --------------------------------------------------------------------------------
@@ -110,18 +111,17 @@ class Repair:
     def note_loss(self, loss: Tensor | None) -> None:
         """Add up the losses of observed batches, without looking at them."""
         if isinstance(loss, Tensor) and loss.is_floating_point():
-            mean = loss.detach().float().mean()
-            sums = torch.stack([torch.ones_like(mean), mean, mean * mean])
-            self._losses = sums if self._losses is None else self._losses + sums
+            mean = loss.detach().to(self.losses).mean()
+            self.losses = self.losses + torch.stack([torch.ones_like(mean), mean, mean * mean])
 
     # -- the end of a window -----------------------------------------------------------------------------
 
     def decide(self, patient: Patient, report: LivenessReport) -> None:
         """Judge earlier edits, and ask for new ones."""
-        losses, self._losses = self._losses, None
-        if self.refusal or not self._concerned(report):
+        losses, self.losses = self.losses, torch.zeros_like(self.losses)
+        if self.refusal or not self.ladder.rungs or not self._concerned(report):
             return
-        self._loss = _over_ranks(losses, patient)
+        self._loss = Loss.of(losses)
         self._requests, events = self.ladder.decide(report, self._loss, self.terms.sites)
         self._report = report if self._requests else None
         attributions, tensors = patient.watch.attributions, tensors_of(patient.model)
@@ -136,26 +136,27 @@ class Repair:
     # -- the batch after ---------------------------------------------------------------------------------
 
     def confirm(self, patient: Patient, step: int, failed: bool = False) -> None:
-        """Edit the units asked about that were silent once more; every rank has to come here."""
-        if not self._requests or not (self._confirmation or failed):
-            return
+        """Edit the units asked about that were silent once more; every rank has to come here, also one that failed."""
         requests, confirmation = self._requests, self._confirmation
-        self._requests, self._confirmation, patient.watch.confirmation = [], None, None
-        patient.watch.probe.listeners = {}
+        self.forget(patient)
+        if not requests:
+            return
         units = sum(int(request.units.sum()) for request in requests)
         own = confirmation.evidence if confirmation else Evidence.nothing(units, patient.watch.device)
         evidence = ranks.confirm(own, failed) if patient.joint else own
-        if evidence is None or failed or confirmation is None or self._report is None:
+        if failed or evidence is None or confirmation is None:
             return
-        attributions = self._agreed(patient)
-        names = names_of(patient.watch.sites)
+        attributions, names = self._agreed(patient), names_of(patient.watch.sites)
         for request in requests:
             if self.ladder.may(request.rung, step):
-                number = names.index(request.site)
-                inputs = self._inputs(attributions[request.site], confirmation.rows(number), patient)
-                self._treat(
-                    request, confirmation.of(number, evidence), inputs, attributions[request.site], patient, step
-                )
+                number, attribution = names.index(request.site), attributions[request.site]
+                inputs = self._inputs(attribution, confirmation.rows(number), patient)
+                self._treat(request, confirmation.of(number, evidence), inputs, attribution, patient, step)
+
+    def forget(self, patient: Patient) -> None:
+        """Ask no more about the units asked about."""
+        self._requests, self._confirmation, patient.watch.confirmation = [], None, None
+        patient.watch.probe.listeners = {}
 
     def _inputs(self, attribution: Attribution, rows: Tensor | None, patient: Patient) -> Tensor | None:
         """Bring together what all ranks kept of a layer's input."""
@@ -228,16 +229,22 @@ class Repair:
         site, dims = watch.sites[number], watch.dims[number]
         if edits.warmth and view.attribution.outlet:
             self.terms.warm(patient.model, view.report.name, view.attribution.outlet, edits.warmth)
-        if edits.activation and edits.activation.steps:
-            _, slopes, steps = edits.activation
-            self.terms.ramp(patient.model, view.report.name, site.owner, _slopes(slopes, view), dims, steps)
-        elif edits.activation:
-            kind, slopes, _ = edits.activation
-            substitute_(patient.model, site.owner, kind, slopes, dims)
+        if edits.activation:
+            self._exchange(edits.activation, view.report.name, site.owner, dims, patient.model)
         watch.judged_as = rectifiers(patient.model) | self.terms.rectifiers
         if remedy.check_ranks and patient.joint:
             self._check_ranks(edits, patient)
         self.edited_units += int(view.units.sum())
+
+    def _exchange(self, activation: Activation, name: str, path: str, dims: tuple[int, ...], model: nn.Module) -> None:
+        kind, slopes, steps = activation
+        if steps and slopes is not None:
+            self.terms.ramp(model, name, path, slopes, dims, steps)
+            return
+        earlier = next((one["slopes"] for one in records(model) if one["path"] == path), None)
+        if slopes is not None and isinstance(earlier, Tensor):
+            slopes = slopes.maximum(earlier)  # units that were treated before keep theirs
+        substitute_(model, path, kind, slopes, dims)
 
     def _check_ranks(self, edits: Edits, patient: Patient) -> None:
         tensors = tensors_of(patient.model)
@@ -256,21 +263,14 @@ class Repair:
 
     def start(self, model: nn.Module) -> None:
         """Note what the parameters were drawn from, before they are trained."""
-        if self.ladder.rungs:
-            self._laws = laws_of(model)
+        self._laws = laws_of(model) if self.ladder.rungs else {}
 
     def stop(self, step: int) -> None:
         """Take out of the model what was there for a time; harmless when there is nothing."""
         self._note([self.ladder.dropped(site, step) for site in self.terms.clear()])
 
-    def state_dict(self, patient: Patient) -> dict[str, Any]:
-        """Return all that a resumed run needs, as plain values and tensors; every rank has to call it.
-
-        From then on rank 0 holds the losses of all.
-        """
-        if patient.joint:
-            sums = self._losses if self._losses is not None else torch.zeros(3, device=patient.watch.device)
-            self._losses = ranks.total(sums) if ranks.rank() == 0 else torch.zeros_like(ranks.total(sums))
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that a resumed run needs, as plain values and tensors."""
         return {
             "ladder": self.ladder.state_dict(),
             "terms": self.terms.state_dict(),
@@ -279,7 +279,7 @@ class Repair:
             "sites": [dict(vars(site)) for site in self._report.sites] if self._report else [],
             "step": self._report.step if self._report else 0,
             "layers": dict(self._layers),
-            "losses": self._losses,
+            "losses": self.losses,
             "loss": list(self._loss) if self._loss else None,
             "edited_units": self.edited_units,
             "events": [list(event) for event in self.events],
@@ -294,8 +294,8 @@ class Repair:
         self._requests = [Request(*request) for request in state["requests"]]
         if self._requests:
             self._report = LivenessReport(tuple(SiteReport(**site) for site in state["sites"]), state["step"])
-        if state["losses"] is not None and (not patient.joint or ranks.rank() == 0):
-            self._losses = state["losses"].to(patient.watch.device)
+        if not patient.joint or ranks.rank() == 0:  # it holds the losses of all ranks
+            self.losses = state["losses"].to(self.losses)
         self._layers = dict(state["layers"])
         self._loss = Loss(*state["loss"]) if state["loss"] else None
         self.edited_units = state["edited_units"]
@@ -339,22 +339,6 @@ def _confirmed(request: Request, site: SiteReport, seen: Evidence) -> tuple[Tens
     still[request.units] = (seen.fired == 0) & (seen.calls > 0)
     constant = site.frozen & (quantiles[0] == quantiles[-1])
     return still & site.silent | constant & request.units, quantiles
-
-
-def _over_ranks(sums: Tensor | None, patient: Patient) -> Loss | None:
-    if patient.joint:
-        sums = ranks.total(torch.zeros(3, device=patient.watch.device) if sums is None else sums.clone())
-    if sums is None:
-        return None
-    number, total, squares = sums.tolist()
-    if not number:
-        return None
-    mean = total / number
-    return Loss(mean, max(squares / number - mean * mean, 0.0) ** 0.5)
-
-
-def _slopes(slopes: Tensor | None, view: SiteView) -> Tensor:
-    return view.units * 0.01 if slopes is None else slopes
 
 
 def _compiled(attribution: Attribution, patient: Patient) -> str:

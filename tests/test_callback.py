@@ -711,7 +711,6 @@ REFUSED = [
     ({"window": True}, "window=True"),
     ({"min_samples": 0}, "min_samples=0.*Try `min_samples=299`"),
     ({"min_samples": None}, "min_samples=None"),
-    ({"remedy": "reset"}, "remedy=.reset...: this version watches and does not repair. Try `remedy=None`"),
     ({"gradient_evidence": True}, "gradient_evidence=True.*forward evidence only"),
     ({"threshold": 1.5}, "threshold=1.5.*from 0 to 1.*Try `threshold=0.1`"),
     ({"threshold": -0.1}, "threshold=-0.1"),
