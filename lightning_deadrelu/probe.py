@@ -276,8 +276,9 @@ class Probe(TorchFunctionMode):
             return
         del self._frames[place + 1 :]
         rectifier = self._judged_as[self._frames[place].path]
-        self._rectified(rectifier, x, values, output)
-        self._trace("substitute", None, (x,), {}, output, (rectifier, x, values))
+        with torch._C.DisableTorchFunction():  # this is a hook: the mode would see what is done here
+            self._rectified(rectifier, x, values, output)
+            self._trace("substitute", None, (x,), {}, output, (rectifier, x, values))
 
     def _path_left(self, module: nn.Module) -> str | None:
         """Drop a module's frame, and those that an error left above it."""

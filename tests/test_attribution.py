@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_deadrelu.attribution import Attributions, Tracer
 from lightning_deadrelu.attribution.flows import Origin
-from lightning_deadrelu.sites import names_of
+from lightning_deadrelu.probe import Probe
+from lightning_deadrelu.sites import Rectifier, names_of
 from lightning_deadrelu.slices import Attribution
 from lightning_deadrelu.watch import Watch
 
@@ -477,6 +478,33 @@ def test_training_is_the_same_when_traced() -> None:
         return [torch.rand(3), *(p.grad for p in model.parameters() if p.grad is not None)]
 
     assert oracle.same(trained(False), trained(True))
+
+
+def test_a_constant_term_on_the_way_is_no_identity_path() -> None:
+    model = sequential(nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 3))()
+    known = []
+    for term in (torch.rand(6, 1, 1), torch.rand(2, 6, 4, 4)):
+        handle = model[0].register_forward_hook(lambda module, args, output, term=term: output + term)
+        known += oracle.check(model, lambda: model(torch.ones(2, 4, 6, 6))).values()
+        handle.remove()
+    assert known[0].incoming
+    assert known[0].outlet
+    assert "identity path" in known[1].no_incoming
+
+
+def test_a_swapped_activation_is_loud_for_as_long_as_it_is_there() -> None:
+    model = sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))()
+    tracer = Tracer(model)
+    for act in (nn.ReLU(), nn.LeakyReLU(0.1), nn.ReLU()):
+        judged = Probe(model, lambda *call: None)
+        judged.tracer, model[1] = tracer, act
+        if isinstance(act, nn.LeakyReLU):
+            judged.judged_as = {"1": Rectifier("relu", plain=True)}
+        with judged:
+            model(torch.randn(5, 4)).sum()
+        (one,) = tracer.attributions().values()
+        assert one.incoming
+        assert bool(one.outgoing) == isinstance(act, nn.ReLU), one
 
 
 def test_sharded_parameters_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

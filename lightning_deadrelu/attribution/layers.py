@@ -27,6 +27,7 @@ from lightning_deadrelu.attribution.flows import (
 )
 from lightning_deadrelu.sites import Site
 
+JOINED = "an identity path joins before it"
 COMPUTED = "its weight is computed from parameters (parametrised, quantised, a low-rank update)"
 SHARDED = "its weight stands in for a parameter (sharded, or given to `functional_call`)"
 _CONVOLUTION = re.compile(r"conv(_transpose)?([123])d$")
@@ -87,7 +88,8 @@ def apply(step: Step) -> Outcome:
     own, more = _bias(step, layer)
     streams += own
     streams += _outlet(step, makes.rows, layer.out)
-    return Outcome((Flow(tuple(streams)),), (*leaks, *more), reads, (makes,))
+    why = JOINED if isinstance(layer.bias, Tensor) and layer.bias.ndim > 1 else ""
+    return Outcome((Flow(tuple(streams), why),), (*leaks, *more), reads, (makes,))
 
 
 def _layer(step: Step) -> Layer:

@@ -128,7 +128,7 @@ def _got(step: Step, main: Tensor, labels: Tensor) -> list[Tensor]:
 def _gathered(step: Step, index: tuple[Any, ...], labels: Tensor) -> Tensor:
     """Take rows by one index tensor in front: which ones, does not matter where all are alike."""
     first, *rest = index
-    if not isinstance(first, Tensor) or any(item is not Ellipsis and item != slice(None) for item in rest):
+    if not isinstance(first, Tensor) or not all(item is Ellipsis or _is_whole(item) for item in rest):
         raise Misfit("it is indexed by several tensors")
     gone = first.ndim if first.dtype is torch.bool else 1
     alike = shrunk(labels, range(gone))
@@ -136,6 +136,10 @@ def _gathered(step: Step, index: tuple[Any, ...], labels: Tensor) -> Tensor:
         raise Misfit("its units are picked by an index tensor")
     kept = alike.shape[gone:]
     return grown(alike.reshape(kept), step.output.ndim)
+
+
+def _is_whole(item: Any) -> bool:
+    return isinstance(item, slice) and item == slice(None)
 
 
 def _expanded(step: Step, main: Tensor, labels: Tensor) -> list[Tensor]:

@@ -23,7 +23,6 @@ from lightning_deadrelu.attribution.flows import (
     over,
 )
 
-JOINED = "an identity path joins before it"
 NEGATED = "its input is negated on the way"
 
 _PLAIN = {"iadd": "add", "radd": "add", "isub": "sub", "subtract": "sub", "rsub": "rsub", "imul": "mul", "rmul": "mul"}
@@ -59,6 +58,8 @@ def follow(step: Step) -> Outcome:
         return rule(step)
     except Misfit as misfit:
         return _unknown(step, f"`{step.name}` ({misfit})")
+    except Exception as error:  # one call that is not understood is no reason to give up on all others
+        return _unknown(step, f"`{step.name}` (it could not be followed: {type(error).__name__})")
 
 
 def _rule(step: Step) -> Callable[[Step], Outcome] | None:
@@ -187,7 +188,8 @@ def _keeps_zero(step: Step) -> bool:
         exponent = step.argument(1, "exponent")
         return isinstance(exponent, (int, float)) and exponent > 0
     if step.name == "masked_fill":
-        return step.argument(2, "value") == 0 or not step.look(step.operands[0]).behind
+        value = step.argument(2, "value")
+        return (isinstance(value, (int, float)) and value == 0) or not step.look(step.operands[0]).behind
     if step.name in ("clamp", "hardtanh"):
         words, free = (("min", "max"), None) if step.name == "clamp" else (("min_val", "max_val"), -1.0)
         low, high = step.argument(1, words[0], free), step.argument(2, words[1], None if free is None else 1.0)
@@ -244,11 +246,16 @@ def _add(step: Step) -> Outcome:
         leaks += leaks_of(
             flow._replace(streams=tuple(flow.behind)), f"`{step.name}`", f"`{step.name}` reads it (an identity path)"
         )
-        foreign = not flow.before and not flow.constant
-        why = why or flow.why or (JOINED if foreign or flow.behind else "")
+        foreign = not flow.before and not flow.constant and _may_be_activation(tensor, step.output)
+        why = why or flow.why or (layers.JOINED if foreign or flow.behind else "")
     why = why or (NEGATED if _subtracted(step) else "")
     constant = all(step.look(tensor).constant for tensor in step.operands)
     return Outcome((Flow(tuple(streams), why, constant=constant),), tuple(leaks))
+
+
+def _may_be_activation(tensor: Tensor, out: Tensor) -> bool:
+    """Whether a tensor may differ between samples; what is the same for all is a constant term."""
+    return tensor.ndim == out.ndim and tensor.shape[:1] == out.shape[:1]
 
 
 def _subtracted(step: Step) -> bool:

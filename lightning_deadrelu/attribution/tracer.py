@@ -166,9 +166,8 @@ class Tracer:
         else:
             leaks += leaks_of(flow._replace(streams=()), f"`{step.name}`", "")
         self._ledger.feed(site, flow, units)
-        mute = _not_mute(step, rectifier)
+        mute = self._ledger.mute[site] = _not_mute(step, rectifier)  # a swap may be over by now
         if mute:
-            self._ledger.mute[site] = mute
             leaks += leaks_of(flow._replace(streams=tuple(flow.behind)), "", f"`{step.name}` reads it")
         behind = () if mute else tuple(flow.behind)
         return Outcome((Flow((*behind, Stream(site, units))),), tuple(leaks))
