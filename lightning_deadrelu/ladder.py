@@ -16,6 +16,7 @@ from lightning_deadrelu.statistics import LivenessReport, SiteReport
 _EVIDENCE_FACTOR = 10  # an edit asks for so much more evidence than a verdict
 _SUCCESS = 0.5  # share of the treated units that has to fire afterwards
 _JUMP_IN_STDS = 5.0
+_MOST_HARMS = 3  # in a row, where a remedy may fail for ever
 
 
 class Event(NamedTuple):
@@ -123,13 +124,15 @@ class Progress:
     Args:
         rung: Number of the remedy that is in turn; past the last, the site is left alone.
         above: Verdicts in a row with a dead fraction above the threshold.
-        failures: Edits in a row that did not help.
+        failures: Edits in a row that did not help, or did harm.
+        harms: Edits in a row that did harm.
         trial: The edit in flight.
     """
 
     rung: int = 0
     above: int = 0
     failures: int = 0
+    harms: int = 0
     trial: Trial | None = None
 
 
@@ -208,7 +211,9 @@ class Ladder:
         if trial.fresh and trial.loss and loss and Loss(*trial.loss).jumped_to(loss) and not trial.dry:
             progress.trial = None
             why = f"the loss went from {trial.loss[0]:.4g} to {loss.mean:.4g}"
-            return [self._outcome("harmed", progress, site, trial, step, why), *self._climb(progress, site.name, step)]
+            progress.harms += 1
+            event = self._outcome("harmed", progress, site, trial, step, why)
+            return [event, *self._fell_short(progress, site.name, step)]
         trial.fresh = False
         trial.windows -= 1
         if trial.windows > 0:
@@ -222,14 +227,18 @@ class Ladder:
         share = int(back.sum()) / int(trial.units.sum())
         why = f"{int(back.sum())} of {int(trial.units.sum())} treated units fire"
         if share >= _SUCCESS:
-            progress.failures = 0
+            progress.failures = progress.harms = 0
             return [self._outcome("revived", progress, site, trial, step, why)]
         event = self._outcome("failed", progress, site, trial, step, why)
+        progress.harms = 0
+        return [event, *self._fell_short(progress, site.name, step)]
+
+    def _fell_short(self, progress: Progress, site: str, step: int) -> list[Event]:
+        """Count an edit that did not help, or seems to have done harm: a loss may also jump because the data change."""
         progress.failures += 1
         attempts = self.rungs[progress.rung].attempts
-        if attempts is None or progress.failures < attempts:
-            return [event]
-        return [event, *self._climb(progress, site.name, step)]
+        spent = progress.harms >= _MOST_HARMS if attempts is None else progress.failures >= attempts
+        return self._climb(progress, site, step) if spent else []
 
     def _outcome(
         self, action: str, progress: Progress, site: SiteReport, trial: Trial, step: int, reason: str
@@ -241,7 +250,7 @@ class Ladder:
 
     def _climb(self, progress: Progress, site: str, step: int) -> list[Event]:
         name = _name(self.rungs[progress.rung])
-        progress.rung, progress.failures = progress.rung + 1, 0
+        progress.rung, progress.failures, progress.harms = progress.rung + 1, 0, 0
         if progress.rung < len(self.rungs):
             return [Event(step, site, "escalated", name, reason=f"next: {_name(self.rungs[progress.rung])}")]
         return [Event(step, site, "given up", name, reason="no remedy is left; it is watched on")]

@@ -147,9 +147,24 @@ def test_a_refused_remedy_gives_way_to_the_next_once():
 
 def test_a_jump_of_the_loss_is_noticed_and_the_remedy_not_repeated():
     bad, calm, high = site(dead=range(5)), Loss(1.0, 0.1), Loss(30.0, 1.0)
-    it = ladder(First(attempts=None), Second())
+    it = ladder(First(attempts=1), Second())
     told = run(it, [bad, bad, bad], [calm, high, high])
     assert told == [(0, "edited"), (1, "harmed"), (1, "escalated"), (1, "edited")]
+
+
+def test_a_remedy_that_may_fail_for_ever_may_not_do_harm_for_ever():
+    bad = site(dead=range(5))
+    it = ladder(First(attempts=None))
+    told = run(it, [bad] * 6, [Loss(30.0**number, 0.1) for number in range(6)])
+    assert told == [
+        (0, "edited"), (1, "harmed"), (1, "edited"), (2, "harmed"), (2, "edited"), (3, "harmed"), (3, "given up"),
+    ]  # fmt: skip
+
+
+def test_one_jump_of_the_loss_convicts_nobody():
+    bad, good, calm, high = site(dead=range(5)), site(), Loss(1.0, 0.1), Loss(30.0, 1.0)
+    told = run(ladder(First(cooldown=1)), [bad, bad, bad, good], [calm, high, high, high])
+    assert told == [(0, "edited"), (1, "harmed"), (1, "edited"), (2, "failed"), (2, "edited"), (3, "revived")]
 
 
 def test_a_loss_that_was_no_number_before_convicts_nobody():

@@ -254,7 +254,7 @@ class Broken(Remedy):
 
 def test_harm_is_noticed_logged_and_not_repeated():
     torch.manual_seed(0)
-    monitor = DeadReLUMonitor(remedy=Explode(attempts=None), **EAGER)
+    monitor = DeadReLUMonitor(remedy=Explode(attempts=1), **EAGER)
     fit(Net(mlp(3)), batches(60, 8), monitor)
     first = [action for action, event in zip(actions(monitor), monitor.events, strict=True) if event.site == "net.1"]
     assert first == ["edited", "harmed", "given up"]
