@@ -413,11 +413,12 @@ class DeadReLUMonitor(Callback):
         self._judged, self._unjudged = True, False  # also if it fails: all ranks have to keep step
         report = None
         with self._careful():
-            if (totals := self._joined()) is not None:
+            if (joined := self._joined()) is not None:
+                totals, losses = joined
                 self._check_sites()
                 report = self._judge(totals, trainer, pl_module, close)
                 if close:
-                    self._repair.decide(self._patient(trainer), report)
+                    self._repair.decide(self._patient(trainer), report, losses)
                 self._publish(report, trainer)
         if close and self._watch and self._repair.ladder.rungs and not self._settled():
             self._repair.forget(self._patient(trainer))
@@ -485,7 +486,7 @@ class DeadReLUMonitor(Callback):
                 f"{self.name}: no rectifier ran in the observed batches, so there is nothing to watch.{unseen}"
             )
 
-    def _joined(self) -> Totals | None:
+    def _joined(self) -> tuple[Totals, Tensor] | None:
         """Merge the window's counts over all ranks and bring them to the host; None once any rank has failed.
 
         Every rank comes here at the same batches, unless it was interrupted. It takes three collectives
@@ -493,15 +494,16 @@ class DeadReLUMonitor(Callback):
         """
         if self._off:
             return None
+        losses = self._repair.losses
         if not self._joint or (self._trainer and self._trainer.state.status == "interrupted"):
-            return None if self._failure or not self._watch else self._watch.liveness.totals().to_host()
+            return None if self._failure or not self._watch else (self._watch.liveness.totals().to_host(), losses)
         if not ranks.agree(self._watch, self._failure is not None, self._device):
             self._give_up()
             return None
         assert self._watch is not None
-        totals, losses = ranks.merge(self._watch, self._repair.losses.to(self._device))
-        self._repair.losses = losses if self._trainer and self._trainer.is_global_zero else torch.zeros_like(losses)
-        return totals.to_host()
+        totals, merged = ranks.merge(self._watch, losses.to(self._device))
+        self._repair.losses = merged if ranks.rank() == 0 else torch.zeros_like(merged)
+        return totals.to_host(), merged
 
     @contextmanager
     def _careful(self) -> Iterator[None]:
@@ -531,13 +533,13 @@ class DeadReLUMonitor(Callback):
             return self._pending
         state: dict[str, Any] = {}
         with self._careful():
-            totals = self._joined()
-            if self._watch and self._trainer and totals:
+            joined = self._joined()
+            if self._watch and self._trainer and joined:
                 state = {key: getattr(self, f"_{key}") for key in _SAVED}
                 state["selection"] = self._selection
                 state["told"] = sorted(self._told)
                 state["sites"] = [list(site) for site in self._watch.sites]
-                state["totals"] = {key: tensor.clone() for key, tensor in vars(totals).items()}
+                state["totals"] = {key: tensor.clone() for key, tensor in vars(joined[0]).items()}
                 state["history"] = dict(vars(self._history))
                 state["never_trained"] = self._gradients.save(self._trainer.lightning_module)
                 state["repair"] = self._repair.state_dict()

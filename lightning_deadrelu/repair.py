@@ -116,9 +116,15 @@ class Repair:
 
     # -- the end of a window -----------------------------------------------------------------------------
 
-    def decide(self, patient: Patient, report: LivenessReport) -> None:
-        """Judge earlier edits, and ask for new ones."""
-        losses, self.losses = self.losses, torch.zeros_like(self.losses)
+    def decide(self, patient: Patient, report: LivenessReport, losses: Tensor) -> None:
+        """Judge earlier edits, and ask for new ones.
+
+        Args:
+            patient: What is repaired.
+            report: The verdict on a whole window, the same on all ranks.
+            losses: As :attr:`losses`, over all ranks.
+        """
+        self.losses = torch.zeros_like(self.losses)
         if self.refusal or not self.ladder.rungs or not self._concerned(report):
             return
         self._loss = Loss.of(losses)

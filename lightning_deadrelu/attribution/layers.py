@@ -226,6 +226,8 @@ def normalise(step: Step) -> Outcome:
     if step.name in _MIXING_NORMS or (why and learned):
         leaks += leaks_of(Flow(tuple(kept)), f"`{step.name}`", silenced)
         kept, why = [], "" if learned else why or f"`{step.name}` mixes the units of the layer before it"
+    idle = [stream for stream in kept if _is_idle(step, stream.origin, learned)]
+    leaks += leaks_of(Flow(tuple(idle)), f"`{step.name}`", "")
     kept = [stream for stream in kept if not _is_idle(step, stream.origin, learned)]
     channels = step.name not in ("layer_norm", "rms_norm")
     place = 1 - step.output.ndim if channels else -1
