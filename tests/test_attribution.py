@@ -165,6 +165,27 @@ def norm_on_the_side(model: Any, x: Tensor) -> Tensor:
     return model.b(torch.cat([F.relu(z), model.bn(z).sigmoid()], -1))
 
 
+def u_net(model: Any, x: Tensor) -> Tensor:
+    high = F.relu(model.down(x))
+    low = F.relu(model.low(F.max_pool2d(high, 2)))
+    return model.out(torch.cat([high, model.up(low)], 1))
+
+
+def side_by_side(model: Any, x: Tensor) -> Tensor:
+    return model.b(F.relu(torch.stack([model.a(x), model.c(x)], -1)).flatten(1))
+
+
+def point_net(model: Any, x: Tensor) -> Tensor:
+    h = F.relu(model.a(x))
+    return model.b(torch.cat([h, h.max(1, keepdim=True).values.expand_as(h)], -1))
+
+
+def overwritten(model: Any, x: Tensor) -> Tensor:
+    z = model.a(x)
+    z[:, 0] = 0.0
+    return model.b(F.relu(z))
+
+
 def norm_of_residual(model: Any, x: Tensor) -> Tensor:
     x = model.stem(x)
     x = x + model.a(F.relu(model.bn(x)))
@@ -255,6 +276,38 @@ EXPECTED: dict[str, tuple[Callable[[], nn.Module], list[Any], list[tuple[str, st
         [(5, 4)],
         [("!`a.weight` also feeds `sigmoid`", "b.weight")],
     ),
+    "U-Net": (
+        net(
+            u_net,
+            down=lambda: nn.Conv2d(4, 6, 1),
+            low=lambda: nn.Conv2d(6, 5, 1),
+            up=lambda: nn.ConvTranspose2d(5, 3, 2, 2),
+            out=lambda: nn.Conv2d(9, 2, 1),
+        ),
+        IMAGES,
+        [("down.weight down.bias", "low.weight out.weight"), ("low.weight low.bias", "up.weight")],
+    ),
+    "layers side by side": (
+        net(side_by_side, a=linear(), b=linear(12, 2), c=linear()),
+        [(5, 4)],
+        [("a.weight a.bias c.weight c.bias", "b.weight")],
+    ),
+    "a difference": (
+        net(lambda m, x: m.b(F.relu(m.a(x) - m.c(x))), **PAIR, c=linear()),
+        [(5, 4)],
+        [("!negated", "b.weight")],
+    ),
+    "points and their maximum": (
+        net(point_net, a=linear(), b=linear(12, 2)),
+        [(2, 5, 4)],
+        [("a.weight a.bias", "b.weight")],
+    ),
+    "relu twice": (
+        net(lambda m, x: m.b(F.relu(F.relu(m.a(x)))), **PAIR),
+        [(5, 4)],
+        [("a.weight a.bias", "b.weight"), ("!it rectifies what `relu` puts out", "b.weight")],
+    ),
+    "overwritten in part": (net(overwritten, **PAIR), [(5, 4)], [("!passes through `setitem`", "b.weight")]),
     "layer norm": (
         lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 2)),
         [(5, 4)],

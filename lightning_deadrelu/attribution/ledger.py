@@ -24,7 +24,6 @@ class Ledger:
         self.fed: dict[Site, dict[Origin, Tensor]] = {}
         self.why: dict[Site, str] = {}
         self.mute: dict[Site, str] = {}
-        self.no_outlet: dict[Site, str] = {}
         self.leaked: dict[Origin | Site, dict[str, Tensor]] = {}
         self.odd: dict[str, str] = {}
         self.sharded: set[str] = set()
@@ -59,6 +58,8 @@ class Ledger:
         for origin, labels in flow.before:
             assert isinstance(origin, Origin)
             new = pairs(labels, units)
+            if origin.role == OUTLET and bool((labels < 0).any()):
+                self.leak([Leak(origin, labels, f"only a part of each unit of `{_name(site)}`")])
             fed[origin] = torch.cat([fed[origin], new]).unique(dim=0) if origin in fed else new
         why = flow.why or ("" if flow.before else _UNFED)
         if flow.behind:

@@ -129,7 +129,7 @@ def _gathered(step: Step, index: tuple[Any, ...], labels: Tensor) -> Tensor:
     """Take rows by one index tensor in front: which ones, does not matter where all are alike."""
     first, *rest = index
     if not isinstance(first, Tensor) or not all(item is Ellipsis or _is_whole(item) for item in rest):
-        raise Misfit("it is indexed by several tensors")
+        raise Misfit("it is indexed by tensors")
     gone = first.ndim if first.dtype is torch.bool else 1
     alike = shrunk(labels, range(gone))
     if alike is None:

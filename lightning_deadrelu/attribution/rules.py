@@ -235,20 +235,23 @@ def _labels(flow: Flow, origin: Any, place: int) -> Tensor | None:
 
 def _add(step: Step) -> Outcome:
     """Add layers up; a site's output must not be added to anything."""
-    if not isinstance(step.kwargs.get("alpha", 1), (int, float)) or step.kwargs.get("alpha", 1) < 0:
+    if step.kwargs.get("alpha", 1) != 1:
         raise Misfit("it is weighted")
     streams: list[Stream] = []
     leaks: list[Leak] = []
     why = ""
+    negated = _subtracted(step)
+    reader = f"`{step.name}`"
     for tensor in step.operands:
         flow, ndim = _as_row(step, tensor, "bias"), step.output.ndim
-        streams += [stream._replace(labels=grown(stream.labels, ndim)) for stream in flow.before]
-        leaks += leaks_of(
-            flow._replace(streams=tuple(flow.behind)), f"`{step.name}`", f"`{step.name}` reads it (an identity path)"
-        )
+        lost = [stream for stream in flow.before if tensor is negated and _is_outlet(stream)]
+        kept = [stream for stream in flow.before if not (tensor is negated and _is_outlet(stream))]
+        streams += [stream._replace(labels=grown(stream.labels, ndim)) for stream in kept]
+        spilt = flow._replace(streams=(*flow.behind, *lost))
+        leaks += leaks_of(spilt, reader, f"{reader} reads it (an identity path)")
         foreign = not flow.before and not flow.constant and _may_be_activation(tensor, step.output)
         why = why or flow.why or (layers.JOINED if foreign or flow.behind else "")
-    why = why or (NEGATED if _subtracted(step) else "")
+        why = why or (NEGATED if tensor is negated and flow.streams else "")
     constant = all(step.look(tensor).constant for tensor in step.operands)
     return Outcome((Flow(tuple(streams), why, constant=constant),), tuple(leaks))
 
@@ -258,11 +261,10 @@ def _may_be_activation(tensor: Tensor, out: Tensor) -> bool:
     return tensor.ndim == out.ndim and tensor.shape[:1] == out.shape[:1]
 
 
-def _subtracted(step: Step) -> bool:
-    """Whether something that comes from a layer changes its sign."""
+def _subtracted(step: Step) -> Any:
+    """Find what changes its sign."""
     places = {"sub": 1, "rsub": 0}
-    tensor = step.argument(places[step.name], "other") if step.name in places else None
-    return isinstance(tensor, Tensor) and bool(step.look(tensor).streams)
+    return step.argument(places[step.name], "other") if step.name in places else None
 
 
 def _as_row(step: Step, tensor: Tensor, role: str) -> Flow:
