@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from os import PathLike, fspath
 from pickle import UnpicklingError
 from typing import Any
@@ -239,6 +239,26 @@ def restore(model: nn.Module, records: Sequence[Mapping[str, Any]]) -> nn.Module
     for record in _moved(model, records):
         apply_record(model, record)
     return model
+
+
+def reinstate_(model: nn.Module, keep: Container[str] = ()) -> None:
+    """Put rectifiers back in the place of what was substituted for them.
+
+    Args:
+        model: The model, changed in place.
+        keep: Paths of substitutes that stay.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
+        >>> _ = substitute_(model, "1", "gelu")
+        >>> reinstate_(model)
+        >>> model[1]
+        ReLU()
+    """
+    for path, mark in list(_marks(model)):
+        old = find_module(model, path)
+        if path not in keep and old is not None:
+            _replace(model, old, Original(**mark["original"]).module())
 
 
 def _load(path: str) -> Mapping[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_deadrelu import ranks
-from lightning_deadrelu.activations import records, rectifiers, restore_activations
+from lightning_deadrelu.activations import records, rectifiers, reinstate_, restore
 from lightning_deadrelu.arguments import check
 from lightning_deadrelu.attribution import Attributions
 from lightning_deadrelu.ladder import Event
@@ -306,7 +306,7 @@ class DeadReLUMonitor(Callback):
     def _restore_activations(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the activations in place that go with the weights which a checkpoint brought outside of a fit."""
         if self._pending and not self._running:
-            restore_activations(pl_module, {"callbacks": {self.state_key: self._pending}})
+            _exchange_as_in(self._pending, pl_module)
             self._pending = None
 
     # -- how ---------------------------------------------------------------------------------------------
@@ -557,7 +557,7 @@ class DeadReLUMonitor(Callback):
             setattr(self, f"_{key}", state[key])
         self._told = set(state["told"])
         self._gradients.load(state["never_trained"], pl_module, trainer.optimizers)
-        restore_activations(pl_module, {"callbacks": {self.state_key: state}})
+        _exchange_as_in(state, pl_module)
         self._watch.judged_as = rectifiers(pl_module)
         self._repair.load_state_dict(state["repair"], self._patient(trainer))
         if state["selection"] != self._selection:  # the sites are others, and so are their numbers
@@ -585,6 +585,13 @@ class DeadReLUMonitor(Callback):
         }
         fresh["_repair"] = self._new_repair()
         return state | fresh | {"_running": False, "_joint": False}
+
+
+def _exchange_as_in(state: Mapping[str, Any], pl_module: LightningModule) -> None:
+    """Have the activations that go with the weights of a checkpoint, and no others."""
+    saved = state.get("activations", [])
+    restore(pl_module, saved)
+    reinstate_(pl_module, keep={record["path"] for record in saved})
 
 
 def _has_name(value: object, names: AbstractSet[str]) -> bool:

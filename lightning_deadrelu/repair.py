@@ -16,6 +16,7 @@ from lightning_deadrelu import ranks
 from lightning_deadrelu.activations import no_module, records, rectifiers, substitute_
 from lightning_deadrelu.confirmation import MOST_ROWS, Confirmation, Evidence
 from lightning_deadrelu.ladder import Event, Ladder, Loss, Request
+from lightning_deadrelu.optimizer_state import left_alone
 from lightning_deadrelu.remedies import Activation, Edits, Law, Remedy, SiteView
 from lightning_deadrelu.sites import names_of
 from lightning_deadrelu.slices import Attribution, Slice
@@ -207,6 +208,8 @@ class Repair:
             view = SiteView(site, units, attribution, tensors, self._laws, quantiles, step, inputs)
             if not remedy.dry_run:
                 self._apply(remedy.propose(view, _generator(remedy, view)), remedy, view, patient)
+            kept = left_alone(patient.optimizers, tensors, _edited_names(remedy, attribution))
+            request = request._replace(reason="; ".join(filter(None, [request.reason, kept])))
             self._note([self.ladder.edited(request, units, site.dead_fraction, self._loss, step)])
 
     def _reason_against(self, remedy: Remedy, site: SiteReport, attribution: Attribution, patient: Patient) -> str:
@@ -220,11 +223,8 @@ class Repair:
             "outlet": attribution.no_outlet or _compiled(attribution, patient),
             "module": no_module(patient.model, own, patient.watch.sites),
         }
-        edited = {
-            one.name for need in ("incoming", "outgoing") if need in remedy.needs for one in getattr(attribution, need)
-        }
         found = [reasons[need] for need in sorted(remedy.needs) if reasons[need]]
-        return "; ".join(found) or why_not(patient.model, patient.optimizers, sorted(edited))
+        return "; ".join(found) or why_not(patient.model, patient.optimizers, _edited_names(remedy, attribution))
 
     def _apply(self, edits: Edits, remedy: Remedy, view: SiteView, patient: Patient) -> None:
         alive = ~view.report.silent & ~view.report.frozen
@@ -345,6 +345,11 @@ def _confirmed(request: Request, site: SiteReport, seen: Evidence) -> tuple[Tens
     still[request.units] = (seen.fired == 0) & (seen.calls > 0)
     constant = site.frozen & (quantiles[0] == quantiles[-1])
     return still & site.silent | constant & request.units, quantiles
+
+
+def _edited_names(remedy: Remedy, attribution: Attribution) -> list[str]:
+    parts = [need for need in ("incoming", "outgoing") if need in remedy.needs]
+    return sorted({one.name for part in parts for one in getattr(attribution, part)})
 
 
 def _compiled(attribution: Attribution, patient: Patient) -> str:

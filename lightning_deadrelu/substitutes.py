@@ -51,6 +51,21 @@ class Original(NamedTuple):
         """What a probe has to judge the substitute as."""
         return Rectifier(self.kind, self.hinge, self.cap)
 
+    def module(self) -> nn.Module:
+        """Make such a module again.
+
+        Example:
+            >>> Original("relu", inplace=True).module()
+            ReLU(inplace=True)
+        """
+        if self.kind == "threshold":
+            return nn.Threshold(self.hinge, self.low, self.inplace)
+        if self.kind == "hardswish":
+            return nn.Hardswish(self.inplace)
+        if self.kind == "hardtanh":
+            return nn.Hardtanh(0.0, self.cap, self.inplace)
+        return nn.ReLU(self.inplace) if math.isinf(self.cap) else nn.ReLU6(self.inplace)
+
     def __call__(self, x: Tensor) -> Tensor:
         """Do what the module did, in a place of its own."""
         if self.kind == "threshold":

@@ -47,6 +47,7 @@ MAY_IMPORT = {
         "activations",
         "confirmation",
         "ladder",
+        "optimizer_state",
         "ranks",
         "remedies",
         "sites",

@@ -8,6 +8,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 from toys import Loader, Log, Net, assert_same, bare, batches, fit, mlp, tensors
 from two_ranks import ddp_trainer, on_two_ranks
@@ -422,6 +423,133 @@ def test_testing_from_a_checkpoint_puts_the_activations_back(tmp_path):
     assert isinstance(fresh.net[1], nn.ReLU)
     Trainer(**bare(callbacks=[again])).test(fresh, batches(2), ckpt_path=tmp_path / "end.ckpt", weights_only=True)
     assert isinstance(fresh.net[1], nn.GELU)
+
+
+def test_testing_an_earlier_checkpoint_takes_later_exchanges_back(tmp_path):
+    torch.manual_seed(0)
+    monitor = DeadReLUMonitor(remedy="gelu", include=["net.1"], **EAGER)
+    model = Net(mlp(3))
+
+    class First(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 0:
+                trainer.save_checkpoint(tmp_path / "first.ckpt")
+
+    trainer = fit(model, batches(20, 8), monitor, First())
+    assert isinstance(model.net[1], nn.GELU)
+    trainer.test(model, batches(2), ckpt_path=tmp_path / "first.ckpt", weights_only=True)
+    assert isinstance(model.net[1], nn.ReLU)
+
+
+# -- in whatever way it is trained -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"precision": "bf16-mixed"}, {"precision": "bf16-true"}, {"precision": "64-true"}, {"accumulate_grad_batches": 3}],
+    ids=str,
+)
+@pytest.mark.parametrize("remedy", ["reset", "bias_warming", "leaky"])
+def test_precision_and_accumulation(remedy, options):
+    torch.manual_seed(0)
+    monitor = DeadReLUMonitor(remedy=remedy, include=["net.1"], **EAGER)
+    fit(Net(mlp(3)), batches(60, 8), monitor, **options)
+    assert "edited" in actions(monitor)
+    if remedy == "reset":
+        assert "revived" in actions(monitor)
+
+
+class ByHand(Net):
+    """Takes two optimizer steps a batch."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        for _ in range(2):
+            self.optimizers().zero_grad()
+            loss = (self(batch) - 1).pow(2).mean()
+            self.manual_backward(loss)
+            self.optimizers().step()
+
+
+@pytest.mark.parametrize("remedy", ["reset", "bias_warming", LeakySlope(ramp_steps=6)], ids=str)
+def test_manual_optimisation(remedy):
+    torch.manual_seed(0)
+    monitor = DeadReLUMonitor(remedy=remedy, include=["net.1"], **EAGER)
+    model = ByHand(mlp(3))
+    fit(model, batches(60, 8), monitor)
+    assert "edited" in actions(monitor)
+
+
+class Checkpointed(Net):
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(self.net, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("remedy", OBJECTS.values(), ids=OBJECTS)
+def test_activation_checkpointing(remedy):
+    torch.manual_seed(0)
+    monitor = DeadReLUMonitor(remedy=remedy, include=["net.1"], **EAGER)
+    fit(Checkpointed(mlp(3)), batches(60, 8), monitor)
+    assert "edited" in actions(monitor)
+
+
+@pytest.mark.parametrize("remedy", ["reset", "leaky", "gelu"])
+def test_a_compiled_model_is_repaired(remedy):
+    torch.manual_seed(0)
+    monitor = DeadReLUMonitor(remedy=remedy, include=["net.1"], **EAGER)
+    model = Net(mlp(3))
+    fit(torch.compile(model, backend="eager"), batches(40, 8), monitor)
+    assert "edited" in actions(monitor)
+    torch.compiler.reset()
+
+
+def test_bias_warming_is_refused_for_a_compiled_model():
+    torch.manual_seed(0)
+    monitor = DeadReLUMonitor(remedy="bias_warming", include=["net.1"], **EAGER)
+    with pytest.warns(UserWarning, match="BiasWarming refused `net.1`: the model is compiled"):
+        fit(torch.compile(Net(mlp(3)), backend="eager"), batches(20, 8), monitor)
+    torch.compiler.reset()
+
+
+class Adaptive(Net):
+    """Trains with an optimizer that keeps some of its state for many entries at once."""
+
+    def configure_optimizers(self):
+        return torch.optim.Adafactor(self.parameters(), lr=0.01)
+
+
+def test_state_for_many_entries_at_once_is_left_alone_and_that_is_said():
+    torch.manual_seed(0)
+    monitor = DeadReLUMonitor(remedy="reset", include=["net.1"], **EAGER)
+    fit(Adaptive(mlp(3)), batches(20, 8), monitor)
+    assert "`Adafactor` keeps `row_var`, `col_var` for many entries at once" in monitor.events[0].reason
+
+
+def test_strategies_that_shard_are_watched_and_not_repaired():
+    torch.manual_seed(0)
+    monitor = DeadReLUMonitor(remedy="reset", **EAGER)
+
+    class FSDPStrategy(SingleDeviceStrategy):
+        strategy_name = "fsdp_like"
+
+    with pytest.warns(UserWarning, match="`FSDPStrategy` shards parameters .*; watching goes on"):
+        fit(Net(mlp(3)), batches(20, 8), monitor, strategy=FSDPStrategy("cpu"))
+    assert monitor.events == ()
+    assert monitor.report.dead_units >= 3
+
+
+def test_a_checksum_over_ranks_finds_a_rank_that_was_edited_otherwise():
+    failures = on_two_ranks(repaired_unevenly)
+    assert all("differ between ranks" in failure for failure in failures)
+
+
+def repaired_unevenly(rank):
+    torch.manual_seed(0)
+    model = Net(mlp(3))
+    monitor = DeadReLUMonitor(remedy=Reset(check_ranks=True, tries=1 + 7 * rank), **EAGER)
+    ddp_trainer(callbacks=[monitor]).fit(model, batches(20, 8, seed=rank))
+    return repr(monitor._failure)
 
 
 # -- ranks and resuming ----------------------------------------------------------------------------------

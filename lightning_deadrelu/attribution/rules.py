@@ -31,7 +31,6 @@ _PLAIN |= {"rtruediv": "rdiv", "imatmul": "matmul", "negative": "neg"}
 _SUMS = frozenset({"add", "sub", "rsub"})
 _ZERO_TO_ZERO = frozenset({"relu", "relu6", "leaky_relu", "hardswish", "gelu", "silu", "mish", "elu", "celu", "selu"})
 _ZERO_TO_ZERO |= frozenset({"abs", "square", "sqrt", "tanh", "sin", "expm1", "log1p", "erf", "softsign", "sign"})
-_UPDATES = frozenset({"copy", "lerp", "foreach_lerp"})
 
 
 def plain(name: str) -> str:
