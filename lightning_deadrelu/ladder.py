@@ -126,6 +126,7 @@ class Progress:
         above: Verdicts in a row with a dead fraction above the threshold.
         failures: Edits in a row that did not help, or did harm.
         harms: Edits in a row that did harm.
+        edits: Edits of the site by the remedy that is in turn.
         trial: The edit in flight.
     """
 
@@ -133,6 +134,7 @@ class Progress:
     above: int = 0
     failures: int = 0
     harms: int = 0
+    edits: int = 0
     trial: Trial | None = None
 
 
@@ -188,6 +190,7 @@ class Ladder:
         """
         remedy = self.rungs[request.rung]
         self.edits[request.rung] += not remedy.dry_run
+        self.sites[request.site].edits += not remedy.dry_run
         self.sites[request.site].trial = Trial(units, remedy.cooldown, before, tuple(loss or ()), remedy.dry_run)
         action = "would edit" if remedy.dry_run else "edited"
         return Event(step, request.site, action, _name(remedy), _numbers(units), request.reason, before)
@@ -250,7 +253,7 @@ class Ladder:
 
     def _climb(self, progress: Progress, site: str, step: int) -> list[Event]:
         name = _name(self.rungs[progress.rung])
-        progress.rung, progress.failures, progress.harms = progress.rung + 1, 0, 0
+        progress.rung, progress.failures, progress.harms, progress.edits = progress.rung + 1, 0, 0, 0
         if progress.rung < len(self.rungs):
             return [Event(step, site, "escalated", name, reason=f"next: {_name(self.rungs[progress.rung])}")]
         return [Event(step, site, "given up", name, reason="no remedy is left; it is watched on")]
@@ -262,7 +265,8 @@ class Ladder:
         units = candidates(site, remedy, self._evidence)
         suspects = int((site.dead | units).sum() if remedy.significance else site.dead.sum())
         progress.above = progress.above + 1 if suspects > self._threshold * site.units else 0
-        if progress.above < remedy.patience or not self.may(progress.rung, step):
+        spent = remedy.max_edits_per_site is not None and progress.edits >= remedy.max_edits_per_site
+        if progress.above < remedy.patience or spent or not self.may(progress.rung, step):
             return None
         units |= frozen_units(site, remedy)
         if not units.any():

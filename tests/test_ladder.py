@@ -180,6 +180,12 @@ def test_the_number_of_edits_in_a_run_is_capped_over_all_sites():
     assert not it.may(0, 9)
 
 
+def test_the_number_of_edits_of_a_site_is_capped():
+    both = site(dead=range(5)), site(dead=range(5), name="fc2")
+    told = run(ladder(First(max_edits_per_site=2, cooldown=1, attempts=None)), [both] * 5)
+    assert [step for step, action in told if action == "edited"] == [0, 0, 1, 1]
+
+
 def test_a_dry_run_rests_as_if_it_had_acted_and_fails_nobody():
     bad = site(dead=range(5))
     told = run(ladder(First(dry_run=True, attempts=1)), [bad] * 5)

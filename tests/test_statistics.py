@@ -243,6 +243,7 @@ def slow_verdicts(windows, min_samples):
     verdicts = []
     units = _width(windows)
     age, ever, was_dead, came_back = [0] * units, [False] * units, [False] * units, [False] * units
+    hits_ever, seen = [0] * units, [0] * units
     for window in windows:
         row = {
             "silent": [],
@@ -254,6 +255,7 @@ def slow_verdicts(windows, min_samples):
             "redied": [],
             "frozen": [],
             "rate": [],
+            "usual": [],
         }
         for unit in range(units):
             fired = elements = 0
@@ -274,6 +276,9 @@ def slow_verdicts(windows, min_samples):
             row["redied"].append(dead and not was_dead[unit] and came_back[unit])
             row["frozen"].append(fired > 0 and _never_varies(window, unit))
             row["rate"].append(fired / elements if elements else 0.0)
+            if fired:
+                hits_ever[unit], seen[unit] = hits_ever[unit] + fired, seen[unit] + elements
+            row["usual"].append(hits_ever[unit] / seen[unit] if seen[unit] else 0.0)
             came_back[unit] |= fired > 0 and was_dead[unit]
             was_dead[unit] = dead or (was_dead[unit] and not fired)
             ever[unit] |= fired > 0
@@ -308,6 +313,7 @@ def test_verdicts_equal_a_loop_over_all_activations_on_any_number_of_ranks(windo
         for name in ("silent", "dead", "age", "born_dead", "newly_dead", "revived", "redied"):
             assert getattr(site, name).tolist() == verdict[name], name
         assert site.firing_rate.tolist() == pytest.approx(verdict["rate"])
+        assert site.usual_rate.tolist() == pytest.approx(verdict["usual"])
         if ranks == 1:  # an observation is compared within a rank, not between ranks
             assert site.frozen.tolist() == verdict["frozen"]
 

@@ -22,6 +22,7 @@ _COUNTS = {
     "cooldown": (1, False, 2),
     "attempts": (1, True, 3),
     "max_edits": (1, True, 10),
+    "max_edits_per_site": (1, True, 5),
     "start_step": (0, False, 0),
     "stop_step": (1, True, 1000),
     "evidence": (1, True, 2990),
@@ -177,6 +178,7 @@ class Remedy:
         attempts: Edits of a site without success, one after the other, until the next remedy takes over or, behind the
             last, the site is given up.
         max_edits: Edits in a run, over all sites; None for no limit.
+        max_edits_per_site: Edits of one site in a run; None for no limit.
         start_step: First training batch at which it may act.
         stop_step: Training batch from which on it acts no more; None for never.
         evidence: Samples for which a unit has to have been silent; None for ten times the monitor's ``min_samples``.
@@ -214,6 +216,7 @@ class Remedy:
     cooldown: int = 2
     attempts: int | None = 3
     max_edits: int | None = None
+    max_edits_per_site: int | None = None
     start_step: int = 0
     stop_step: int | None = None
     evidence: int | None = None
