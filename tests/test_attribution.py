@@ -426,6 +426,14 @@ def test_the_bias_that_counts_is_the_last_one() -> None:
     assert (one.outlet.path, one.outlet.dim, one.outlet.channels.tolist()) == ("1", -1, list(range(6)))
 
 
+@pytest.mark.parametrize(("pool", "fits"), [(nn.AvgPool2d(2), True), (nn.AvgPool2d(3, 1, 1), False)])
+def test_an_outlet_hands_on_what_is_added(pool: nn.Module, fits: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 6, 1), pool, nn.MaxPool2d(2), nn.ReLU(), nn.Conv2d(6, 2, 1))
+    (one,) = oracle.check(model, lambda: model(torch.ones(2, 4, 6, 6))).values()
+    assert one.incoming
+    assert bool(one.outlet) == fits
+
+
 def test_flattening_gives_a_unit_all_its_columns() -> None:
     model = Net(flattened, conv=nn.Conv2d(4, 6, 3), fc=nn.Linear(24, 2))
     (one,) = oracle.attribute(model, lambda: model(torch.randn(2, 4, 6, 6))).values()

@@ -33,10 +33,14 @@ _KEEP_SUMS = _SAME | _RESHAPES | _PERMUTES | _SPLITS | _EXPANDS | _SHUFFLES | _R
 _KEEP_SUMS |= {"mean", "amax", "max", "unbind", "narrow", "select", "getitem", "repeat", "tile", "flip", "roll"}
 
 
-def keeps_sums(name: str) -> bool:
+def keeps_sums(step: Step) -> bool:
     """Whether a constant added before the call is the same constant behind it."""
-    found = _POOL.match(name)
-    return name in _KEEP_SUMS or (bool(found) and "lp" not in name)
+    found = _POOL.match(step.name)
+    if step.name.startswith("avg_pool"):
+        padding = step.argument(3, "padding", 0)
+        widths = padding if isinstance(padding, (list, tuple)) else [padding]
+        return not any(widths) and not step.argument(6, "divisor_override")
+    return step.name in _KEEP_SUMS or (bool(found) and "lp" not in step.name)
 
 
 def is_join(name: str) -> bool:

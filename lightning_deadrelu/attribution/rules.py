@@ -151,7 +151,7 @@ def _move(step: Step) -> Outcome:
 
 def _passing(step: Step, flow: Flow) -> tuple[list[Stream], list[Leak]]:
     """Give up the outlets where a constant added before the call is another one behind it."""
-    if moves.keeps_sums(step.name):
+    if moves.keeps_sums(step):
         return list(flow.streams), []
     lost = tuple(stream for stream in flow.streams if _is_outlet(stream))
     kept = [stream for stream in flow.streams if not _is_outlet(stream)]
