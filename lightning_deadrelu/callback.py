@@ -161,8 +161,12 @@ class DeadReLUMonitor(Callback):
 
     @property
     def attribution(self) -> Attributions | None:
-        """Which parameters feed and read each site; prints as a table. None before the first observed batch."""
-        return self._watch.attributions if self._watch and self._watch.sites else None
+        """Which parameters feed and read each site, where there is a remedy; prints as a table.
+
+        None before the first observed batch. For a look alone, take ``remedy=Reset(dry_run=True)``.
+        """
+        known = self._watch and self._watch.sites and self._repair.ladder.rungs
+        return self._watch.attributions if self._watch and known else None
 
     # -- when --------------------------------------------------------------------------------------------
 

@@ -84,7 +84,7 @@ class Repair:
     def begin(self, patient: Patient, observed: bool) -> None:
         """Let terms in flight enter the forward; look again at the units asked about, if this batch is observed."""
         watch = patient.watch
-        if observed and not self._traced:
+        if observed and self.ladder.rungs and not self._traced:
             self._traced = True
             watch.trace()
         if not self.terms.sites and not self._requests:

@@ -323,7 +323,7 @@ def test_averaged_copies_are_left_alone_and_that_is_said_once():
 
 
 def test_attribution_prints_as_a_table():
-    monitor = DeadReLUMonitor(**EAGER)
+    monitor = DeadReLUMonitor(remedy=Reset(dry_run=True), **EAGER)
     assert monitor.attribution is None
     fit(Net(), batches(3), monitor)
     text = str(monitor.attribution)
