@@ -14,13 +14,17 @@ LEFT_BEHIND = {"wandb": "wandb/offline-run-*/*.wandb", "tensorboard": "**/events
 LEFT_BEHIND |= {"mlflow": "mlflow.db", "none": "dead_relu.png"}
 
 
-def watch(out: Path, *options: str) -> str:
-    command = [sys.executable, EXAMPLES / "01_watch.py", "--out", str(out), *options]
+def run(example: str, out: Path, *options: str) -> str:
+    command = [sys.executable, EXAMPLES / example, "--out", str(out), *options]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def watch(out: Path, *options: str) -> str:
+    return run("01_watch.py", out, *options)
 
 
 @pytest.mark.parametrize("logger", LEFT_BEHIND)
@@ -53,3 +57,11 @@ def test_other_data(tmp_path):
         (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
     printed = watch(tmp_path, "--data", str(tmp_path), "--epochs", "1", "--logger", "none")
     assert "units are dead" in printed
+
+
+def test_repair(tmp_path):
+    printed = run("02_repair.py", tmp_path, "--steps", "400", "--remedy", "reset", "leaky")
+    assert "Reset edited `net.relu2`" in printed
+    assert "Reset revived `net.relu2`" in printed
+    assert len(list(tmp_path.glob(LEFT_BEHIND["wandb"]))) == 2
+    assert (tmp_path / "repair.png").stat().st_size > 5000

@@ -23,6 +23,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ REMEDY = Reset(evidence=1000, cooldown=1, attempts=None)
 def network(seed: int) -> nn.Sequential:
     torch.manual_seed(seed)
     sizes = [1, *[WIDTH] * HIDDEN]
-    hidden = [one for a, b in zip(sizes, sizes[1:], strict=False) for one in (nn.Linear(a, b), nn.ReLU())]
+    hidden = [one for a, b in pairwise(sizes) for one in (nn.Linear(a, b), nn.ReLU())]
     net = nn.Sequential(*hidden, nn.Linear(WIDTH, 1))
     for layer in net[::2]:
         nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")

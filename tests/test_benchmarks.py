@@ -1,0 +1,28 @@
+"""The batched study of the benchmark is the Trainer's run, edit by edit and bit by bit."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.utils import parameters_to_vector
+
+from lightning_deadrelu import DeadReLUMonitor
+
+sys.path.append(str(Path(__file__).parent / "benchmarks"))
+import absolute
+
+
+@pytest.mark.filterwarnings("ignore:dead_relu")
+def test_the_batched_study_does_what_the_trainer_does():
+    seed, steps = 2, 120
+    monitor = DeadReLUMonitor(remedy=replace(absolute.REMEDY, seed=seed), **absolute.SETTING)
+    alone = absolute.train(seed, steps, monitor)
+    study = absolute.Batched([seed], steps, absolute.REMEDY, **absolute.SETTING)
+    for step in range(steps):
+        study.step(step)
+    events = study.ones[0].repair.events
+    assert sum(event.action == "edited" for event in events) > 5
+    assert [event[:6] for event in events] == [event[:6] for event in monitor.events]
+    torch.testing.assert_close(study.weights[0], parameters_to_vector(alone.parameters()), atol=1e-5, rtol=1e-5)
