@@ -148,12 +148,12 @@ class One:
         """Whether units wait for a second look."""
         return bool(self.repair._requests)
 
-    def judge(self, sites: Sequence[SiteReport], s: int, step: int) -> None:
+    def judge(self, sites: Sequence[SiteReport], losses: Tensor, s: int, step: int) -> None:
         """Pass a verdict on, cut down to network ``s``; or an empty one, where there is nothing to say."""
         silent = any(bool(site.silent[s * WIDTH : (s + 1) * WIDTH].any()) for site in sites)
         tried = any(progress.trial for progress in self.repair.ladder.sites.values())
         parts = tuple(_part(site, s) for site in sites) if silent or tried else ()
-        self.repair.decide(self.patient, LivenessReport(parts, step))
+        self.repair.decide(self.patient, LivenessReport(parts, step), losses)
 
     def look(self, x: Tensor) -> None:
         """Run the network under the probe, as an observed batch does."""
@@ -189,6 +189,7 @@ class Batched:
         names = [f"net.{2 * number + 1}" for number in range(HIDDEN)]
         self.liveness = UnitLiveness({name: len(seeds) * WIDTH for name in names}, window=self.window, rules=rules)
         self.history = History.empty()
+        self.losses = torch.zeros(len(seeds), 3, dtype=torch.float64)  # number, sum and sum of squares in the window
 
     def forward(self, a: Tensor, counting: bool = False) -> Tensor:
         """Send inputs of shape ``(networks, rows, 1)`` through all networks."""
@@ -215,11 +216,10 @@ class Batched:
         self.adam.zero_grad()
         losses.sum().backward()
         self.adam.step()
-        self._after(step, looked, losses.detach())
+        self._after(step, looked, losses.detach().double())
 
     def _after(self, step: int, looked: Sequence[int], losses: Tensor) -> None:
-        for one, loss in zip(self.ones, losses, strict=True):
-            one.repair.note_loss(loss)
+        self.losses += torch.stack([torch.ones_like(losses), losses, losses.square()], dim=1)
         self.liveness.observation += 1
         for s in looked:
             self._edit(s, step)
@@ -239,7 +239,8 @@ class Batched:
         )
         self.liveness.reset()
         for s, one in enumerate(self.ones):
-            one.judge(report.sites, s, step)
+            one.judge(report.sites, self.losses[s].clone(), s, step)
+        self.losses.zero_()
 
     def outcomes(self) -> list[Outcome]:
         """Measure each network on the grid."""
