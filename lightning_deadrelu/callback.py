@@ -89,7 +89,7 @@ class DeadReLUMonitor(Callback):
         window: int = 10,
         min_samples: int = 299,
         threshold: float = 0.1,
-        remedy: str | Remedy | Sequence[str | Remedy] | None = None,
+        remedy: Remedy | str | Sequence[Remedy | str] | None = None,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         tau: float = 0.025,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, NoReturn
@@ -165,7 +166,7 @@ class Edits:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Remedy:
+class Remedy(ABC):  # the base is no dataclass, so that LightningCLI takes the classes derived from this one
     """What to do about the dead units of a site, and when.
 
     Derive a frozen dataclass from it and write :meth:`propose` to make your own: say which entries become what, and
