@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import ABC
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, NoReturn
@@ -165,8 +164,12 @@ class Edits:
     activation: Activation | None = None
 
 
+class _Derivable:
+    """No dataclass: of a pure one, LightningCLI takes no derived classes."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class Remedy(ABC):  # the base is no dataclass, so that LightningCLI takes the classes derived from this one
+class Remedy(_Derivable):
     """What to do about the dead units of a site, and when.
 
     Derive a frozen dataclass from it and write :meth:`propose` to make your own: say which entries become what, and
