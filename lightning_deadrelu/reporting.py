@@ -9,40 +9,10 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_deadrelu.metrics import metrics_of
 from lightning_deadrelu.statistics import LivenessReport
 
-_COUNTED = {"newly_dead": "newly_dead_units", "revived": "revived_units", "redied": "redied_units"}
-_SHARED = {name: f"{name}_fraction" for name in ("rare", "always_on", "frozen", "dormant")}
-
-
-def metrics_of(report: LivenessReport, name: str = "dead_relu", remedied_units: int = 0) -> dict[str, float]:
-    """Turn a report into the scalars that are logged.
-
-    Args:
-        report: The verdict.
-        name: Prefix of the keys.
-        remedied_units: Units edited since the last report.
-
-    Returns:
-        ``<name>/...`` for the whole model and ``<name>_sites/<site>`` for the dead fraction of each site;
-        for smooth activations, of which none is ever dead, ``<name>_dormant/<site>``.
-
-    Example:
-        >>> metrics_of(LivenessReport(()))["dead_relu/dead_fraction"]
-        0.0
-    """
-    totals: dict[str, float] = {"dead_fraction": report.dead_fraction, "dead_units": report.dead_units}
-    totals["judged_fraction"] = report.fraction("judged")
-    totals |= {key: report.total(mask) for mask, key in _COUNTED.items()}
-    totals |= {key: report.fraction(mask) for mask, key in _SHARED.items()}
-    totals["remedied_units"] = remedied_units
-    metrics: dict[str, float] = {f"{name}/{key}": float(value) for key, value in totals.items()}
-    for site in report.sites:
-        if site.smooth:
-            metrics[f"{name}_dormant/{site.name}"] = int(site.dormant.sum()) / site.units
-        else:
-            metrics[f"{name}_sites/{site.name}"] = site.dead_fraction
-    return metrics
+__all__ = ["Reporter", "metrics_of"]
 
 
 class Reporter:

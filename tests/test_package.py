@@ -35,7 +35,9 @@ MAY_IMPORT = {
     "watch": {"attribution", "confirmation", "probe", "sites", "slices", "statistics"},
     "audit": {"statistics", "watch"},
     "drawing": {"slices", "statistics"},
-    "reporting": {"statistics"},
+    "metrics": {"statistics"},
+    "raster": {"metrics", "statistics"},
+    "reporting": {"metrics", "raster", "statistics"},
     "ranks": {"confirmation", "sites", "statistics", "watch"},
     "optimizer_state": {"slices"},
     "substitutes": {"sites"},
@@ -79,7 +81,7 @@ ONLY_IN = {
     "torch.distributed": {"ranks"},
     "matplotlib": {"drawing"},
     "rich": {"drawing"},
-    "wandb": set(),
+    "wandb": {"reporting"},
 }
 
 

@@ -1,0 +1,62 @@
+"""Reports as the scalars that are logged."""
+
+from __future__ import annotations
+
+from lightning_deadrelu.statistics import LivenessReport
+
+_COUNTED = {"newly_dead": "newly_dead_units", "revived": "revived_units", "redied": "redied_units"}
+_SHARED = {name: f"{name}_fraction" for name in ("rare", "always_on", "frozen", "dormant")}
+EVENTS = frozenset((*_COUNTED.values(), "remedied_units"))
+"""Metrics that count what happened in a window, and so add up over windows; all others say how things stand."""
+
+
+def headline_metrics(report: LivenessReport, remedied_units: int = 0) -> dict[str, float]:
+    """Turn a report into the scalars of the whole model.
+
+    Args:
+        report: The verdict.
+        remedied_units: Units edited since the last report.
+
+    Example:
+        >>> headline_metrics(LivenessReport(()), remedied_units=2)["remedied_units"]
+        2.0
+    """
+    totals: dict[str, float] = {"dead_fraction": report.dead_fraction, "dead_units": report.dead_units}
+    totals["judged_fraction"] = report.fraction("judged")
+    totals |= {key: report.total(mask) for mask, key in _COUNTED.items()}
+    totals |= {key: report.fraction(mask) for mask, key in _SHARED.items()}
+    totals["remedied_units"] = remedied_units
+    return {key: float(value) for key, value in totals.items()}
+
+
+def site_metrics(report: LivenessReport) -> dict[str, float]:
+    """Tell the dead fraction of each site, by name; of smooth activations, of which none is ever dead, the dormant one.
+
+    Example:
+        >>> site_metrics(LivenessReport(()))
+        {}
+    """
+    return {
+        site.name: int(site.dormant.sum()) / site.units if site.smooth else site.dead_fraction for site in report.sites
+    }
+
+
+def metrics_of(report: LivenessReport, name: str = "dead_relu", remedied_units: int = 0) -> dict[str, float]:
+    """Turn a report into the scalars that are logged.
+
+    Args:
+        report: The verdict.
+        name: Prefix of the keys.
+        remedied_units: Units edited since the last report.
+
+    Returns:
+        ``<name>/...`` for the whole model and ``<name>_sites/<site>`` for the dead fraction of each site;
+        for smooth activations, of which none is ever dead, ``<name>_dormant/<site>``.
+
+    Example:
+        >>> metrics_of(LivenessReport(()))["dead_relu/dead_fraction"]
+        0.0
+    """
+    metrics = {f"{name}/{key}": value for key, value in headline_metrics(report, remedied_units).items()}
+    sections = {site.name: f"{name}_dormant" if site.smooth else f"{name}_sites" for site in report.sites}
+    return metrics | {f"{sections[site]}/{site}": value for site, value in site_metrics(report).items()}
