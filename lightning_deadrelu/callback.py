@@ -31,6 +31,7 @@ from lightning_deadrelu.watch import Watch
 
 _SHARDED = frozenset({"FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy"})
 _AVERAGING = frozenset({"WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging"})
+_FORMAT = 2  # of the saved state
 _SAVED = ("batches", "observing", "observation", "step", "judged", "unjudged", "score")
 
 
@@ -203,11 +204,11 @@ class DeadReLUMonitor(Callback):
         self._running = True
         self._joint = ranks.is_joint(trainer.world_size)
         self._device = pl_module.device
+        with self._careful():
+            self._repair.start(pl_module)
         if self._pending:
             with self._careful():
                 self._restore(self._pending, trainer, pl_module)
-        else:
-            self._repair.start(pl_module)
         self._pending = None
         self._repair.refusal = self._refusal(trainer)
         self._show(trainer)  # who waits for the key must not crash
@@ -540,6 +541,7 @@ class DeadReLUMonitor(Callback):
             joined = self._joined()
             if self._watch and self._trainer and joined:
                 state = {key: getattr(self, f"_{key}") for key in _SAVED}
+                state["format"] = _FORMAT
                 state["selection"] = self._selection
                 state["told"] = sorted(self._told)
                 state["sites"] = [list(site) for site in self._watch.sites]
@@ -557,6 +559,9 @@ class DeadReLUMonitor(Callback):
 
     def _restore(self, state: Mapping[str, Any], trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._watch is not None
+        if state.get("format") != _FORMAT:
+            rank_zero_warn(f"{self.name}: the checkpoint is of another version of the monitor; all ages start at zero.")
+            return
         for key in _SAVED:
             setattr(self, f"_{key}", state[key])
         self._told = set(state["told"])
@@ -566,6 +571,7 @@ class DeadReLUMonitor(Callback):
         self._repair.load_state_dict(state["repair"], self._patient(trainer))
         if state["selection"] != self._selection:  # the sites are others, and so are their numbers
             self._observation = 0
+            self._repair.forget(self._patient(trainer))
             rank_zero_warn(f"{self.name}: other sites are selected than in the checkpoint, so all ages start at zero.")
             return
         self._watch.adopt(

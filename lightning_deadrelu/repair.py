@@ -296,7 +296,7 @@ class Repair:
         self.ladder.load_state_dict(state["ladder"])
         self.terms.load_state_dict(state["terms"], patient.model)
         patient.watch.judged_as = rectifiers(patient.model) | self.terms.rectifiers
-        self._laws = {name: Law(*law) for name, law in state["laws"].items()}
+        self._laws = {name: Law(*law) for name, law in state["laws"].items()} or self._laws
         self._requests = [Request(*request) for request in state["requests"]]
         if self._requests:
             self._report = LivenessReport(tuple(SiteReport(**site) for site in state["sites"]), state["step"])

@@ -237,3 +237,19 @@ def test_models_of_any_size_are_known_again_by_their_sites(tmp_path):
     monitor, model = DeadReLUMonitor(every_n_steps=1, window=100), Net(mlp(2))
     fit(model, batches(9), monitor, ckpt=tmp_path / "a.ckpt", max_epochs=2)
     assert monitor.report["net.1"].samples == 90
+
+
+def test_a_checkpoint_of_another_version_costs_the_ages_alone(tmp_path):
+    monitor = DeadReLUMonitor(**SETTINGS)
+    trainer = Trainer(**bare(callbacks=[monitor], max_steps=5))
+    trainer.fit(Net(), batches(9))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    state = checkpoint["callbacks"][monitor.state_key]
+    del state["format"], state["repair"], state["activations"]
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    resumed = DeadReLUMonitor(**SETTINGS)
+    trainer = Trainer(**bare(callbacks=[resumed], max_steps=9, max_epochs=9))
+    with pytest.warns(UserWarning, match="of another version of the monitor; all ages start at zero"):
+        trainer.fit(Net(), batches(9), ckpt_path=tmp_path / "old.ckpt", weights_only=True)
+    assert resumed.report is not None
