@@ -277,6 +277,11 @@ class LivenessReport:
 
         return table(self)
 
+    def _repr_html_(self) -> str:
+        from lightning_deadrelu.drawing import html_table
+
+        return html_table(self)
+
 
 def judge(
     totals: Totals,

@@ -1,40 +1,26 @@
-"""Reports as tables and pictures; the only module that draws."""
+"""Reports as tables for a terminal or a notebook, with rich."""
 
 from __future__ import annotations
 
+import html
 import io
-import itertools
 import math
-import textwrap
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from lightning_deadrelu.slices import Attribution
 from lightning_deadrelu.statistics import LivenessReport, SiteReport
+from lightning_deadrelu.story import Gap, Story, conclusion, shortened, shortened_names, stories
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from rich.table import Table
+    from rich.text import Text
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart
-_COLOURS = {
-    "dead": "#D55E00",
-    "not finite": "#F0E442",
-    "not judged": "#8C8C8C",
-    "frozen": "#CC79A7",
-    "rare": "#E69F00",
-    "always on": "#0072B2",
-    "dormant": "#009E73",
-    "alive": "#BBD6E4",
-}
-_TALLEST = 12.0  # inches; what has more sites gets thinner bars and fewer names
-_MOST_BARS_APART = 60
-_LONGEST_NAME = 44
-_POINTS_PER_NAME = 11
-_POINTS_PER_KEY = 80
-_POINTS_PER_LETTER = 5.5
+    from lightning_deadrelu.ladder import Event
+    from lightning_deadrelu.raster import Raster
 
 
 def headline(report: LivenessReport) -> str:
@@ -49,14 +35,18 @@ def headline(report: LivenessReport) -> str:
     if not report.units:
         return "No rectifier in training was watched."
     line = f"{report.dead_units:,} of {report.units:,} units are dead ({report.dead_fraction:.1%})"
-    broken = sum(_states(site)["not finite"] for site in report.headline)
-    unjudged = sum(_states(site)["not judged"] for site in report.headline)
+    broken = sum(states_of(site)["not finite"] for site in report.headline)
+    unjudged = sum(states_of(site)["not judged"] for site in report.headline)
     line += f", {broken:,} are not finite" if broken else ""
     return line + (f", {unjudged:,} are not judged yet" if unjudged else "") + "."
 
 
-def _states(site: SiteReport) -> dict[str, int]:
-    """Count the units of each state; a unit is in the first that fits."""
+def states_of(site: SiteReport) -> dict[str, int]:
+    """Count the units of each state; a unit is in the first that fits.
+
+    Args:
+        site: The verdict.
+    """
     counts, left = {}, site.dead | ~site.dead
     for state, mask in _masks(site).items():
         counts[state] = int((left & mask).sum())
@@ -164,85 +154,89 @@ def _attribution_cells(attribution: Attribution) -> tuple[str, str, str, str]:
     return ", ".join(fed) or "-", bias or "-", ", ".join(dict.fromkeys(read)) or "-", reasons or "-"
 
 
-# -- pictures --------------------------------------------------------------------------------------------
+# -- at the end of a run ---------------------------------------------------------------------------------
 
 
-def plot(report: LivenessReport, ax: Axes | None = None) -> tuple[Figure, Axes]:
-    """Draw, for each site, which shares of its units are dead, rare, always on, alive and so on.
+def summary(
+    report: LivenessReport, raster: Raster | None = None, events: Iterable[Event] = (), width: int | None = None
+) -> str:
+    """Tell what became of each site over a run, in the order of execution, under a sentence that says it all.
+
+    Of more than a dozen sites the healthy ones are gathered, and of many sick ones all but the worst 20.
 
     Args:
-        report: What to draw.
-        ax: Where to draw; a new figure by default.
-
-    Raises:
-        ModuleNotFoundError: Without matplotlib.
-    """
-    ax = ax or _new_axes(len(report.sites))
-    states = [_states(site) for site in report.sites]
-    rows, left = range(len(states)), [0.0] * len(states)
-    for state, colour in _COLOURS.items():
-        shares = [counts[state] / site.units for counts, site in zip(states, report.sites, strict=True)]
-        if any(shares):
-            height = 0.8 if len(rows) <= _MOST_BARS_APART else 1.0
-            ax.barh(rows, shares, left=left, color=colour, label=state, height=height, linewidth=0)
-        left = [a + b for a, b in zip(left, shares, strict=True)]
-    _label(ax, report)
-    figure = ax.get_figure(root=True)
-    assert figure is not None
-    return figure, ax
-
-
-def _new_axes(sites: int) -> Axes:
-    try:
-        from matplotlib import pyplot
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("Plots need matplotlib. Try `pip install lightning-deadrelu[plot]`.") from error
-    _, ax = pyplot.subplots(figsize=(8, min(1.4 + 0.28 * max(sites, 2), _TALLEST)), layout="constrained")
-    return ax
-
-
-def _label(ax: Axes, report: LivenessReport) -> None:
-    """Put title and key above, where they keep clear of the bars whatever the size, and names as far as they fit."""
-    names = _shortened([site.name for site in report.sites])
-    width, height = _size_in_points(ax)
-    keys, keys_per_row = len(ax.get_legend_handles_labels()[1]), max(int(width / _POINTS_PER_KEY), 1)
-    head = 8 + 15 * math.ceil(keys / keys_per_row)
-    every = math.ceil(_POINTS_PER_NAME * max(len(names), 1) / max(height - head, _POINTS_PER_NAME))
-    ax.set_yticks(range(0, len(names), every), names[::every], fontsize="small")
-    ax.set(xlim=(0, 1), ylim=(max(len(names), 1) - 0.5, -0.5), xlabel="share of units")
-    ax.xaxis.set_major_formatter("{x:.0%}")
-    ax.tick_params(axis="y", length=0 if every == 1 else 3)
-    ax.spines[["top", "right", "left"]].set_visible(False)
-    if keys:
-        ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=keys_per_row, fontsize="small", frameon=False)
-    title = textwrap.fill(headline(report), max(int(width / _POINTS_PER_LETTER), 20))
-    ax.set_title(title, loc="left", fontsize="medium", pad=head)
-
-
-def _size_in_points(ax: Axes) -> tuple[float, float]:
-    figure = ax.get_figure(root=True)
-    assert figure is not None
-    box = ax.get_window_extent()
-    return max(box.width / figure.dpi * 72, 1.0), max(box.height / figure.dpi * 72, 1.0)
-
-
-def _shortened(names: list[str]) -> list[str]:
-    """Leave out of long names what all have in common, then the middle.
+        report: The latest verdict.
+        raster: The history; None after an audit.
+        events: What was done.
+        width: Characters per line; by default those of the terminal, from 80 to 140.
 
     Example:
-        >>> _shortened([f"model.encoder_of_images.layers.{i}.feed_forward.activation.relu" for i in range(2)])
-        ['…0…', '…1…']
+        >>> print(summary(LivenessReport(())))
+        No rectifier was watched.
     """
-    if max(map(len, names), default=0) <= _LONGEST_NAME:
-        return names
-    paths = [name.split(".") for name in names]
-    shortest = min(map(len, paths)) - 1
-    head = min(_in_common(paths), shortest)
-    tail = min(_in_common([path[::-1] for path in paths]), shortest - head)
-    short = ["…" * (head > 0) + ".".join(path[head : len(path) - tail]) + "…" * (tail > 0) for path in paths]
-    return [name if len(name) <= _LONGEST_NAME else f"{name[:16]}…{name[16 - _LONGEST_NAME :]}" for name in short]
+    from rich.table import Table
+
+    events = list(events)
+    told = stories(report, raster, events)
+    names = dict(zip((s.site.name for s in told), shortened_names([s.site.name for s in told]), strict=True))
+    rows = [_told(row, names) for row in shortened(told)]
+    shown = [name for name in _STORY if name in _ALWAYS or any(row.get(name, "-") not in "-0" for row in rows)]
+    grid = Table(box=None, pad_edge=False)
+    for name in shown:
+        left = name in ("layer", "kind", "verdict")
+        grid.add_column(name, justify="left" if left else "right", overflow="fold", no_wrap=name != "layer")
+    for row in rows:
+        grid.add_row(*(_plain(row.get(name, "")) for name in shown))
+    width = width or min(max(shutil.get_terminal_size((120, 24)).columns, 80), 140)
+    lines = [conclusion(report, raster, events), *([_printed(grid, width)] if rows else [])]
+    return "\n".join([*lines, *(f"not watched: {name}: {reason}" for name, reason in report.unwatched.items())])
 
 
-def _in_common(paths: list[list[str]]) -> int:
-    """Count the leading parts that all paths share."""
-    return sum(1 for _ in itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False)))
+_STORY = ("layer", "kind", "units", "dead now", "", "worst", "died at step", "remedied", "fire again", "verdict")
+_ALWAYS = ("layer", "kind", "units", "dead now", "", "verdict")
+
+
+def _told(row: Story | Gap, names: Mapping[str, str]) -> dict[str, str]:
+    if isinstance(row, Gap):
+        return {"layer": str(row), "units": f"{sum(story.site.units for story in row.stories):,}"}
+    site = row.site
+    cells = {"layer": names[site.name], "kind": site.kind, "units": f"{site.units:,}", "verdict": row.verdict}
+    dead, share = (f"{int(site.dead.sum()):,}", f"{site.dead_fraction:.1%}") if not site.smooth else ("-", "-")
+    cells |= {"dead now": dead, "": share, "worst": "-" if math.isnan(row.worst) else f"{row.worst:.1%}"}
+    cells |= {"died at step": "-" if row.died is None else f"{row.died:,}", "remedied": f"{row.remedied:,}"}
+    return cells | {"fire again": "-" if site.smooth else f"{row.revived:,}"}
+
+
+def _printed(grid: Table, width: int) -> str:
+    from rich.console import Console
+
+    paper = io.StringIO()
+    Console(file=paper, width=width, no_color=True, highlight=False, markup=False, emoji=False).print(grid)
+    return "\n".join(line.rstrip() for line in paper.getvalue().rstrip().splitlines())
+
+
+def _plain(text: str) -> Text:
+    from rich.text import Text
+
+    return Text(text)
+
+
+def html_table(report: LivenessReport) -> str:
+    """Lay a report out as HTML, for a notebook: the headline, and a table that scrolls.
+
+    Args:
+        report: What to show.
+
+    Example:
+        >>> html_table(LivenessReport(()))
+        '<p>No rectifier was watched.</p>'
+    """
+    rows = [_row(site) for site in report.sites]
+    line = f"<p>{html.escape(headline(report))}</p>"
+    if not rows:
+        return line
+    shown = [name for name in rows[0] if not _is_idle(name, rows)]
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in shown)
+    body = "".join(f"<tr>{''.join(f'<td>{html.escape(row[name])}</td>' for name in shown)}</tr>" for row in rows)
+    grid = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'{line}<div style="max-height:30em;overflow:auto">{grid}</div>'

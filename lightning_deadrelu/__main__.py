@@ -1,0 +1,253 @@
+"""``python -m lightning_deadrelu audit``: which units of a trained model are dead."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import itertools
+import sys
+import traceback
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from pickle import UnpicklingError
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_deadrelu import page
+from lightning_deadrelu.activations import restore_activations
+from lightning_deadrelu.audit import find_dead_units
+from lightning_deadrelu.drawing import summary
+from lightning_deadrelu.statistics import LivenessReport
+
+_EPILOG = """
+examples:
+  python -m lightning_deadrelu audit my_package.nets:resnet --data my_package.data:validation --checkpoint last.ckpt
+  python -m lightning_deadrelu audit train.py:Classifier --data train.py:held_out --fail-above 0.1 --html report.html
+
+exit status: 0, or 1 with --fail-above if more is dead, or 2 if the audit cannot be made.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: What follows the program's name; by default what the process was given.
+
+    Returns:
+        The exit status.
+    """
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        report = audit(options)
+        print(summary(report))
+        _write(report, options)
+    except (ValueError, TypeError, OSError) as error:
+        parser.exit(2, f"error: {error}\n")
+    except Exception:  # of the model or its data; 1 is kept for --fail-above
+        traceback.print_exc()
+        return 2
+    return int(options.fail_above is not None and report.dead_fraction > options.fail_above)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m lightning_deadrelu", description="Find dead ReLU units.")
+    commands = parser.add_subparsers(required=True, metavar="audit")
+    command = commands.add_parser(
+        "audit",
+        help="say which units of a trained model never fire on some data",
+        description="Say which units of a trained model never fire on some data.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = command.add_argument
+    add(
+        "model", metavar="MODEL_FACTORY", help="package.module:name or path/to/file.py:name; called, it makes the model"
+    )
+    add("--data", required=True, metavar="DATA_FACTORY", help="likewise; called, it makes an iterable of batches")
+    add("--checkpoint", type=Path, metavar="FILE", help="a Lightning checkpoint, or a saved state dict")
+    add("--trust", action="store_true", help="load a checkpoint that holds more than tensors, which may run any code")
+    add("--mode", choices=["eval", "train"], default="eval", help="the mode the model is put in; default: eval")
+    add("--device", default="cpu", help="such as cuda:0; default: cpu")
+    add("--min-samples", type=int, default=299, metavar="N", help="silent for fewer is not dead; default: 299")
+    add("--max-batches", type=int, metavar="N", help="use only the first N")
+    add("--include", nargs="+", default=(), metavar="PATTERN", help="site names or kinds; default: all rectifiers")
+    add("--exclude", nargs="+", default=(), metavar="PATTERN", help="site names or kinds to leave out")
+    add("--json", type=Path, metavar="FILE", help="write the verdicts here")
+    add("--html", type=Path, metavar="FILE", help="write a page here")
+    add("--fail-above", type=_fraction, metavar="FRACTION", help="exit with 1 if a larger share is dead, 0 to 1")
+    return parser
+
+
+def _fraction(text: str) -> float:
+    if not 0 <= (number := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: a fraction lies between 0 and 1. Try 0.1 for 10 %")
+    return number
+
+
+def audit(options: argparse.Namespace) -> LivenessReport:
+    """Do what the options say.
+
+    Raises:
+        ValueError: If they cannot be followed.
+    """
+    model, data = _model(options.model), _data(options.data)
+    if options.checkpoint:
+        _load(model, options.checkpoint, options.trust)
+    model.train(options.mode == "train").to(options.device)
+    batches = itertools.islice(data, options.max_batches)
+    return find_dead_units(
+        model, batches, min_samples=options.min_samples, include=options.include, exclude=options.exclude
+    )
+
+
+def _write(report: LivenessReport, options: argparse.Namespace) -> None:
+    for path, content in ((options.json, page.to_json), (options.html, page.to_html)):
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content(report), encoding="utf-8")
+
+
+# -- factories -------------------------------------------------------------------------------------------
+
+
+def _model(spec: str) -> nn.Module:
+    model = _made(spec, nn.Module)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"`{spec}` made a `{type(model).__name__}`, not a module. Name what returns an `nn.Module`.")
+    return model
+
+
+def _data(spec: str) -> Iterable[Any]:
+    data = _made(spec, ())
+    if not isinstance(data, Iterable):
+        hint = "`train_dataloader` or `val_dataloader`" if hasattr(data, "train_dataloader") else "a `DataLoader`"
+        raise ValueError(f"`--data {spec}` made a `{type(data).__name__}`, which has no batches. Return {hint}.")
+    return data
+
+
+def _made(spec: str, ready: type | tuple[()]) -> object:
+    """Find what is named, and call it unless it is ready to use."""
+    found = _found(spec)
+    if isinstance(found, ready) or not callable(found):
+        return found
+    try:
+        return found()
+    except TypeError as error:
+        raise ValueError(
+            f"`{spec}` could not be called without arguments: {error}. Name a function that takes none, such as"
+            " `def make(): return Net(width=64)`."
+        ) from error
+
+
+def _found(spec: str) -> object:
+    place, colon, name = spec.rpartition(":")
+    if not (place and colon and name):
+        raise ValueError(f"`{spec}`: the name is missing. Try `{spec.rstrip(':')}:make_model`.")
+    module = _module(place)
+    value: object = module
+    for part in name.split("."):
+        if not hasattr(value, part):
+            public = ", ".join(f"`{each}`" for each in vars(module) if callable(vars(module)[each]) and each[0] != "_")
+            raise ValueError(f"`{spec}`: there is no `{name}` in `{place}`. It has {public or 'nothing to call'}.")
+        value = getattr(value, part)
+    return value
+
+
+def _module(place: str) -> ModuleType:
+    if place.endswith(".py"):
+        return _file(Path(place))
+    if (folder := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        return importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"`{place}` cannot be imported: {error}. Run from the folder that holds it, install it, or give a file as"
+            f" `{place.replace('.', '/')}.py:name`."
+        ) from error
+
+
+def _file(path: Path) -> ModuleType:
+    """Run a file once, with its folder among those that are searched, as Python itself does."""
+    path = path.resolve()
+    loaded = [one for one in sys.modules.values() if getattr(one, "__file__", None) == str(path)]
+    if loaded:
+        return loaded[0]
+    if not path.is_file():
+        raise ValueError(f"`{path}`: there is no such file. Write the path from the folder you are in.")
+    sys.path.insert(0, str(path.parent))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules.setdefault(path.stem, importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(module)
+    return module
+
+
+# -- checkpoints -----------------------------------------------------------------------------------------
+
+
+def _load(model: nn.Module, path: Path, trust: bool) -> None:
+    """Exchange the activations that training did, then load the weights; the model may be a part of the trained one."""
+    checkpoint = _read(path, trust)
+    weights = checkpoint.get("state_dict", checkpoint)
+    if "callbacks" in checkpoint:
+        restore_activations(model, checkpoint)
+    elif "state_dict" in checkpoint:
+        warnings.warn(f"`{path}` does not tell which activations were exchanged: the rest was not saved.", stacklevel=2)
+    prefix = _prefix(list(model.state_dict()), list(weights), path)
+    missing, unexpected = model.load_state_dict(
+        {key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)}, strict=False
+    )
+    if missing:
+        raise ValueError(f"`--checkpoint {path}` lacks {_some(missing)}. Give the model that was trained.")
+    if unexpected:
+        warnings.warn(f"`{path}` holds what the model has not: {_some(unexpected)}.", stacklevel=2)
+
+
+def _read(path: Path, trust: bool) -> Mapping[str, Any]:
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=not trust)
+    except UnpicklingError as error:
+        raise ValueError(
+            f"`--checkpoint {path}` holds more than tensors and plain values. If you trust where it comes from, add"
+            " `--trust`."
+        ) from error
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(f"`--checkpoint {path}` holds a `{type(checkpoint).__name__}`. Save `model.state_dict()`.")
+    return checkpoint
+
+
+def _prefix(ours: Sequence[str], theirs: Sequence[str], path: Path) -> str:
+    """Find under which name the checkpoint holds the model: none, or that of the attribute it was."""
+    names = [key[: -len(ours[0])] for key in theirs if ours and f".{key}".endswith(f".{ours[0]}")] or [""]
+    held = set(theirs)
+    fitting = [name for name in names if all(name + key in held for key in ours)]
+    if len(fitting) == 1 or "" in fitting:
+        return "" if "" in fitting else fitting[0]
+    if fitting:
+        raise ValueError(
+            f"`--checkpoint {path}` holds the model {len(fitting)} times, as {_some(fitting)}. Give a file that holds"
+            " it once, or name the whole model that was trained."
+        )
+    missing = [key for key in ours if names[0] + key not in held]
+    raise ValueError(
+        f"`--checkpoint {path}` does not fit the model: it lacks {_some(missing)}, and has {_some(theirs)}. Let"
+        " MODEL_FACTORY build the model that was trained."
+    )
+
+
+def _some(keys: Sequence[str]) -> str:
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return ", ".join(f"`{key}`" for key in keys[:3]) + more
+
+
+if __name__ == "__main__":
+    sys.exit(main())

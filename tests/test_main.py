@@ -1,0 +1,188 @@
+"""The command line: what it finds, writes, restores and refuses."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_deadrelu.__main__ import main
+from lightning_deadrelu.activations import records, substitute_
+
+CODE = """
+import torch
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+
+def broken():
+    net = Net()
+    nn.init.constant_(net[0].bias, 5.0)
+    nn.init.constant_(net[0].bias[:2], -100.0)
+    return net
+
+def whole():
+    holder = nn.Module()
+    holder.net = Net()
+    return holder
+
+def with_width(width):
+    return Net()
+
+data = [torch.rand(200, 4) for _ in range(3)]
+def batches():
+    return iter(data)
+def nothing():
+    return None
+def narrow():
+    return [torch.rand(300, 3)]
+"""
+
+
+@pytest.fixture(autouse=True)
+def _project(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    (tmp_path / "nets.py").write_text(CODE)
+
+
+def audit(model: str, *options: str, data: str = "nets:batches") -> int:
+    return main(["audit", model, "--data", data, *options])
+
+
+def refusal(capsys, *arguments: str, **options: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        audit(*arguments, **options)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["nets", "nets.py", "./nets.py"])
+def test_it_prints_what_is_dead(place, capsys):
+    assert audit(f"{place}:broken", data=f"{place}:data") == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("2 of 8 units are dead (25.0%), all in `1`")
+    assert printed[2].split()[:4] == ["1", "relu", "8", "2"]
+
+
+def test_it_runs_as_a_module(tmp_path):
+    command = [sys.executable, "-m", "lightning_deadrelu", "audit", "nets:broken", "--data", "nets:batches"]
+    done = subprocess.run([*command, "--fail-above", "0.1"], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "2 of 8 units are dead" in done.stdout
+
+
+def test_the_status_tells_whether_too_much_is_dead():
+    assert audit("nets:broken", "--fail-above", "0.1") == 1
+    assert audit("nets:broken", "--fail-above", "0.25") == 0
+
+
+def test_it_writes_files(tmp_path):
+    audit("nets:broken", "--json", "out/report.json", "--html", "out/report.html")
+    assert json.loads((tmp_path / "out/report.json").read_text())["dead_units"] == 2
+    assert "2 of 8 units are dead" in (tmp_path / "out/report.html").read_text()
+
+
+def test_few_samples_do_not_suffice(capsys):
+    audit("nets:broken", "--max-batches", "1")
+    assert "not judged yet" in capsys.readouterr().out
+    audit("nets:broken", "--max-batches", "1", "--min-samples", "100")
+    assert "2 of 8 units are dead" in capsys.readouterr().out
+
+
+def test_include_and_exclude(capsys):
+    assert "matches no" in refusal(capsys, "nets:broken", "--include", "conv*")
+    assert "1" in refusal(capsys, "nets:broken", "--exclude", "conv*")
+
+
+def saved(tmp_path, dead: int = 3, prefix: str = "", **more: object) -> str:
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    nn.init.constant_(net[0].bias, 5.0)
+    nn.init.constant_(net[0].bias[:dead], -100.0)
+    state = {prefix + key: value for key, value in net.state_dict().items()}
+    path = tmp_path / "last.ckpt"
+    torch.save({"state_dict": state, **more} if more else state, path)
+    return str(path)
+
+
+@pytest.mark.parametrize("prefix", ["", "net.", "model.net."])
+@pytest.mark.parametrize("more", [{}, {"epoch": 1, "callbacks": {}}])
+def test_weights_come_from_a_checkpoint(prefix, more, tmp_path, capsys):
+    audit("nets:Net", "--checkpoint", saved(tmp_path, prefix=prefix, **more))
+    assert "3 of 8 units are dead" in capsys.readouterr().out
+
+
+def test_another_model_is_refused(tmp_path, capsys):
+    told = refusal(capsys, "nets:whole", "--checkpoint", saved(tmp_path))
+    assert "does not fit the model: it lacks `net.0.weight`, `net.0.bias`, `net.2.weight` and 1 more" in told
+
+
+def test_what_was_exchanged_may_be_unknown(tmp_path):
+    with pytest.warns(UserWarning, match="does not tell which activations were exchanged"):
+        audit("nets:Net", "--checkpoint", saved(tmp_path, epoch=1))
+
+
+def test_what_the_model_has_not_is_said(tmp_path):
+    path = saved(tmp_path)
+    torch.save(torch.load(path) | {"teacher.weight": torch.zeros(2)}, path)
+    with pytest.warns(UserWarning, match="holds what the model has not: `teacher.weight`"):
+        audit("nets:Net", "--checkpoint", path)
+
+
+def test_a_model_held_twice_is_refused(tmp_path, capsys):
+    path = saved(tmp_path, prefix="net.")
+    state = torch.load(path)
+    torch.save(state | {"ema." + key[4:]: value for key, value in state.items()}, path)
+    assert "holds the model 2 times, as `net.`, `ema.`" in refusal(capsys, "nets:Net", "--checkpoint", path)
+
+
+def test_swapped_activations_come_back(tmp_path, capsys):
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    substitute_(net, "1", "gelu")
+    monitor = {"DeadReLUMonitor": {"activations": records(net)}}
+    path = saved(tmp_path, callbacks=monitor)
+    assert audit("nets:Net", "--checkpoint", path, "--include", "gelu") == 0
+    assert "gelu" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_could_run_code_has_to_be_trusted(tmp_path, capsys):
+    path = saved(tmp_path, model=nn.Linear(1, 1), callbacks={})
+    assert "add `--trust`" in refusal(capsys, "nets:Net", "--checkpoint", path)
+    assert audit("nets:Net", "--checkpoint", path, "--trust") == 0
+
+
+REFUSED = {
+    "nets": r"`nets`: the name is missing. Try `nets:make_model`",
+    "nets:": r"`nets:`: the name is missing. Try `nets:make_model`",
+    "nots:Net": r"`nots` cannot be imported: No module named 'nots'",
+    "nots.py:Net": r"there is no such file",
+    "nets:Nix": r"there is no `Nix` in `nets`. It has `Net`, `broken`, `whole`",
+    "nets:with_width": r"could not be called without arguments: .*width",
+    "nets:nothing": r"made a `NoneType`, not a module",
+}
+
+
+@pytest.mark.parametrize("spec", REFUSED)
+def test_what_is_written_wrongly_is_refused(spec, capsys):
+    assert re.search(REFUSED[spec], refusal(capsys, spec))
+
+
+def test_data_without_batches_are_refused(capsys):
+    assert "made a `NoneType`, which has no batches. Return a `DataLoader`" in refusal(
+        capsys, "nets:Net", data="nets:nothing"
+    )
+
+
+def test_a_fraction_is_no_percentage(capsys):
+    assert "a fraction lies between 0 and 1" in refusal(capsys, "nets:Net", "--fail-above", "10")
+
+
+def test_a_model_that_fails_is_not_taken_for_one_that_is_too_dead(capsys):
+    assert audit("nets:Net", "--fail-above", "0.5", data="nets:narrow") == 2
+    assert "mat1 and mat2" in capsys.readouterr().err
