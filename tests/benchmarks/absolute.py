@@ -1,7 +1,7 @@
 """The |x| regression of Lu et al. (2019, arXiv 1903.06733): how many networks die, and how many a remedy saves.
 
-    python tests/benchmarks/absolute.py                    300 networks at once, 1 to 2 minutes for each setting
-    python tests/benchmarks/absolute.py --trainer --nets 20    one after the other through the Trainer, 6 minutes
+    python tests/benchmarks/absolute.py                    300 networks at once, 2 to 4 minutes for each setting
+    python tests/benchmarks/absolute.py --trainer --nets 20    one after the other through the Trainer, as long
 
 Nine hidden layers of width 2, He's initialisation and no bias at the start, x uniform on [-sqrt 3, sqrt 3], Adam at
 1e-3, batches of 100, 5000 steps. A network is constant if its range over 1000 points is below 1e-3, and good if its

@@ -37,6 +37,7 @@ REMEDIES: dict[str, Any] = {
     "leaky": "leaky",
     "gelu": "gelu",
     "reset, then leaky": ["reset", "leaky"],
+    "leaky, then reset": ["leaky", "reset"],
 }
 
 
