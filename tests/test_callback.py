@@ -25,8 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset
 from toys import EVERYTHING, KEY, Log, Net, Verdicts, assert_same, bare, batches, fit, mlp, watchers
 
-from lightning_deadrelu import DeadReLUMonitor
-from lightning_deadrelu import callback as callback_module
+from lightning_deadrelu import DeadReLUMonitor, monitoring
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*the Trainer has no logger", "ignore:.*get no gradient", "ignore:.*no rectifier ran"
@@ -863,11 +862,11 @@ def broken(*args, **kwargs):
 @pytest.mark.parametrize("place", ["judge", "count", "watch", "restore", "unwatched"])
 def test_a_failure_of_the_monitor_neither_ends_the_run_nor_loses_a_checkpoint(place, monkeypatch, tmp_path):
     owner, name = {
-        "judge": (callback_module, "judge"),
-        "count": (callback_module.Watch, "_take"),
-        "watch": (callback_module, "Watch"),
+        "judge": (monitoring, "judge"),
+        "count": (monitoring.Watch, "_take"),
+        "watch": (monitoring, "Watch"),
         "restore": (DeadReLUMonitor, "_joined"),
-        "unwatched": (callback_module.Watch, "unwatched"),
+        "unwatched": (monitoring.Watch, "unwatched"),
     }[place]
     monkeypatch.setattr(owner, name, broken)
     model, monitor = Net(), DeadReLUMonitor(**EVERYTHING)

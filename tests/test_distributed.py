@@ -26,8 +26,7 @@ from toys import (
 )
 from two_ranks import Branching, ddp_trainer, on_two_ranks, shares
 
-from lightning_deadrelu import DeadReLUMonitor
-from lightning_deadrelu import callback as callback_module
+from lightning_deadrelu import DeadReLUMonitor, monitoring
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*the Trainer has no logger", "ignore:.*get no gradient", "ignore:.*use of fork"
@@ -151,11 +150,11 @@ def fit_failing(rank, owner, name, after, victim):
 
 
 FAILURES = {
-    "counting, at once": (callback_module.Watch, "_take", 0),
-    "counting, later": (callback_module.Watch, "_take", 9),
-    "starting": (callback_module, "Watch", 0),
-    "judging, at once": (callback_module, "judge", 0),
-    "judging, later": (callback_module, "judge", 2),
+    "counting, at once": (monitoring.Watch, "_take", 0),
+    "counting, later": (monitoring.Watch, "_take", 9),
+    "starting": (monitoring, "Watch", 0),
+    "judging, at once": (monitoring, "judge", 0),
+    "judging, later": (monitoring, "judge", 2),
     "publishing": (DeadReLUMonitor, "_publish", 1),
 }
 
