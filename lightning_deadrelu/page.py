@@ -15,7 +15,17 @@ import torch
 from lightning_deadrelu import svg
 from lightning_deadrelu.raster import Raster, SiteRaster, State
 from lightning_deadrelu.statistics import LivenessReport
-from lightning_deadrelu.story import Gap, Story, column_of, conclusion, shortened, shortened_names, stories, worst_first
+from lightning_deadrelu.story import (
+    Gap,
+    Story,
+    column_of,
+    conclusion,
+    refused,
+    shortened,
+    shortened_names,
+    stories,
+    worst_first,
+)
 
 if TYPE_CHECKING:
     from lightning_deadrelu.ladder import Event
@@ -24,7 +34,6 @@ if TYPE_CHECKING:
 _LINES = {"dead_fraction": "dead", "rare_fraction": "rare", "always_on_fraction": "always on"}
 _LINES |= {"frozen_fraction": "frozen"}
 _OPEN = 3
-_RAMP = ((0.0, (0xE3, 0xEB, 0xF0)), (0.5, (0xE0, 0x7B, 0x2A)), (1.0, (0x5C, 0x24, 0x00)))
 _UNKNOWN = "#8C8C8C"
 
 
@@ -83,7 +92,7 @@ def to_json(
         "run": [_run_of(story) for story in stories(report, raster, events)],
         "curves": _curves_of(raster),
         "events": [event._asdict() for event in events],
-        "refused": _refused(report, events, attribution or {}),
+        "refused": refused(report, events, attribution or {}),
     }
     return json.dumps(_strict(content), allow_nan=False, indent=1)
 
@@ -104,22 +113,6 @@ def _strict(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_strict(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _refused(
-    report: LivenessReport, events: Iterable[Event], attribution: Mapping[str, Attribution]
-) -> dict[str, dict[str, str]]:
-    """Gather by site what could not be watched, traced or edited, and why."""
-    refused: dict[str, dict[str, str]] = {}
-    for name, reason in report.unwatched.items():
-        refused.setdefault(name, {})["not watched"] = reason
-    for name, known in attribution.items():
-        reasons = {"what feeds it": known.no_incoming, "what reads it": known.no_outgoing, "terms": known.no_outlet}
-        refused.setdefault(name, {}).update({what: why for what, why in reasons.items() if why})
-    for event in events:
-        if event.action == "refused":
-            refused.setdefault(event.site, {})[event.remedy] = event.reason
-    return {name: reasons for name, reasons in refused.items() if reasons}
 
 
 # -- for people ------------------------------------------------------------------------------------------
@@ -148,7 +141,7 @@ def to_html(
     history = raster if raster and raster.steps else None
     parts = [_tiles(report, history, told), _over_time(history, events) if history else "", _depth(told)]
     parts += [_heat(history) if history else "", _table(told), _rasters(history, told) if history else ""]
-    parts += [_events(events), _refusals(_refused(report, events, attribution or {}))]
+    parts += [_events(events), _refusals(refused(report, events, attribution or {}))]
     return Template(_beside("page.html")).substitute(
         style=_beside("page.css"),
         conclusion=_coded(conclusion(report, raster, events)),
@@ -223,24 +216,12 @@ def _heat(raster: Raster) -> str:
         return ""
     shares = torch.tensor(list(curves.values()), dtype=torch.float64)
     pixels = torch.where(shares.isnan(), 255.0, (shares.nan_to_num() * 254).round()).to(torch.uint8)
-    palette = [*(_ramp(number / 254) for number in range(255)), _UNKNOWN]
-    marks = svg.key([(f"{share:.0%} dead", _ramp(share)) for share in (0.0, 0.25, 0.5, 0.75, 1.0)])
+    palette = [*(svg.ramp(number / 254) for number in range(255)), _UNKNOWN]
+    marks = svg.key([(f"{share:.0%} dead", svg.ramp(share)) for share in (0.0, 0.25, 0.5, 0.75, 1.0)])
     picture = svg.heat(svg.png(pixels, palette), shortened_names(list(curves), 26), raster.steps)
     return (
         f'<h2>By depth and time</h2><p class="note">A row for each layer, a column for each window.</p>{marks}{picture}'
     )
-
-
-def _ramp(share: float) -> str:
-    """Colour a share; the larger, the darker.
-
-    Example:
-        >>> _ramp(0.0), _ramp(0.5), _ramp(1.0)
-        ('#e3ebf0', '#e07b2a', '#5c2400')
-    """
-    (low, start), (high, end) = (_RAMP[0], _RAMP[1]) if share <= 0.5 else (_RAMP[1], _RAMP[2])
-    part = (share - low) / (high - low)
-    return "#" + "".join(f"{round(a + part * (b - a)):02x}" for a, b in zip(start, end, strict=True))
 
 
 # -- tables ----------------------------------------------------------------------------------------------
@@ -316,10 +297,10 @@ def _events(events: Sequence[Event]) -> str:
     return f"<h2>What was done</h2>{_grid(('#step', 'layer', 'remedy', 'outcome', '#units', 'why'), rows)}"
 
 
-def _refusals(refused: Mapping[str, Mapping[str, str]]) -> str:
+def _refusals(reasons_of: Mapping[str, Mapping[str, str]]) -> str:
     rows = [
         f'<td class="name"><code>{escape(name)}</code></td><td>{escape(what)}</td><td>{_coded(why)}</td>'
-        for name, reasons in refused.items()
+        for name, reasons in reasons_of.items()
         for what, why in reasons.items()
     ]
     return f"<h2>What was left alone</h2>{_grid(('layer', 'what', 'why'), rows)}" if rows else ""

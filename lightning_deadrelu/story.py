@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from lightning_deadrelu.statistics import LivenessReport, SiteReport
 
 if TYPE_CHECKING:
     from lightning_deadrelu.ladder import Event
+    from lightning_deadrelu.slices import Attribution
 
 _MANY = 0.1  # the monitor's own threshold, by default
 _MOST_SHOWN = 20
@@ -35,7 +36,7 @@ class Story(NamedTuple):
 
     Args:
         site: The latest verdict.
-        worst: Largest dead fraction over the run; not a number for smooth sites.
+        worst: Largest dead fraction over the run; not a number for smooth sites, or without a history.
         since: Step from which on at least half of today's dead have been dead; None if none is.
         died: Step of the window in which most units died; None if none did, or no history was kept.
         remedied: Units that were edited.
@@ -87,7 +88,7 @@ def stories(report: LivenessReport, raster: Raster | None = None, events: Iterab
 
 def _story(site: SiteReport, curve: Sequence[float], steps: Sequence[int], edited: Sequence[int]) -> Story:
     known = [0.0 if math.isnan(value) else value for value in curve]
-    worst = math.nan if site.smooth else max([*known, site.dead_fraction])
+    worst = max([*known, site.dead_fraction]) if known and not site.smooth else math.nan
     units = torch.tensor([unit for unit in edited if unit < site.units], dtype=torch.long)
     revived = 0 if site.smooth else int((~site.silent[units] & (site.samples > 0)).sum())
     since, died = (None, None) if site.smooth else (_since(known, steps, site.dead_fraction), _died(known, steps))
@@ -204,6 +205,30 @@ def shortened_names(names: list[str], longest: int = 44) -> list[str]:
 def _in_common(paths: list[list[str]]) -> int:
     """Count the leading parts that all paths share."""
     return sum(1 for _ in itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False)))
+
+
+def refused(
+    report: LivenessReport, events: Iterable[Event], attribution: Mapping[str, Attribution]
+) -> dict[str, dict[str, str]]:
+    """Gather by site what could not be watched, traced or edited, and why.
+
+    Args:
+        report: The latest verdict.
+        events: What was done.
+        attribution: What is known of what feeds and reads each site.
+
+    Example:
+        >>> refused(LivenessReport((), unwatched={"head": "it has not run"}), [], {})
+        {'head': {'not watched': 'it has not run'}}
+    """
+    found = {name: {"not watched": reason} for name, reason in report.unwatched.items()}
+    for name, known in attribution.items():
+        reasons = {"what feeds it": known.no_incoming, "what reads it": known.no_outgoing, "terms": known.no_outlet}
+        found.setdefault(name, {}).update({what: why for what, why in reasons.items() if why})
+    for event in events:
+        if event.action == "refused":
+            found.setdefault(event.site, {})[event.remedy] = event.reason
+    return {name: reasons for name, reasons in found.items() if reasons}
 
 
 # -- in one sentence -------------------------------------------------------------------------------------

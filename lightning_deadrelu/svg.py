@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor
 
 _WIDTH, _LEFT, _RIGHT = 960, 56, 12
+_RAMP = ((0.0, (0xE3, 0xEB, 0xF0)), (0.5, (0xE0, 0x7B, 0x2A)), (1.0, (0x5C, 0x24, 0x00)))
 
 
 def png(pixels: Tensor, palette: Sequence[str]) -> str:
@@ -193,3 +194,18 @@ def key(names: Iterable[tuple[str, str]]) -> str:
     """
     items = (f'<li><i style="background:{colour}"></i>{html.escape(label)}</li>' for label, colour in names)
     return f'<ul class="key">{"".join(items)}</ul>'
+
+
+def ramp(share: float) -> str:
+    """Colour a share; the larger, the darker, so that those see it too who tell few colours apart.
+
+    Args:
+        share: From 0 to 1.
+
+    Example:
+        >>> ramp(0.0), ramp(0.5), ramp(1.0)
+        ('#e3ebf0', '#e07b2a', '#5c2400')
+    """
+    (low, start), (high, end) = (_RAMP[0], _RAMP[1]) if share <= 0.5 else (_RAMP[1], _RAMP[2])
+    part = (share - low) / (high - low)
+    return "#" + "".join(f"{round(a + part * (b - a)):02x}" for a, b in zip(start, end, strict=True))

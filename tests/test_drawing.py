@@ -6,10 +6,13 @@ from itertools import pairwise
 import matplotlib
 import pytest
 import torch
+from histories import LONG, run_of
 from torch import nn
 
 from lightning_deadrelu import LivenessReport, find_dead_units
-from lightning_deadrelu.drawing import headline, plot, table
+from lightning_deadrelu.drawing import headline, plot, plot_history, summary, table
+from lightning_deadrelu.raster import Raster
+from lightning_deadrelu.story import conclusion, shortened_names
 
 matplotlib.use("agg")
 pyplot = pytest.importorskip("matplotlib.pyplot")
@@ -122,3 +125,82 @@ def test_plot_keeps_texts_apart(count, pattern, style):
         assert len(set(labels)) == len(labels)
         assert ax.title.get_color() == matplotlib.rcParams["text.color"]
     assert figure.get_figheight() <= 12
+
+
+# -- over a run ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs():
+    return {count: run_of(count, windows=10, units=20, pattern=LONG)[:3] for count in (1, 3, 30, 200)}
+
+
+@pytest.mark.parametrize("count", [1, 3, 30, 200])
+@pytest.mark.parametrize("width", [80, 120])
+def test_summary_fits_and_tells_every_site_that_is_not_well(runs, count, width):
+    report, raster, events = runs[count]
+    lines = summary(report, raster, events, width).splitlines()
+    assert lines[0] == conclusion(report, raster, events)
+    assert all(len(line) <= width for line in lines[1:])
+    assert len(lines) <= 70
+    names = dict(
+        zip([site.name for site in report.sites], shortened_names([s.name for s in report.sites]), strict=True)
+    )
+    worst = sorted(report.sites, key=lambda site: site.dead_fraction)[-1].name
+    assert any(line.startswith(names[worst]) for line in lines)
+    assert lines[-1] == "not watched: head.relu: it has not run"
+
+
+def test_summary_counts_what_was_done(runs):
+    report, raster, events = runs[3]
+    header, *rows = summary(report, raster, events, 140).splitlines()[1:]
+    assert " ".join(header.split()) == "layer kind units dead now worst died at step remedied fire again verdict"
+    told = rows[1].split()
+    edited = {unit for event in events if event.action == "edited" for unit in event.units}
+    assert int(told[7]) == len(edited) > int(told[8])
+
+
+def test_summary_of_an_audit_leaves_out_what_it_does_not_know():
+    report = audit(nn.ReLU())
+    assert summary(report).splitlines()[1].split()[:5] == ["layer", "kind", "units", "dead", "now"]
+    assert "remedied" not in summary(report)
+    assert summary(LivenessReport(())) == "No rectifier was watched."
+
+
+def test_notebooks_get_a_table_that_is_escaped():
+    text = many(2, "<b>{}&")._repr_html_()
+    assert "<td>&lt;b&gt;0&amp;</td>" in text
+    assert text.count("<tr>") == 3
+
+
+@pytest.mark.parametrize("count", [1, 3, 30, 200])
+@pytest.mark.parametrize("style", ["default", "dark_background"])
+def test_history_is_drawn_and_keeps_texts_apart(runs, count, style):
+    with pyplot.style.context(style):
+        figure, axes = plot_history(*runs[count])
+        figure.canvas.draw()
+        assert len(axes) == 1 + min(count, 4)
+        names = [ax._left_title.get_window_extent() for ax in axes[1:]]
+        assert all(box.x1 <= figure.bbox.x1 and box.x0 >= 0 for box in names)
+        assert all(name.y0 >= ax.bbox.y1 - 1 for name, ax in zip(names, axes[1:], strict=True))
+        assert figure._suptitle.get_window_extent().y1 <= figure.bbox.y1 + 1
+        ticks = [label.get_window_extent() for label in axes[-1].get_xticklabels()]
+        assert all(left.x1 < right.x0 for left, right in pairwise(ticks))
+    assert figure.get_figheight() <= 12
+
+
+def test_history_draws_the_curve_and_marks_the_edits(runs):
+    report, raster, events = runs[3]
+    _, (curves, *rasters) = plot_history(report, raster, events)
+    dead, marks = curves.lines[0], curves.lines[-1]
+    assert tuple(dead.get_ydata()) == raster.curves["dead_fraction"]
+    steps = sorted({event.step for event in events if event.action == "edited"})
+    assert [raster.steps[column] for column in marks.get_xdata()] == steps
+    assert torch.equal(torch.tensor(rasters[0].images[0].get_array().data), raster.sites[LONG.format(1)].states)
+
+
+def test_history_of_nothing_is_empty():
+    raster = Raster()
+    raster.add(LivenessReport((), step=9))
+    _, axes = plot_history(LivenessReport((), step=9), raster)
+    assert len(axes) == 1

@@ -39,7 +39,6 @@ MAY_IMPORT = {
     "forecast": {"statistics"},
     "svg": set(),
     "page": {"raster", "statistics", "story", "svg"},
-    "__main__": {"activations", "audit", "drawing", "page", "statistics"},
     "metrics": {"statistics"},
     "raster": {"metrics", "statistics"},
     "reporting": {"metrics", "raster", "statistics"},
@@ -65,9 +64,8 @@ MAY_IMPORT = {
         "writing",
     },
     "arguments": {"remedies"},
-    "callback": {
+    "monitoring": {
         "activations",
-        "arguments",
         "attribution",
         "ladder",
         "ranks",
@@ -79,10 +77,12 @@ MAY_IMPORT = {
         "trainable",
         "watch",
     },
+    "callback": {"activations", "arguments", "monitoring", "ranks", "remedies", "statistics"},
+    "__main__": {"activations", "audit", "drawing", "page", "statistics"},
     "__init__": {"activations", "audit", "callback", "remedies", "statistics"},
 }
 ONLY_IN = {
-    "lightning": {"callback", "reporting"},
+    "lightning": {"callback", "monitoring", "reporting"},
     "torch.distributed": {"ranks"},
     "matplotlib": {"drawing"},
     "rich": {"drawing"},
