@@ -68,7 +68,7 @@ def test_it_prints_what_is_dead(place, capsys):
     assert audit(f"{place}:broken", data=f"{place}:data") == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("2 of 8 units are dead (25.0%), all in `1`")
-    assert printed[2].split()[:4] == ["1", "relu", "8", "2"]
+    assert printed[3].split()[:4] == ["1", "relu", "8", "2"]
 
 
 def test_it_runs_as_a_module(tmp_path):

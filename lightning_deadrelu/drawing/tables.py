@@ -174,26 +174,35 @@ def summary(
         >>> print(summary(LivenessReport(())))
         No rectifier was watched.
     """
-    from rich.table import Table
-
     events = list(events)
     told = stories(report, raster, events)
     names = dict(zip((s.site.name for s in told), shortened_names([s.site.name for s in told]), strict=True))
     rows = [_told(row, names) for row in shortened(told)]
-    shown = [name for name in _STORY if name in _ALWAYS or any(row.get(name, "-") not in "-0" for row in rows)]
-    grid = Table(box=None, pad_edge=False)
-    for name in shown:
-        left = name in ("layer", "kind", "verdict")
-        grid.add_column(name, justify="left" if left else "right", overflow="fold", no_wrap=name != "layer")
-    for row in rows:
-        grid.add_row(*(_plain(row.get(name, "")) for name in shown))
     width = width or min(max(shutil.get_terminal_size((120, 24)).columns, 80), 140)
-    lines = [conclusion(report, raster, events), *([_printed(grid, width)] if rows else [])]
+    lines = [conclusion(report, raster, events), *([_laid_out(rows, width)] if rows else [])]
     return "\n".join([*lines, *(f"not watched: {name}: {reason}" for name, reason in report.unwatched.items())])
 
 
-_STORY = ("layer", "kind", "units", "dead now", "", "worst", "died at step", "remedied", "fire again", "verdict")
-_ALWAYS = ("layer", "kind", "units", "dead now", "", "verdict")
+def _laid_out(rows: list[dict[str, str]], width: int) -> str:
+    """Lay rows out without the columns that tell nothing; in little room, tighter and without the kinds."""
+    from rich.table import Table
+
+    tight = width < 100
+    told = [name for name in _STORY if name in _ALWAYS or any(row.get(name, "-") not in "-0" for row in rows)]
+    shown = [name for name in told if not (tight and name == "kind")]
+    grid = Table(box=None, pad_edge=False, padding=(0, 1 if tight else 2, 0, 0))
+    for name in shown:
+        if name == "layer":
+            grid.add_column(name, overflow="fold", min_width=16)
+        else:
+            grid.add_column(name, justify="left" if name in ("kind", "verdict") else "right", no_wrap=True)
+    for row in rows:
+        grid.add_row(*(_plain(row.get(name, "")) for name in shown))
+    return _printed(grid, width)
+
+
+_STORY = ("layer", "kind", "units", "dead\nnow", "", "worst", "died\nat step", "remedied", "fire\nagain", "verdict")
+_ALWAYS = ("layer", "kind", "units", "dead\nnow", "", "verdict")
 
 
 def _told(row: Story | Gap, names: Mapping[str, str]) -> dict[str, str]:
@@ -202,9 +211,9 @@ def _told(row: Story | Gap, names: Mapping[str, str]) -> dict[str, str]:
     site = row.site
     cells = {"layer": names[site.name], "kind": site.kind, "units": f"{site.units:,}", "verdict": row.verdict}
     dead, share = (f"{int(site.dead.sum()):,}", f"{site.dead_fraction:.1%}") if not site.smooth else ("-", "-")
-    cells |= {"dead now": dead, "": share, "worst": "-" if math.isnan(row.worst) else f"{row.worst:.1%}"}
-    cells |= {"died at step": "-" if row.died is None else f"{row.died:,}", "remedied": f"{row.remedied:,}"}
-    return cells | {"fire again": "-" if site.smooth else f"{row.revived:,}"}
+    cells |= {"dead\nnow": dead, "": share, "worst": "-" if math.isnan(row.worst) else f"{row.worst:.1%}"}
+    cells |= {"died\nat step": "-" if row.died is None else f"{row.died:,}", "remedied": f"{row.remedied:,}"}
+    return cells | {"fire\nagain": "-" if site.smooth else f"{row.revived:,}"}
 
 
 def _printed(grid: Table, width: int) -> str:
