@@ -266,8 +266,11 @@ def _deaths(report: LivenessReport, told: Sequence[Story]) -> str:
     since = f", since step {most.since:,}" if most.since is not None else ""
     if len(ill) == 1:
         return f"{line}, {'' if report.dead_units == 1 else 'all '}in `{most.site.name}`{since}"
+    line = f"{line}, in {len(ill)} of {len(told)} layers"
     number = int(most.site.dead.sum())
-    return f"{line}, in {len(ill)} of {len(told)} layers, most in `{most.site.name}` ({number:,}{since})"
+    if number == int(ill[-2].site.dead.sum()):
+        return line
+    return f"{line}, most in `{most.site.name}` ({number:,}{since})"
 
 
 def _past(report: LivenessReport, raster: Raster | None) -> str:

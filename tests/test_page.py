@@ -6,8 +6,10 @@ import math
 import re
 import shutil
 import subprocess
+import sys
 import zlib
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
@@ -166,6 +168,18 @@ def test_a_browser_opens_it_without_errors(runs, tmp_path, count, theme):
     assert done.returncode == 0, done.stderr
     assert "CONSOLE" not in done.stderr
     assert picture.stat().st_size > 10_000
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_the_example_writes_a_page_and_its_picture(tmp_path):
+    pytest.importorskip("sklearn")
+    script = Path(__file__).parents[1] / "examples" / "report.py"
+    options = ["--epochs", "2", "--out", str(tmp_path), "--picture", str(tmp_path / "page.png")]
+    done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "of 192 units" in done.stdout
+    assert (tmp_path / "page.png").stat().st_size > 10_000
+    strict((tmp_path / "report.json").read_text(encoding="utf-8"))
 
 
 # -- what is told ----------------------------------------------------------------------------------------
