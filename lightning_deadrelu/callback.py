@@ -134,6 +134,7 @@ class DeadReLUMonitor(Monitoring):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._trainer = trainer
+        self._check_alone(trainer)
         with self._careful():
             self._watch = self._new_watch(pl_module)
             self._watch.judged_as = rectifiers(pl_module)
@@ -153,7 +154,7 @@ class DeadReLUMonitor(Monitoring):
         self._device = pl_module.device
         with self._careful():
             self._repair.start(pl_module)
-        if self._pending:
+        if self._pending is not None:
             with self._careful():
                 self._restore(self._pending, trainer, pl_module)
         self._pending = None
@@ -164,7 +165,7 @@ class DeadReLUMonitor(Monitoring):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._disarm()
         if batch_idx % trainer.accumulate_grad_batches == 0:
-            self._observing = self._batches % self.every_n_steps == 0 and _trains(trainer)
+            self._observing = self._is_due(self._batches) and _trains(trainer)
         if self._watch and not self._failure:
             with self._careful():
                 self._repair.begin(self._patient(trainer), self._observing)
@@ -172,6 +173,15 @@ class DeadReLUMonitor(Monitoring):
                     self._watch.valid = self._valid(batch)
                     self._watch.liveness.observation = self._observation
                     self._watch.probe.arm()
+
+    def _is_due(self, batch: int) -> bool:
+        """Whether a batch is to be observed: the first of each ``every_n_steps``, or with a remedy any one of them.
+
+        Tasks, optimizers and heads that take turns would else be met always in the same phase, and what rests in that
+        phase be taken for dead.
+        """
+        block, place = divmod(batch, self.every_n_steps)
+        return place == (_scattered(block) % self.every_n_steps if self._repair.ladder.rungs else 0)
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -227,7 +237,8 @@ class DeadReLUMonitor(Monitoring):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._stop()
+        self._disarm()  # terms in flight are out of the model, but go into a checkpoint that is saved now
+        self._running = self._joint = False
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -235,7 +246,8 @@ class DeadReLUMonitor(Monitoring):
 
     def _stop(self) -> None:
         self._disarm()
-        self._repair.stop(self._step)
+        with self._careful():
+            self._repair.stop(self._step)
         self._running = self._joint = False
 
     def _disarm(self) -> None:
@@ -266,6 +278,11 @@ class DeadReLUMonitor(Monitoring):
 def _logging_step(trainer: Trainer) -> int:
     """Count steps as Lightning's own monitors do, so that the curves share an x-axis."""
     return int(getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step))
+
+
+def _scattered(number: int) -> int:
+    """Hash a number (Knuth's multiplicative hash), 0 to 0."""
+    return (number * 2_654_435_761 % 2**32) >> 16
 
 
 def _trains(trainer: Trainer) -> bool:

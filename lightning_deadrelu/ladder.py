@@ -16,6 +16,7 @@ from lightning_deadrelu.statistics import LivenessReport, SiteReport
 _EVIDENCE_FACTOR = 10  # an edit asks for so much more evidence than a verdict
 _SUCCESS = 0.5  # share of the treated units that has to fire afterwards
 _JUMP_IN_STDS = 5.0
+_SOON = 10  # verdicts
 _MOST_HARMS = 3  # in a row, where a remedy may fail for ever
 
 
@@ -126,7 +127,10 @@ class Progress:
         above: Verdicts in a row with a dead fraction above the threshold.
         failures: Edits in a row that did not help, or did harm.
         harms: Edits in a row that did harm.
+        relapses: Edits in a row of units that had just come back.
+        rest: Verdicts since the last edit was judged.
         edits: Edits of the site by the remedy that is in turn.
+        back: Units that came back by the last edit, boolean, shape ``(units,)``.
         trial: The edit in flight.
     """
 
@@ -134,7 +138,10 @@ class Progress:
     above: int = 0
     failures: int = 0
     harms: int = 0
+    relapses: int = 0
+    rest: int = 0
     edits: int = 0
+    back: Tensor | None = None
     trial: Trial | None = None
 
 
@@ -172,6 +179,7 @@ class Ladder:
         for site in report.headline:
             progress = self.sites.setdefault(site.name, Progress())
             if site.name in busy:
+                events += self._harm(progress, site, report.step, loss)
                 continue
             events += self._judge(progress, site, report.step, loss)
             request = self._request(progress, site, report.step)
@@ -190,8 +198,10 @@ class Ladder:
         """
         remedy = self.rungs[request.rung]
         self.edits[request.rung] += not remedy.dry_run
-        self.sites[request.site].edits += not remedy.dry_run
-        self.sites[request.site].trial = Trial(units, remedy.cooldown, before, tuple(loss or ()), remedy.dry_run)
+        progress = self.sites[request.site]
+        progress.edits += not remedy.dry_run
+        progress.relapses = progress.relapses + 1 if _relapsed(progress, units) else 0
+        progress.trial = Trial(units, remedy.cooldown, before, tuple(loss or ()), remedy.dry_run)
         action = "would edit" if remedy.dry_run else "edited"
         return Event(step, request.site, action, _name(remedy), _numbers(units), request.reason, before)
 
@@ -203,23 +213,32 @@ class Ladder:
 
     def dropped(self, site: str, step: int) -> Event:
         """Note that training ended while a term was in flight."""
-        progress = self.sites[site]
+        rung = self.sites[site].rung if site in self.sites else len(self.rungs)
         why = "training ended before its term was annealed away"
-        return Event(step, site, "dropped", _name(self.rungs[progress.rung]), reason=why)
+        return Event(step, site, "dropped", _name(self.rungs[rung]) if rung < len(self.rungs) else "", reason=why)
+
+    def _harm(self, progress: Progress, site: SiteReport, step: int, loss: Loss | None) -> list[Event]:
+        """See whether the loss jumped in the window after an edit."""
+        trial = progress.trial
+        if trial is None or not trial.fresh:
+            return []
+        trial.fresh = False
+        if trial.dry or not trial.loss or loss is None or not Loss(*trial.loss).jumped_to(loss):
+            return []
+        progress.trial = None
+        progress.harms += 1
+        why = f"the loss went from {trial.loss[0]:.4g} to {loss.mean:.4g}"
+        event = self._outcome("harmed", progress, site, trial, step, why)
+        return [event, *self._fell_short(progress, site.name, step)]
 
     def _judge(self, progress: Progress, site: SiteReport, step: int, loss: Loss | None) -> list[Event]:
+        events = self._harm(progress, site, step, loss)
         trial = progress.trial
         if trial is None:
-            return []
-        if trial.fresh and trial.loss and loss and Loss(*trial.loss).jumped_to(loss) and not trial.dry:
-            progress.trial = None
-            why = f"the loss went from {trial.loss[0]:.4g} to {loss.mean:.4g}"
-            progress.harms += 1
-            event = self._outcome("harmed", progress, site, trial, step, why)
-            return [event, *self._fell_short(progress, site.name, step)]
-        trial.fresh = False
+            progress.rest += 1
+            return events
         trial.windows -= 1
-        if trial.windows > 0:
+        if trial.windows > 0 or not site.elements:  # a site that did not run says nothing
             return []
         progress.trial = None
         return [] if trial.dry else self._conclude(progress, site, trial, step)
@@ -229,19 +248,22 @@ class Ladder:
         back = trial.units & ~site.silent & ~site.frozen
         share = int(back.sum()) / int(trial.units.sum())
         why = f"{int(back.sum())} of {int(trial.units.sum())} treated units fire"
+        progress.harms = progress.rest = 0
         if share >= _SUCCESS:
-            progress.failures = progress.harms = 0
-            return [self._outcome("revived", progress, site, trial, step, why)]
+            progress.failures, progress.back = progress.relapses, back
+            event = self._outcome("revived", progress, site, trial, step, why)
+            return [event, *(self._climb(progress, site.name, step) if self._is_spent(progress) else [])]
         event = self._outcome("failed", progress, site, trial, step, why)
-        progress.harms = 0
         return [event, *self._fell_short(progress, site.name, step)]
 
     def _fell_short(self, progress: Progress, site: str, step: int) -> list[Event]:
         """Count an edit that did not help, or seems to have done harm: a loss may also jump because the data change."""
         progress.failures += 1
+        return self._climb(progress, site, step) if self._is_spent(progress) else []
+
+    def _is_spent(self, progress: Progress) -> bool:
         attempts = self.rungs[progress.rung].attempts
-        spent = progress.harms >= _MOST_HARMS if attempts is None else progress.failures >= attempts
-        return self._climb(progress, site, step) if spent else []
+        return progress.harms >= _MOST_HARMS if attempts is None else progress.failures >= attempts
 
     def _outcome(
         self, action: str, progress: Progress, site: SiteReport, trial: Trial, step: int, reason: str
@@ -253,7 +275,7 @@ class Ladder:
 
     def _climb(self, progress: Progress, site: str, step: int) -> list[Event]:
         name = _name(self.rungs[progress.rung])
-        progress.rung, progress.failures, progress.harms, progress.edits = progress.rung + 1, 0, 0, 0
+        vars(progress).update(vars(Progress(progress.rung + 1)))
         if progress.rung < len(self.rungs):
             return [Event(step, site, "escalated", name, reason=f"next: {_name(self.rungs[progress.rung])}")]
         return [Event(step, site, "given up", name, reason="no remedy is left; it is watched on")]
@@ -263,15 +285,12 @@ class Ladder:
             return None
         remedy = self.rungs[progress.rung]
         units = candidates(site, remedy, self._evidence)
-        suspects = int((site.dead | units).sum() if remedy.significance else site.dead.sum())
-        progress.above = progress.above + 1 if suspects > self._threshold * site.units else 0
+        share = int(units.sum()) / site.units  # those that died lately have to wait: an attempt would pass them by
+        progress.above = progress.above + 1 if share > self._threshold else 0
         spent = remedy.max_edits_per_site is not None and progress.edits >= remedy.max_edits_per_site
         if progress.above < remedy.patience or spent or not self.may(progress.rung, step):
             return None
         units |= frozen_units(site, remedy)
-        if not units.any():
-            return None
-        share = suspects / site.units
         return Request(site.name, progress.rung, units, f"{share:.1%} dead, above the threshold {self._threshold:.1%}")
 
     def may(self, rung: int, step: int) -> bool:
@@ -287,8 +306,9 @@ class Ladder:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what was saved, as far as there are as many remedies as then."""
         for name, saved in state["sites"].items():
-            trial = Trial(**saved["trial"]) if saved["trial"] else None
-            self.sites[name] = Progress(**{**saved, "trial": trial})
+            known = saved["rung"] < len(self.rungs)
+            trial = Trial(**saved["trial"]) if saved["trial"] and known else None
+            self.sites[name] = Progress(**{**saved, "trial": trial, "rung": min(saved["rung"], len(self.rungs))})
         if len(state["edits"]) == len(self.rungs):
             self.edits = list(state["edits"])
 
@@ -325,6 +345,13 @@ def improbable(site: SiteReport, significance: float) -> Tensor:
 def frozen_units(site: SiteReport, remedy: Remedy) -> Tensor:
     """Tell which frozen units are to be treated along, boolean, shape ``(units,)``."""
     return site.frozen & remedy.treats_frozen
+
+
+def _relapsed(progress: Progress, units: Tensor) -> bool:
+    """Whether an edit goes mostly to units that came back by the one before, and not long ago."""
+    if progress.back is None or progress.rest > _SOON:
+        return False
+    return int((units & progress.back).sum()) >= _SUCCESS * int(units.sum())
 
 
 def _name(remedy: Remedy) -> str:

@@ -21,7 +21,7 @@ from lightning_deadrelu.activations import records, rectifiers, reinstate_, rest
 from lightning_deadrelu.attribution import Attributions
 from lightning_deadrelu.ladder import Event
 from lightning_deadrelu.remedies import Remedy, ladder_of
-from lightning_deadrelu.repair import Patient, Repair
+from lightning_deadrelu.repair import Diverged, Patient, Repair
 from lightning_deadrelu.reporting import Reporter
 from lightning_deadrelu.sites import Site
 from lightning_deadrelu.statistics import History, LivenessReport, Rules, Totals, judge
@@ -96,10 +96,20 @@ class Monitoring(Callback):
         assert self._watch is not None
         joint = self._joint and trainer.state.status != "interrupted"
         model = trainer.lightning_module
-        return Patient(self._watch, model, trainer.optimizers, trainer.strategy.model or model, joint)
+        outer = trainer.strategy.model or model
+        return Patient(self._watch, model, trainer.optimizers, outer, joint, self._gradients)
 
     def _new_repair(self) -> Repair:
         return Repair(ladder_of(self.remedy), self.threshold, self.rules.min_samples, self._tell)
+
+    def _check_alone(self, trainer: Trainer) -> None:
+        """Refuse a second monitor with a remedy: both would edit the same units."""
+        others = [one.name for one in trainer.callbacks if isinstance(one, Monitoring) and one._repair.ladder.rungs]
+        if len(others) > 1 and self._repair.ladder.rungs:
+            raise MisconfigurationException(
+                f"The monitors {others} all have a remedy, and would edit the same units. Give one of them the remedies,"
+                " as a list if you want several, and the others `remedy=None`."
+            )
 
     def _refusal(self, trainer: Trainer) -> str:
         """Say why nothing can be repaired under this strategy; empty if it can."""
@@ -231,8 +241,9 @@ class Monitoring(Callback):
         self._score = report.dead_fraction
         self._show(trainer)
         if report.sites:
-            self._reporter(report, trainer.loggers, trainer.is_global_zero, self._repair.edited_units)
-        self._repair.edited_units = 0
+            edited = sum(map(len, self._repair.edited.values()))
+            self._reporter(report, trainer.loggers, trainer.is_global_zero, edited)
+        self._repair.edited = {}
         self._warn(report)
 
     def _warn(self, report: LivenessReport) -> None:
@@ -291,7 +302,7 @@ class Monitoring(Callback):
         """Keep a failure of the monitor from ending the run or losing a checkpoint."""
         try:
             yield
-        except MisconfigurationException:
+        except (MisconfigurationException, Diverged):
             raise
         except Exception as error:
             self._fail(error)
@@ -313,11 +324,12 @@ class Monitoring(Callback):
         if self._pending is not None:  # loaded, and not yet taken up
             return self._pending
         state: dict[str, Any] = {}
+        if self._trainer:  # also once the watch has failed: weights are nothing without their activations
+            state = {"format": _FORMAT, "activations": records(self._trainer.lightning_module)}
         with self._careful():
             joined = self._joined()
             if self._watch and self._trainer and joined:
-                state = {key: getattr(self, f"_{key}") for key in _SAVED}
-                state["format"] = _FORMAT
+                state |= {key: getattr(self, f"_{key}") for key in _SAVED}
                 state["selection"] = self._selection
                 state["told"] = sorted(self._told)
                 state["sites"] = [list(site) for site in self._watch.sites]
@@ -325,7 +337,6 @@ class Monitoring(Callback):
                 state["history"] = dict(vars(self._history))
                 state["never_trained"] = self._gradients.save(self._trainer.lightning_module)
                 state["repair"] = self._repair.state_dict()
-                state["activations"] = records(self._trainer.lightning_module)
         return state
 
     @override
@@ -335,15 +346,20 @@ class Monitoring(Callback):
 
     def _restore(self, state: Mapping[str, Any], trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._watch is not None
+        exchange_as_in(state, pl_module)
+        self._watch.judged_as = rectifiers(pl_module)
         if state.get("format") != _FORMAT:
             rank_zero_warn(f"{self.name}: the checkpoint is of another version of the monitor; all ages start at zero.")
+            return
+        if "sites" not in state:
+            rank_zero_warn(
+                f"{self.name}: the monitor had failed when the checkpoint was saved; all ages start at zero."
+            )
             return
         for key in _SAVED:
             setattr(self, f"_{key}", state[key])
         self._told = set(state["told"])
         self._gradients.load(state["never_trained"], pl_module, trainer.optimizers)
-        exchange_as_in(state, pl_module)
-        self._watch.judged_as = rectifiers(pl_module)
         self._repair.load_state_dict(state["repair"], self._patient(trainer))
         if state["selection"] != self._selection:  # the sites are others, and so are their numbers
             self._observation = 0

@@ -13,17 +13,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_deadrelu import ranks
-from lightning_deadrelu.activations import no_module, records, rectifiers, substitute_
+from lightning_deadrelu.activations import no_module, records, rectifiers, reinstate_, substitute_
 from lightning_deadrelu.confirmation import MOST_ROWS, Confirmation, Evidence
 from lightning_deadrelu.ladder import Event, Ladder, Loss, Request
 from lightning_deadrelu.optimizer_state import left_alone
-from lightning_deadrelu.remedies import Activation, Edits, Law, Remedy, SiteView
+from lightning_deadrelu.remedies import Activation, Edits, Law, Remedy, SiteView, Write
 from lightning_deadrelu.sites import names_of
 from lightning_deadrelu.slices import Attribution, Slice
 from lightning_deadrelu.statistics import LivenessReport, SiteReport
 from lightning_deadrelu.terms import Terms, is_compiled
+from lightning_deadrelu.trainable import Gradients
 from lightning_deadrelu.watch import NOT_TRACED, Watch
-from lightning_deadrelu.writing import laws_of, tensors_of, why_not, write_
+from lightning_deadrelu.writing import check_writes, laws_of, tensors_of, why_not, write_
 
 _LINEAR = (["weight"], ["weight", "bias"])
 _MOST_EVENTS = 1000
@@ -39,6 +40,7 @@ class Patient(NamedTuple):
         optimizers: What trains it.
         outer: What the Trainer calls, for instance a compiled model around it.
         joint: Whether other ranks do the same.
+        gradients: Tells which parameters never get any.
     """
 
     watch: Watch
@@ -46,6 +48,24 @@ class Patient(NamedTuple):
     optimizers: Sequence[Optimizer]
     outer: nn.Module
     joint: bool
+    gradients: Gradients
+
+    @property
+    def trained(self) -> set[int]:
+        """The ``id`` of each parameter that is trained."""
+        held = {id(p) for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
+        return (held - self.gradients.never) or held
+
+
+class Case(NamedTuple):
+    """A site asked about, and what a remedy is shown of it."""
+
+    request: Request
+    view: SiteView
+
+
+class Diverged(RuntimeError):
+    """Ranks hold different weights from now on; the one failure that has to end the run."""
 
 
 class Repair:
@@ -65,8 +85,8 @@ class Repair:
         self.ladder = Ladder(rungs, threshold, min_samples)
         self.terms = Terms()
         self.events: deque[Event] = deque()
-        self.edited_units = 0
-        """Units edited since the last report."""
+        self.edited: dict[str, list[int]] = {}
+        """Units edited since the last report, by site."""
         self.refusal = ""
         """Why nothing can be repaired here; empty if it can."""
         self._laws: dict[str, Law] = {}
@@ -91,9 +111,8 @@ class Repair:
             return
         self.terms.begin()
         names = names_of(watch.sites)
-        watch.offsets = {
-            names.index(name): term for name in self.terms.sites if (term := self.terms.offset(name)) is not None
-        }
+        terms = {name: self.terms.offset(name) for name in self.terms.sites if name in names}
+        watch.offsets = {names.index(name): term for name, term in terms.items() if term is not None}
         if observed and self._requests and self._confirmation is None:
             asked = {names.index(request.site): request.units for request in self._requests}
             self._confirmation = watch.confirmation = Confirmation(asked, watch.device)
@@ -111,8 +130,8 @@ class Repair:
 
     def note_loss(self, loss: Tensor | None) -> None:
         """Add up the losses of observed batches, without looking at them."""
-        if isinstance(loss, Tensor) and loss.is_floating_point():
-            mean = loss.detach().to(self.losses).mean()
+        if self.ladder.rungs and isinstance(loss, Tensor) and loss.is_floating_point():
+            mean = loss.detach().mean().to(self.losses.dtype)
             self.losses = self.losses + torch.stack([torch.ones_like(mean), mean, mean * mean])
 
     # -- the end of a window -----------------------------------------------------------------------------
@@ -126,18 +145,27 @@ class Repair:
             losses: As :attr:`losses`, over all ranks.
         """
         self.losses = torch.zeros_like(self.losses)
-        if self.refusal or not self.ladder.rungs or not self._concerned(report):
+        if self.refusal or not self.ladder.rungs:
             return
-        self._loss = Loss.of(losses)
+        self._loss = Loss.of(losses) if self._concerned(report) else None
         self._requests, events = self.ladder.decide(report, self._loss, self.terms.sites)
+        self._take_back([event.site for event in events if event.action == "escalated"], patient)
         self._report = report if self._requests else None
         attributions, tensors = patient.watch.attributions, tensors_of(patient.model)
         layers = {one.site: fed_by_linear(attributions[one.site], tensors) for one in self._requests}
         self._layers = {site: path for site, path in layers.items() if path}
         self._note(events)
 
+    def _take_back(self, sites: Sequence[str], patient: Patient) -> None:
+        """Put the rectifiers back where another activation did not help, and the next remedy is in turn."""
+        names = names_of(patient.watch.sites)
+        paths = {patient.watch.sites[names.index(site)].owner for site in sites}
+        keep = {record["path"] for record in records(patient.model)} - paths
+        reinstate_(patient.model, keep)
+        patient.watch.judged_as = rectifiers(patient.model) | self.terms.rectifiers
+
     def _concerned(self, report: LivenessReport) -> bool:
-        """Whether there is anything to repair or to judge; if not, nothing is fetched or exchanged."""
+        """Whether there is anything to repair or to judge; if not, no loss is fetched."""
         return bool(report.total("silent") or any(progress.trial for progress in self.ladder.sites.values()))
 
     # -- the batch after ---------------------------------------------------------------------------------
@@ -153,12 +181,65 @@ class Repair:
         evidence = ranks.confirm(own, failed) if patient.joint else own
         if failed or evidence is None or confirmation is None:
             return
-        attributions, names = self._agreed(patient), names_of(patient.watch.sites)
+        cases = self._cases(requests, confirmation, evidence, patient, step)
+        proposals = [self._proposed(case, patient) for case in cases]
+        if patient.joint and len(set(ranks.gather(_digest(cases, proposals)))) > 1:
+            proposals = ["the ranks propose different edits, or hold different weights" for _ in cases]
+        for case, proposal in zip(cases, proposals, strict=True):
+            self._settle(case, proposal, patient, step)
+
+    def _cases(
+        self,
+        requests: Sequence[Request],
+        confirmation: Confirmation,
+        evidence: Evidence,
+        patient: Patient,
+        step: int,
+    ) -> list[Case]:
+        """Lay out all that is known of each site asked about; all that ranks have to exchange is exchanged here."""
+        assert self._report is not None
+        attributions, names, tensors = self._agreed(patient), names_of(patient.watch.sites), tensors_of(patient.model)
+        cases = []
         for request in requests:
-            if self.ladder.may(request.rung, step):
-                number, attribution = names.index(request.site), attributions[request.site]
-                inputs = self._inputs(attribution, confirmation.rows(number), patient)
-                self._treat(request, confirmation.of(number, evidence), inputs, attribution, patient, step)
+            site, attribution, number = (
+                self._report[request.site],
+                attributions[request.site],
+                names.index(request.site),
+            )
+            inputs = self._inputs(attribution, confirmation.rows(number), patient)
+            units, quantiles = _confirmed(request, site, confirmation.of(number, evidence))
+            if inputs is not None:
+                units &= site.frozen | ~fires_now(inputs, attribution, tensors)
+            view = SiteView(site, units, attribution, tensors, self._laws, quantiles, step, inputs)
+            cases.append(Case(request, view))
+        return cases
+
+    def _proposed(self, case: Case, patient: Patient) -> Edits | str | None:
+        """Ask the remedy; a text says why it cannot be applied, None that it has to wait."""
+        remedy, view = self.ladder.rungs[case.request.rung], case.view
+        if not view.units.any() or view.attribution.no_incoming == NOT_TRACED:
+            return None
+        if reason := self._reason_against(remedy, view.report, view.attribution, patient):
+            return reason
+        try:
+            edits = remedy.propose(view, _generator(remedy, view))
+            reason = check_writes(edits.writes, patient.model, patient.optimizers)
+        except Exception as error:
+            return f"its `propose` failed: {type(error).__name__}: {error}"
+        return reason or (edits if edits != Edits() else "it proposes nothing for these units")
+
+    def _settle(self, case: Case, proposal: Edits | str | None, patient: Patient, step: int) -> None:
+        """Carry a proposal out, or turn to the next remedy."""
+        request, view = case
+        remedy = self.ladder.rungs[request.rung]
+        if isinstance(proposal, str):
+            self._note(self.ladder.refused(request, proposal, step))
+        elif proposal is not None and self.ladder.may(request.rung, step):
+            if not remedy.dry_run:
+                self._apply(proposal, view, patient)
+            kept = left_alone(patient.optimizers, view.values, _edited_names(remedy, view.attribution))
+            request = request._replace(reason="; ".join(filter(None, [request.reason, kept])))
+            self._note([self.ladder.edited(request, view.units, view.report.dead_fraction, self._loss, step)])
 
     def forget(self, patient: Patient) -> None:
         """Ask no more about the units asked about."""
@@ -186,32 +267,6 @@ class Repair:
         theirs = ranks.gather(dict(own))
         return {name: joined([attributions[name] for attributions in theirs]) for name in own}
 
-    def _treat(
-        self,
-        request: Request,
-        seen: Evidence,
-        inputs: Tensor | None,
-        attribution: Attribution,
-        patient: Patient,
-        step: int,
-    ) -> None:
-        assert self._report is not None
-        remedy, site = self.ladder.rungs[request.rung], self._report[request.site]
-        if reason := self._reason_against(remedy, site, attribution, patient):
-            self._note(self.ladder.refused(request, reason, step))
-            return
-        tensors = tensors_of(patient.model)
-        units, quantiles = _confirmed(request, site, seen)
-        if inputs is not None:
-            units &= site.frozen | ~fires_now(inputs, attribution, tensors)
-        if units.any():
-            view = SiteView(site, units, attribution, tensors, self._laws, quantiles, step, inputs)
-            if not remedy.dry_run:
-                self._apply(remedy.propose(view, _generator(remedy, view)), remedy, view, patient)
-            kept = left_alone(patient.optimizers, tensors, _edited_names(remedy, attribution))
-            request = request._replace(reason="; ".join(filter(None, [request.reason, kept])))
-            self._note([self.ladder.edited(request, units, site.dead_fraction, self._loss, step)])
-
     def _reason_against(self, remedy: Remedy, site: SiteReport, attribution: Attribution, patient: Patient) -> str:
         """Say why a remedy cannot be applied to a site; empty if it can."""
         names = names_of(patient.watch.sites)
@@ -224,12 +279,20 @@ class Repair:
             "module": no_module(patient.model, own, patient.watch.sites),
         }
         found = [reasons[need] for need in sorted(remedy.needs) if reasons[need]]
-        return "; ".join(found) or why_not(patient.model, patient.optimizers, _edited_names(remedy, attribution))
+        names_edited = _edited_names(remedy, attribution)
+        return "; ".join(dict.fromkeys(found)) or why_not(
+            patient.model, patient.optimizers, names_edited, patient.trained
+        )
 
-    def _apply(self, edits: Edits, remedy: Remedy, view: SiteView, patient: Patient) -> None:
+    def _apply(self, edits: Edits, view: SiteView, patient: Patient) -> None:
         alive = ~view.report.silent & ~view.report.frozen
         live = [one.of(alive) for one in (*view.attribution.incoming, *view.attribution.outgoing)]
-        write_(edits.writes, patient.model, patient.optimizers, live)
+        try:
+            write_(edits.writes, patient.model, patient.optimizers, live)
+        except Exception as error:
+            if patient.joint:
+                raise Diverged(f"an edit failed on this rank, which now differs from the others: {error!r}") from error
+            raise
         watch = patient.watch
         number = names_of(watch.sites).index(view.report.name)
         site, dims = watch.sites[number], watch.dims[number]
@@ -238,9 +301,7 @@ class Repair:
         if edits.activation:
             self._exchange(edits.activation, view.report.name, site.owner, dims, patient.model)
         watch.judged_as = rectifiers(patient.model) | self.terms.rectifiers
-        if remedy.check_ranks and patient.joint:
-            self._check_ranks(edits, patient)
-        self.edited_units += int(view.units.sum())
+        self.edited.setdefault(view.report.name, []).extend(view.units.nonzero().flatten().tolist())
 
     def _exchange(self, activation: Activation, name: str, path: str, dims: tuple[int, ...], model: nn.Module) -> None:
         kind, slopes, steps = activation
@@ -251,12 +312,6 @@ class Repair:
         if slopes is not None and isinstance(earlier, Tensor):
             slopes = slopes.maximum(earlier)  # units that were treated before keep theirs
         substitute_(model, path, kind, slopes, dims)
-
-    def _check_ranks(self, edits: Edits, patient: Patient) -> None:
-        tensors = tensors_of(patient.model)
-        sums = [float(write.slice.read(tensors[write.slice.name]).double().sum()) for write in edits.writes]
-        if len({str(one) for one in ranks.gather(sums)}) > 1:
-            raise RuntimeError("the edited parameters differ between ranks")
 
     def _note(self, events: Iterable[Event]) -> None:
         for event in events:
@@ -287,24 +342,26 @@ class Repair:
             "layers": dict(self._layers),
             "losses": self.losses,
             "loss": list(self._loss) if self._loss else None,
-            "edited_units": self.edited_units,
+            "edited": dict(self.edited),
             "events": [list(event) for event in self.events],
         }
 
     def load_state_dict(self, state: Mapping[str, Any], patient: Patient) -> None:
         """Go on from what was saved."""
         self.ladder.load_state_dict(state["ladder"])
-        self.terms.load_state_dict(state["terms"], patient.model)
+        if self.ladder.rungs:
+            self.terms.load_state_dict(state["terms"], patient.model)
         patient.watch.judged_as = rectifiers(patient.model) | self.terms.rectifiers
         self._laws = {name: Law(*law) for name, law in state["laws"].items()} or self._laws
-        self._requests = [Request(*request) for request in state["requests"]]
+        asked = [Request(*request) for request in state["requests"]]
+        self._requests = [request for request in asked if request.rung < len(self.ladder.rungs)]
         if self._requests:
             self._report = LivenessReport(tuple(SiteReport(**site) for site in state["sites"]), state["step"])
         if not patient.joint or ranks.rank() == 0:  # it holds the losses of all ranks
             self.losses = state["losses"].to(self.losses)
         self._layers = dict(state["layers"])
         self._loss = Loss(*state["loss"]) if state["loss"] else None
-        self.edited_units = state["edited_units"]
+        self.edited = dict(state["edited"])
         self.events = deque(Event._make([*event[:4], tuple(event[4]), *event[5:]]) for event in state["events"])
 
 
@@ -381,6 +438,25 @@ def joined(theirs: Sequence[Attribution]) -> Attribution:
     )
     no_incoming = no_incoming or ("" if alike else "ranks differ in what feeds it")
     return Attribution(first.incoming, tuple(readers.values()), first.outlet, no_incoming, no_outgoing, no_outlet)
+
+
+def _digest(cases: Sequence[Case], proposals: Sequence[Edits | str | None]) -> bytes:
+    """Boil down what this rank would do, and to which weights."""
+    parts: list[Any] = []
+    for (request, view), proposal in zip(cases, proposals, strict=True):
+        parts += [request.site, request.rung, view.units.tolist()]
+        if isinstance(proposal, Edits):
+            parts += [_boiled(write, view.values) for write in proposal.writes]
+            parts += [proposal.warmth and proposal.warmth.gamma.tolist(), repr(proposal.activation)]
+        else:
+            parts.append(proposal)
+    return hashlib.sha256(repr(parts).encode()).digest()
+
+
+def _boiled(write: Write, values: Mapping[str, Tensor]) -> Any:
+    old = write.slice.read(values[write.slice.name]).double()
+    new = torch.as_tensor(write.values).double()
+    return write.slice.name, float(old.sum()), float(old.square().sum()), float(new.sum()), float(new.square().sum())
 
 
 def _plain(attribution: Attribution) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -49,13 +49,16 @@ def laws_of(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, L
     }
 
 
-def why_not(model: nn.Module, optimizers: Sequence[Optimizer], names: Iterable[str]) -> str:
+def why_not(
+    model: nn.Module, optimizers: Sequence[Optimizer], names: Iterable[str], trained: Container[int] | None = None
+) -> str:
     """Say why some parameters or buffers cannot be edited; empty if they can.
 
     Args:
         model: Whose they are.
         optimizers: All that train it.
         names: As :func:`tensors_of` has them.
+        trained: The ``id`` of each parameter that is trained; None not to ask.
 
     Example:
         >>> net = nn.Linear(2, 2)
@@ -70,7 +73,35 @@ def why_not(model: nn.Module, optimizers: Sequence[Optimizer], names: Iterable[s
             return f"`{name}` is no parameter or buffer of the model"
         if why := _why_sharded(name, tensors[name]):
             return why
+        if trained is not None and isinstance(tensors[name], nn.Parameter) and id(tensors[name]) not in trained:
+            return f"`{name}` is not trained, so what is written there would stay for good"
     return unknown_state(optimizers, tensors, listed)
+
+
+def check_writes(writes: Iterable[Write], model: nn.Module, optimizers: Sequence[Optimizer]) -> str:
+    """Say why some writes cannot be carried out; empty if they can.
+
+    Args:
+        writes: As :func:`write_` takes them.
+        model: Whose parameters and buffers they are.
+        optimizers: All that train it.
+
+    Example:
+        >>> net = nn.Linear(2, 3)
+        >>> row = Slice("weight", "weight", torch.tensor([1]), torch.tensor([[1]]), (0,))
+        >>> check_writes([Write(row, torch.zeros(1, 2))], net, [])
+        ''
+        >>> check_writes([Write(row, torch.zeros(5))], net, [])[:48]
+        '`Write` to `weight`: its values have shape (5,),'
+    """
+    pending, tensors = [write for write in writes if len(write.slice.index)], tensors_of(model)
+    try:
+        for write in pending:
+            if write.slice.name in tensors:
+                _check(write, tensors[write.slice.name])
+    except ValueError as error:
+        return str(error)
+    return why_not(model, optimizers, dict.fromkeys(write.slice.name for write in pending))
 
 
 def write_(

@@ -112,6 +112,41 @@ def test_a_revived_site_is_said_to_be_and_may_be_treated_again():
     assert told == [(0, "edited"), (2, "revived"), (4, "edited"), (6, "failed"), (6, "edited")]
 
 
+def test_units_that_die_again_at_once_are_not_revived_for_ever():
+    bad, good = site(dead=range(5)), site()
+    verdicts = [bad, good, good] * 6
+    told = run(ladder(First(attempts=3)), verdicts)
+    assert told[-1][1] == "given up"
+    assert [action for _, action in told].count("edited") <= 5
+
+
+def test_units_that_die_again_much_later_start_anew():
+    bad, good = site(dead=range(5)), site()
+    told = run(ladder(First(attempts=2)), ([bad] + [good] * 15) * 6)
+    assert [action for _, action in told] == ["edited", "revived"] * 6
+
+
+def test_a_site_that_does_not_run_is_not_judged():
+    bad = site(dead=range(5))
+    idle = replace(site(), elements=0, samples=0)
+    assert run(ladder(), [bad, idle, idle, idle, bad]) == [(0, "edited"), (4, "failed"), (4, "edited")]
+
+
+def test_the_freshly_dead_cost_no_attempt():
+    """An edit waits until enough units have the evidence, rather than treat the first of them again and again."""
+    dead = site(dead=range(5))
+    first = replace(dead, age=torch.where(torch.arange(10) == 0, 5000, dead.age.clamp(max=300)))
+    assert run(ladder(), [first, first, dead]) == [(2, "edited")]
+
+
+def test_harm_is_noticed_while_a_term_is_in_flight():
+    it, bad, high = ladder(First(attempts=1)), report(site(dead=range(5))), Loss(30.0, 1.0)
+    (request,), _ = it.decide(bad, Loss(1.0, 0.1))
+    it.edited(request, request.units, 0.5, Loss(1.0, 0.1), 0)
+    _, events = it.decide(bad, high, busy={"fc"})
+    assert [event.action for event in events] == ["harmed", "given up"]
+
+
 def test_half_of_the_treated_units_have_to_fire():
     treated = site(dead=range(4))
     assert run(ladder(), [treated, treated, site(dead=[0, 1])])[1] == (2, "revived")

@@ -2,18 +2,20 @@
 
 import copy
 from dataclasses import dataclass
+from unittest import mock
 
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import OnExceptionCheckpoint, WeightAveraging
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 from toys import Loader, Log, Net, assert_same, bare, batches, fit, mlp, tensors
 from two_ranks import ddp_trainer, on_two_ranks
 
-from lightning_deadrelu import DeadReLUMonitor
+from lightning_deadrelu import DeadReLUMonitor, restore_activations
+from lightning_deadrelu.confirmation import Confirmation
 from lightning_deadrelu.ladder import Event
 from lightning_deadrelu.remedies import (
     BiasWarming,
@@ -25,6 +27,7 @@ from lightning_deadrelu.remedies import (
     ThermalKick,
     Write,
 )
+from lightning_deadrelu.repair import Repair
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*the Trainer has no logger",
@@ -261,16 +264,85 @@ def test_harm_is_noticed_logged_and_not_repeated():
     assert first == ["edited", "harmed", "given up"]
 
 
-def test_a_remedy_of_the_users_that_fails_leaves_training_unharmed():
-    def run(*callbacks):
-        torch.manual_seed(0)
-        model = Net(mlp(3))
-        fit(model, batches(12, 8), *callbacks)
-        return model.state_dict()
+@dataclass(frozen=True, kw_only=True)
+class Misshapen(Remedy):
+    def propose(self, view, generator):
+        return Edits(writes=(Write(view.attribution.bias.of(view.units), torch.zeros(17)),))
 
-    plain = run()
-    with pytest.warns(UserWarning, match="the monitor failed and watches no longer"):
-        assert_same(run(DeadReLUMonitor(remedy=Broken(), **EAGER)), plain)
+
+@dataclass(frozen=True, kw_only=True)
+class Idle(Remedy):
+    def propose(self, view, generator):
+        return Edits()
+
+
+@pytest.mark.parametrize(
+    ("remedy", "reason"),
+    [
+        (Broken(), "its `propose` failed: RuntimeError: no idea"),
+        (Misshapen(), r"its values have shape \(17,\)"),
+        (Idle(), "it proposes nothing"),
+    ],
+    ids=["broken", "misshapen", "idle"],
+)
+def test_a_remedy_of_the_users_that_fails_gives_way_to_the_next(remedy, reason):
+    torch.manual_seed(0)
+    monitor = DeadReLUMonitor(remedy=[remedy, "reset"], include=["net.1"], **EAGER)
+    with pytest.warns(UserWarning, match=reason):
+        fit(Net(mlp(3)), batches(40, 8), monitor)
+    assert actions(monitor)[:3] == ["refused", "escalated", "edited"]
+    assert monitor.report.step == 39
+
+
+def test_what_is_not_trained_is_not_edited():
+    torch.manual_seed(0)
+    model = Net(mlp(3))
+    model.net[2].weight.requires_grad = False
+    before = model.net[2].weight.clone()
+    monitor = DeadReLUMonitor(remedy="reset", include=["net.1"], **EAGER)
+    with pytest.warns(UserWarning, match="refused `net.1`: `net.2.weight` is not trained"):
+        fit(model, batches(20, 8), monitor)
+    assert torch.equal(model.net[2].weight, before)
+
+
+class Taking(Net):
+    """Two tasks take turns, batch by batch; half of the units are for one of them alone."""
+
+    def __init__(self):
+        super().__init__(nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1)), lr=0.0)
+        with torch.no_grad():
+            self.net[0].weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0]]).repeat_interleave(4, 0))
+            self.net[0].bias.zero_()
+
+    def training_step(self, batch, batch_idx):
+        task = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])[batch_idx % 2]
+        return self.net(task.expand(8, 2)).pow(2).mean()
+
+
+def test_observation_does_not_beat_with_the_rhythm_of_the_training():
+    torch.manual_seed(0)
+    model = Taking()
+    monitor = DeadReLUMonitor(remedy="reset", every_n_steps=10, window=10, min_samples=20, threshold=0.0)
+    fit(model, batches(1000), monitor)
+    assert monitor.report.dead_units == 0
+    assert monitor.events == ()
+
+
+def test_one_batch_in_every_n_steps_is_observed_at_a_place_that_changes():
+    monitor = DeadReLUMonitor(remedy="reset", every_n_steps=10)
+    due = [batch for batch in range(1000) if monitor._is_due(batch)]
+    assert [batch // 10 for batch in due] == list(range(100))
+    assert due[0] == 0
+    assert {batch % 10 for batch in due} == set(range(10))
+    plain = DeadReLUMonitor(every_n_steps=10)
+    assert [batch for batch in range(1000) if plain._is_due(batch)] == list(range(0, 1000, 10))
+
+
+def test_two_monitors_with_remedies_are_refused():
+    pair = DeadReLUMonitor(remedy="reset"), DeadReLUMonitor(remedy="leaky", name="second")
+    with pytest.raises(MisconfigurationException, match="would edit the same units"):
+        fit(Net(), batches(2), *pair)
+    fit(Net(), batches(2), pair[0], DeadReLUMonitor(name="third"))
 
 
 class Residual(nn.Module):
@@ -390,9 +462,68 @@ def test_gone_means_gone_also_after_an_error(remedy, error):
     model, monitor = Net(mlp(3)), DeadReLUMonitor(remedy=remedy, **EAGER)
     with pytest.raises((error, SystemExit)):
         fit(model, batches(20, 8), monitor, Stop())
-    assert "dropped" in actions(monitor)
+    assert "edited" in actions(monitor)
     assert not any(module._forward_hooks for module in model.modules())
     assert [type(module) for module in model.net] == [type(module) for module in mlp()]
+
+
+def test_a_checkpoint_saved_after_an_error_holds_the_terms_in_flight(tmp_path):
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == 15:
+                raise RuntimeError
+
+    items, remedy = tensors(20, 8), BiasWarming(steps=30)
+    whole, model, _ = run_to_the_end(remedy, items)
+    with pytest.raises(RuntimeError):
+        run_to_the_end(remedy, items, Stop(), OnExceptionCheckpoint(tmp_path))
+    again, resumed, _ = run_to_the_end(remedy, items, ckpt=tmp_path / "on_exception.ckpt")
+    assert_same(resumed.state_dict(), model.state_dict())
+    assert repr(again.events) == repr(whole.events)
+
+
+@pytest.mark.parametrize("later", [None, "reset", ["reset", "leaky"]], ids=str)
+def test_a_run_may_go_on_with_other_remedies(later, tmp_path):
+    items = tensors(20, 8)
+    run_to_the_end(["bias_warming", LeakySlope(ramp_steps=50)], items, Save(tmp_path))
+    for path in sorted(tmp_path.glob("*.ckpt"))[::4]:
+        monitor, _, _ = run_to_the_end(later, items, ckpt=path)
+        assert monitor._failure is None
+        assert monitor.report is not None
+
+
+def test_activations_are_saved_also_once_the_watch_has_failed(tmp_path):
+    torch.manual_seed(0)
+    calls = []
+
+    def mask(batch):
+        calls.append(1)
+        if len(calls) > 15:
+            raise ValueError("broken")
+
+    monitor = DeadReLUMonitor(remedy="gelu", include=["net.1"], mask=mask, **EAGER)
+    model = Net(mlp(3))
+    with pytest.warns(UserWarning, match="watches no longer"):
+        trainer = fit(model, batches(30, 8), monitor)
+    assert isinstance(model.net[1], nn.GELU)
+    trainer.save_checkpoint(tmp_path / "late.ckpt")
+    fresh = restore_activations(Net(mlp(3)), tmp_path / "late.ckpt")
+    assert isinstance(fresh.net[1], nn.GELU)
+    resumed = Net(mlp(3))
+    with pytest.warns(UserWarning, match="had failed when the checkpoint was saved"):
+        fit(resumed, batches(30, 8), DeadReLUMonitor(remedy="gelu", **EAGER), ckpt=tmp_path / "late.ckpt", max_epochs=2)
+    assert isinstance(resumed.net[1], nn.GELU)
+
+
+def test_a_ladder_that_starts_with_an_activation_goes_on_with_a_reset():
+    torch.manual_seed(0)
+    model, monitor = (
+        Net(mlp(3)),
+        DeadReLUMonitor(remedy=[LeakySlope(attempts=1, cooldown=1), "reset"], include=["net.1"], **EAGER),
+    )
+    fit(model, batches(80, 8), monitor)
+    assert actions(monitor)[:5] == ["edited", "failed", "escalated", "edited", "revived"]
+    assert type(model.net[1]) is nn.ReLU
 
 
 def test_a_unit_under_a_term_is_judged_without_it():
@@ -539,17 +670,42 @@ def test_strategies_that_shard_are_watched_and_not_repaired():
     assert monitor.report.dead_units >= 3
 
 
-def test_a_checksum_over_ranks_finds_a_rank_that_was_edited_otherwise():
-    failures = on_two_ranks(repaired_unevenly)
-    assert all("differ between ranks" in failure for failure in failures)
+def test_ranks_that_would_edit_otherwise_do_not_edit():
+    for events, state in on_two_ranks(repaired_unevenly):
+        assert [action for _, _, action, *_ in events][:2] == ["refused", "given up"]
+        assert "the ranks propose different edits" in events[0][5]
+        assert torch.equal(state["net.0.bias"][:3], torch.full((3,), -100.0))
 
 
 def repaired_unevenly(rank):
     torch.manual_seed(0)
-    model = Net(mlp(3))
-    monitor = DeadReLUMonitor(remedy=Reset(check_ranks=True, tries=1 + 7 * rank), **EAGER)
+    model = Net(mlp(3), lr=0.0)
+    monitor = DeadReLUMonitor(remedy=Reset(tries=1 + 7 * rank), include=["net.1"], **EAGER)
     ddp_trainer(callbacks=[monitor]).fit(model, batches(20, 8, seed=rank))
-    return repr(monitor._failure)
+    return [tuple(event) for event in monitor.events], model.state_dict()
+
+
+def failing_on_one_rank(rank, where):
+    torch.manual_seed(0)
+    monitor = DeadReLUMonitor(remedy="reset", **EAGER)
+    trainer = ddp_trainer(callbacks=[monitor], max_epochs=2)
+    model = Net(mlp(3))
+    if rank == 1:
+        target = {"propose": (Reset, "propose"), "confirm": (Confirmation, "__call__"), "decide": (Repair, "decide")}[
+            where
+        ]
+        mock.patch.object(*target, side_effect=MemoryError).start()
+    try:
+        trainer.fit(model, batches(20, 8, seed=rank))
+    finally:
+        mock.patch.stopall()
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("where", ["propose", "confirm", "decide"])
+def test_a_failure_on_one_rank_leaves_ranks_equal(where):
+    first, second = on_two_ranks(failing_on_one_rank, where)
+    assert_same(first, second)
 
 
 # -- ranks and resuming ----------------------------------------------------------------------------------

@@ -190,7 +190,6 @@ class Remedy(_Derivable):
             history, whatever its age: self-normalised resets (Farias and Jozefiak 2024, arXiv 2410.20098). Units
             that have never fired go by ``evidence``.
         seed: Of what is drawn; the same edit draws the same numbers on all ranks, and other numbers at another step.
-        check_ranks: Compare a checksum of the edited parameters over all ranks after each edit.
         dry_run: Say what it would do, and do nothing.
 
     Raises:
@@ -226,7 +225,6 @@ class Remedy(_Derivable):
     evidence: int | None = None
     significance: float | None = None
     seed: int = 0
-    check_ranks: bool = False
     dry_run: bool = False
 
     needs: ClassVar[frozenset[str]] = frozenset({"incoming"})
@@ -235,8 +233,7 @@ class Remedy(_Derivable):
     def __post_init__(self) -> None:
         for field, (least, optional, example) in _COUNTS.items():
             self._check_count(field, least, optional, example)
-        for field in ("check_ranks", "dry_run"):
-            self._check_flag(field)
+        self._check_flag("dry_run")
         if self.significance is not None:
             self._check_number("significance", 0.001, 0, 1)
         if self.stop_step is not None and self.stop_step <= self.start_step:
