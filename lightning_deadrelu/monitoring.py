@@ -107,8 +107,8 @@ class Monitoring(Callback):
         others = [one.name for one in trainer.callbacks if isinstance(one, Monitoring) and one._repair.ladder.rungs]
         if len(others) > 1 and self._repair.ladder.rungs:
             raise MisconfigurationException(
-                f"The monitors {others} all have a remedy, and would edit the same units. Give one of them the remedies,"
-                " as a list if you want several, and the others `remedy=None`."
+                f"The monitors {others} all have a remedy, and would edit the same units. Give one of them all remedies,"
+                " as a list, and the others `remedy=None`."
             )
 
     def _refusal(self, trainer: Trainer) -> str:
