@@ -192,6 +192,32 @@ def norm_of_residual(model: Any, x: Tensor) -> Tensor:
     return model.b(x)
 
 
+def tied_by_data() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4))
+    model[2].weight.data = model[0].weight.data.t()
+    return model
+
+
+def reader_in_two_parameters() -> nn.Module:
+    model = Net(lambda m, x: m.b(F.relu(m.a(x))) + F.linear(m.c(x), m.d), a=nn.Linear(4, 6), b=nn.Linear(6, 2))
+    model.c, model.d = nn.Linear(4, 6), nn.Parameter(model.b.weight.detach())
+    return model
+
+
+def reader_in_a_view() -> nn.Module:
+    model = Net(lambda m, x: m.b(F.relu(m.a(x))) + m.c(x) @ m.view.T, a=nn.Linear(4, 6), b=nn.Linear(6, 2))
+    model.c, model.view = nn.Linear(4, 6), model.b.weight.detach()
+    return model
+
+
+def in_one_storage() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    flat = nn.utils.parameters_to_vector(model.parameters()).detach()
+    nn.utils.vector_to_parameters(flat, model.parameters())
+    assert model[0].weight.untyped_storage().data_ptr() == model[2].bias.untyped_storage().data_ptr()
+    return model
+
+
 PAIR = {"a": linear(), "b": linear(6, 2)}
 IMAGES = [(2, 4, 6, 6)]
 
@@ -363,6 +389,18 @@ EXPECTED: dict[str, tuple[Callable[[], nn.Module], list[Any], list[tuple[str, st
         [(5, 4)],
         [("!tied weights", "!tied weights")],
     ),
+    "layers tied by their data": (
+        tied_by_data,
+        [(5, 4)],
+        [("!`0.weight` shares memory with `2.weight`", "!`2.weight` shares memory with `0.weight`")],
+    ),
+    "a reader in two parameters": (
+        reader_in_two_parameters,
+        [(5, 4)],
+        [("a.weight a.bias", "!shares memory with `d`")],
+    ),
+    "a reader in a view": (reader_in_a_view, [(5, 4)], [("a.weight a.bias", "!`b.weight` is also used by")]),
+    "parameters in one storage": (in_one_storage, [(5, 4)], [("0.weight 0.bias", "2.weight")]),
     "tokens mixed": (TokenMixer, [(2, 3, 4)], [("fc.weight fc.bias", "!not unit by unit")]),
     "both signs": (
         net(lambda m, x: m.b(torch.cat([F.relu(z := m.a(x)), F.relu(-z)], -1)), a=linear(), b=linear(12, 2)),

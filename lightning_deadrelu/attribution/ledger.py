@@ -27,6 +27,7 @@ class Ledger:
         self.leaked: dict[Origin | Site, dict[str, Tensor]] = {}
         self.odd: dict[str, str] = {}
         self.sharded: set[str] = set()
+        self.sharing: dict[str, str] = {}
         self.views: dict[str, set[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
         self.reads: dict[Origin, list[Read]] = {}
 
@@ -126,6 +127,8 @@ class Ledger:
     def _conflict(self, name: str) -> str:
         if name in self.sharded:
             return "its parameters are sharded"
+        if name in self.sharing:
+            return f"`{name}` shares memory with `{self.sharing[name]}`"
         if name in self.odd:
             return f"`{name}` is also used by {self.odd[name]}"
         if len(self.views.get(name, ())) > 1:

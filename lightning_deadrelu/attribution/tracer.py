@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_deadrelu.attribution.flows import Flow, Leak, Outcome, Step, Stream, Weight, leaks_of
 from lightning_deadrelu.attribution.ledger import Ledger, merged
+from lightning_deadrelu.attribution.memory import Memory, storage_of
 from lightning_deadrelu.attribution.rules import follow, plain
 from lightning_deadrelu.lineage import tensors_in
 from lightning_deadrelu.sites import Rectifier, Site, clean
@@ -48,6 +49,7 @@ class Tracer:
         self._known: dict[int, tuple[weakref.ref[Tensor], Flow, int]] = {}
         self._stored: dict[int, list[Flow]] = {}
         self._nodes: dict[int, list[Flow]] = {}
+        self._memory = Memory()
         self.error: Exception | None = None
         """What went wrong; nothing is attributed from then on."""
 
@@ -62,12 +64,15 @@ class Tracer:
     def _name_tensors(self) -> None:
         for name, buffer in self._model.named_buffers():
             self._named.setdefault(id(buffer), (buffer, Flow(constant=True, buffer=clean(name))))
+            self._memory.add(clean(name), buffer)
         for name, tensor in self._model.named_parameters(remove_duplicate=False):
             if not nn.parameter.is_lazy(tensor):
                 flow = Flow(constant=True, weight=Weight(clean(name), tuple(tensor.shape)))
                 self._named.setdefault(id(tensor), (tensor, flow))
+                self._memory.add(clean(name), tensor)
                 if hasattr(tensor, "device_mesh"):
                     self._ledger.sharded.add(clean(name))
+        self._ledger.sharing.update(self._memory.sharing())
 
     def end(self) -> None:
         """Let go of the batch."""
@@ -75,6 +80,7 @@ class Tracer:
         self._known.clear()
         self._stored.clear()
         self._nodes.clear()
+        self._memory = Memory()
 
     def see(
         self,
@@ -186,7 +192,7 @@ class Tracer:
 
     def _changed(self, tensor: Tensor, flow: Flow) -> Flow:
         """Give up on what was changed through another view of the same memory."""
-        for other in (flow, *self._stored.get(_storage(tensor), ())):
+        for other in (flow, *self._stored.get(storage_of(tensor), ())):
             self._ledger.leak(leaks_of(other, "a change in place", "a view of it is read"))
         found = Flow(why="it is changed in place")
         self._remember(tensor, found)
@@ -196,7 +202,7 @@ class Tracer:
         """Meet a tensor that no seen function returned: an input, or the work of code out of sight."""
         node = tensor.grad_fn
         if node is None:
-            return Flow()
+            return Flow(constant=True, derived=names) if (names := self._memory.names(tensor)) else Flow()
         if node._sequence_nr() in self._nodes:
             found = Flow(why="it was unpacked out of sight")
             for flow in self._nodes[node._sequence_nr()]:
@@ -237,7 +243,7 @@ class Tracer:
     def _remember(self, tensor: Tensor, flow: Flow) -> None:
         self._known[id(tensor)] = weakref.ref(tensor), flow, _version(tensor)
         if flow.streams:
-            self._stored.setdefault(_storage(tensor), []).append(flow)
+            self._stored.setdefault(storage_of(tensor), []).append(flow)
         if (node := tensor.grad_fn) is not None:
             self._nodes.setdefault(node._sequence_nr(), []).append(flow)
 
@@ -265,10 +271,3 @@ def _not_mute(step: Step, rectifier: Rectifier) -> str:
 
 def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
-
-
-def _storage(tensor: Tensor) -> int:
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (RuntimeError, NotImplementedError):  # sparse, or under a transform
-        return -1
