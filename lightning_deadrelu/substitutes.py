@@ -83,6 +83,9 @@ class LeakyUnits(nn.Module):
     any time without a new compilation. Maas et al. (2013), "Rectifier nonlinearities improve neural network acoustic
     models", unit by unit.
 
+    One module may serve several places, and a place with another number of units may come only later, or only in
+    validation: an input whose size is not that of the slopes is rectified as before.
+
     Args:
         slope: Of each unit, shape ``(units,)``, or one for all, shape ``()``.
         dims: The dimensions of the input that hold the units, counted from the end; a unit's number runs over them in
@@ -113,10 +116,18 @@ class LeakyUnits(nn.Module):
         return x.copy_(self._leak(x.clone())) if self.original.inplace else self._leak(x)
 
     def _leak(self, x: Tensor) -> Tensor:
+        if not self._fits(x):
+            return self.original(x)
         slope = self.slope.view(self._shape(x)).to(x.dtype)  # autocast would widen the output
         below = x - self.original.hinge if self.original.hinge else x
         # an infinite input times a slope of 0 would not be a number
         return torch.addcmul(self.original(x), slope, below.clamp(torch.finfo(x.dtype).min, 0))
+
+    def _fits(self, x: Tensor) -> bool:
+        """Whether the input has as many units as there are slopes."""
+        if self.slope.ndim == 0:
+            return True
+        return x.ndim >= -min(self.dims) and math.prod(self._shape(x)) == self.slope.numel()
 
     def _shape(self, x: Tensor) -> list[int]:
         if self.slope.ndim == 0:

@@ -107,6 +107,20 @@ def test_leaky_units_against_a_loop(original, shape, dims):
     torch.testing.assert_close(start.grad, slope_there, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(
+    ("dims", "shape"), [((-1,), (5, 4)), ((-1,), ()), ((-3,), (6, 4, 2, 2)), ((-3,), (5, 6)), ((-2, -1), (5, 3, 3))]
+)
+def test_an_input_of_another_width_is_rectified_as_before(dims, shape, inplace):
+    """A module that is shared may meet it in a later epoch, or in validation only."""
+    x = torch.randn(shape)
+    given = x.clone()
+    out = LeakyUnits(torch.rand(6), dims, Original("relu", inplace=inplace))(given)
+    assert torch.equal(out, x.relu())
+    assert (out is given) == inplace
+    assert not torch.equal(LeakyUnits(torch.ones(4))(wide := torch.randn(5, 4)), wide.relu())
+
+
 def test_a_slope_of_zero_is_the_rectifier_to_the_last_bit():
     x = torch.tensor([[-math.inf, -3.0, -0.0, 0.0, 2.0, math.inf, math.nan]]).requires_grad_()
     for original, plain in ((Original("relu"), F.relu), (Original("relu6", cap=6.0), F.relu6)):
