@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
 from typing import Any
 
 from lightning_deadrelu.remedies import ladder_of
@@ -51,6 +52,12 @@ _OTHERS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
         lambda value: _maps_to_dimensions(value),
         "it maps patterns to dimensions",
         'unit_dims={"encoder.*": 1}',
+    ),
+    "alerts": (lambda value: isinstance(value, bool), "it is a switch", "alerts=True"),
+    "report_dir": (
+        lambda value: value is None or (isinstance(value, (str, PathLike)) and str(value) != ""),
+        "it is the path of a folder",
+        'report_dir="reports"',
     ),
     "name": (
         lambda value: isinstance(value, str) and value.isidentifier(),

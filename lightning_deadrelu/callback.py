@@ -57,6 +57,8 @@ class DeadReLUMonitor(Monitoring):
         unit_dims: The dimension that holds the units, by pattern over site names, where the layers before a
             rectifier tell it wrongly or not at all.
         prog_bar: Show the dead fraction in the progress bar.
+        alerts: Send a W&B alert when a site crosses the threshold; at most one in ten minutes.
+        report_dir: A folder for ``report.html`` and ``report.json``, written when training ends, also by an error.
         name: Prefix of the keys; two monitors on one Trainer need two names.
 
     Raises:
@@ -83,6 +85,8 @@ class DeadReLUMonitor(Monitoring):
         gradient_evidence: bool = False,
         unit_dims: Mapping[str, int] | None = None,
         prog_bar: bool = False,
+        alerts: bool = False,
+        report_dir: str | None = None,
         name: str = "dead_relu",
     ) -> None:
         super().__init__()
@@ -100,6 +104,8 @@ class DeadReLUMonitor(Monitoring):
         self.mask = mask
         self.unit_dims = dict(unit_dims or {})
         self.prog_bar = prog_bar
+        self.alerts = alerts
+        self.report_dir = report_dir
         self.name = name
         self.report = None
         self._pending = None
@@ -230,6 +236,8 @@ class DeadReLUMonitor(Monitoring):
         if self._unjudged:
             self._verdict(trainer, pl_module)
         self._stop()
+        with self._careful():
+            self._conclude(trainer)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -239,6 +247,9 @@ class DeadReLUMonitor(Monitoring):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._disarm()  # terms in flight are out of the model, but go into a checkpoint that is saved now
         self._running = self._joint = False
+        with self._careful():
+            if trainer.is_global_zero:
+                self._write_report()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

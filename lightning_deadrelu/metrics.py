@@ -10,12 +10,15 @@ EVENTS = frozenset((*_COUNTED.values(), "remedied_units"))
 """Metrics that count what happened in a window, and so add up over windows; all others say how things stand."""
 
 
-def headline_metrics(report: LivenessReport, remedied_units: int = 0) -> dict[str, float]:
+def headline_metrics(
+    report: LivenessReport, remedied_units: int = 0, at_risk_fraction: float = 0.0
+) -> dict[str, float]:
     """Turn a report into the scalars of the whole model.
 
     Args:
         report: The verdict.
         remedied_units: Units edited since the last report.
+        at_risk_fraction: Share of the units that sink towards silence.
 
     Example:
         >>> headline_metrics(LivenessReport(()), remedied_units=2)["remedied_units"]
@@ -25,7 +28,7 @@ def headline_metrics(report: LivenessReport, remedied_units: int = 0) -> dict[st
     totals["judged_fraction"] = report.fraction("judged")
     totals |= {key: report.total(mask) for mask, key in _COUNTED.items()}
     totals |= {key: report.fraction(mask) for mask, key in _SHARED.items()}
-    totals["remedied_units"] = remedied_units
+    totals |= {"remedied_units": remedied_units, "at_risk_fraction": at_risk_fraction}
     return {key: float(value) for key, value in totals.items()}
 
 
@@ -41,13 +44,16 @@ def site_metrics(report: LivenessReport) -> dict[str, float]:
     }
 
 
-def metrics_of(report: LivenessReport, name: str = "dead_relu", remedied_units: int = 0) -> dict[str, float]:
+def metrics_of(
+    report: LivenessReport, name: str = "dead_relu", remedied_units: int = 0, at_risk_fraction: float = 0.0
+) -> dict[str, float]:
     """Turn a report into the scalars that are logged.
 
     Args:
         report: The verdict.
         name: Prefix of the keys.
         remedied_units: Units edited since the last report.
+        at_risk_fraction: Share of the units that sink towards silence.
 
     Returns:
         ``<name>/...`` for the whole model and ``<name>_sites/<site>`` for the dead fraction of each site;
@@ -57,6 +63,8 @@ def metrics_of(report: LivenessReport, name: str = "dead_relu", remedied_units: 
         >>> metrics_of(LivenessReport(()))["dead_relu/dead_fraction"]
         0.0
     """
-    metrics = {f"{name}/{key}": value for key, value in headline_metrics(report, remedied_units).items()}
+    metrics = {
+        f"{name}/{key}": value for key, value in headline_metrics(report, remedied_units, at_risk_fraction).items()
+    }
     sections = {site.name: f"{name}_dormant" if site.smooth else f"{name}_sites" for site in report.sites}
     return metrics | {f"{sections[site]}/{site}": value for site, value in site_metrics(report).items()}

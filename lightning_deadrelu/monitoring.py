@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -20,6 +20,7 @@ from lightning_deadrelu import ranks
 from lightning_deadrelu.activations import records, rectifiers, reinstate_, restore
 from lightning_deadrelu.attribution import Attributions
 from lightning_deadrelu.ladder import Event
+from lightning_deadrelu.record import Record
 from lightning_deadrelu.remedies import Remedy, ladder_of
 from lightning_deadrelu.repair import Diverged, Patient, Repair
 from lightning_deadrelu.reporting import Reporter
@@ -27,6 +28,10 @@ from lightning_deadrelu.sites import Site
 from lightning_deadrelu.statistics import History, LivenessReport, Rules, Totals, judge
 from lightning_deadrelu.trainable import Gradients, trainable_sites
 from lightning_deadrelu.watch import Watch
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _SHARDED = frozenset({"FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy"})
 _AVERAGING = frozenset({"WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging"})
@@ -47,6 +52,8 @@ class Monitoring(Callback):
     mask: Callable[[Any], Tensor] | None
     unit_dims: dict[str, int]
     prog_bar: bool
+    alerts: bool
+    report_dir: str | None
     name: str
     report: LivenessReport | None
     """The latest verdict; None before the first."""
@@ -75,7 +82,9 @@ class Monitoring(Callback):
         self._history = History.empty()
         self._repair = self._new_repair()
         self._gradients = Gradients()
-        self._reporter = Reporter(self.name)
+        self._reporter = Reporter(self.name, alerts=self.alerts)
+        self._record = Record()
+        self._raster = self._record.raster  # with the open window, where there was a verdict in it
         self._failure: Exception | None = None
         self._batches = 0  # training batches done, accumulated ones as one
         self._observing = False  # whether the present training batch is being observed
@@ -107,7 +116,7 @@ class Monitoring(Callback):
         others = [one.name for one in trainer.callbacks if isinstance(one, Monitoring) and one._repair.ladder.rungs]
         if len(others) > 1 and self._repair.ladder.rungs:
             raise MisconfigurationException(
-                f"The monitors {others} all have a remedy, and would edit the same units. Give one of them all remedies,"
+                f"The monitors {others} all have a remedy, and would edit the same units. Give one of them all,"
                 " as a list, and the others `remedy=None`."
             )
 
@@ -210,7 +219,7 @@ class Monitoring(Callback):
                 report = self._judge(totals, trainer, pl_module, close)
                 if close:
                     self._repair.decide(self._patient(trainer), report, losses)
-                self._publish(report, trainer)
+                self._publish(report, trainer, close)
         if close and self._watch and self._repair.ladder.rungs and not self._settled():
             self._repair.forget(self._patient(trainer))
         if close:
@@ -236,18 +245,55 @@ class Monitoring(Callback):
             self._history = history
         return report
 
-    def _publish(self, report: LivenessReport, trainer: Trainer) -> None:
+    def _publish(self, report: LivenessReport, trainer: Trainer, close: bool) -> None:
         self.report = report
         self._score = report.dead_fraction
         self._show(trainer)
+        edited, self._repair.edited = self._repair.edited, {}
+        if close:
+            self._record.close(report, edited)
+        self._raster = self._record.raster if close else self._record.with_open(report, edited)
         if report.sites:
-            edited = sum(map(len, self._repair.edited.values()))
-            self._reporter(report, trainer.loggers, trainer.is_global_zero, edited)
-        self._repair.edited = {}
-        self._warn(report)
+            units, at_risk = sum(map(len, edited.values())), self._record.at_risk_fraction
+            self._reporter(report, trainer.loggers, trainer.is_global_zero, units, at_risk)
+            if close:
+                self._reporter.media(report, self._raster, trainer.loggers, trainer.is_global_zero)
+        crossed = self._warn(report)
+        self._reporter.alert(crossed, report, trainer.loggers, trainer.is_global_zero)
 
-    def _warn(self, report: LivenessReport) -> None:
-        """Say on the terminal which sites have crossed the threshold, each once in a fit."""
+    def _conclude(self, trainer: Trainer) -> None:
+        """Tell what became of all units, at the end of training, on rank 0."""
+        if self.report is None or not self.report.sites or not trainer.is_global_zero:
+            return
+        self._reporter.media(self.report, self._raster, trainer.loggers, final=True)
+        if not trainer.fast_dev_run:
+            print(f"\n{self.name}: {self.summary()}")
+        self._write_report()
+
+    def _write_report(self) -> None:
+        if self.report_dir and self.report:
+            from lightning_deadrelu.page import write
+
+            write(self.report, self._raster, self.events, self.attribution, self.report_dir)
+
+    def summary(self) -> str:
+        """Tell what became of each site over the run, in the order of execution, under a sentence that says it all."""
+        from lightning_deadrelu.drawing import summary
+
+        return summary(self.report or LivenessReport(()), self._raster, self.events)
+
+    def plot(self) -> tuple[Figure, tuple[Axes, ...]]:
+        """Draw the run: dead units over time, and what became of the units of the worst sites; needs matplotlib.
+
+        Returns:
+            The figure and its axes, the curves first.
+        """
+        from lightning_deadrelu.drawing import plot_history
+
+        return plot_history(self.report or LivenessReport(()), self._raster, self.events)
+
+    def _warn(self, report: LivenessReport) -> list[str]:
+        """Say on the terminal which sites have crossed the threshold, each once in a fit, and name them."""
         crossed = [s for s in report.headline if s.dead_fraction > self.threshold and s.name not in self._told]
         self._told.update(site.name for site in crossed)
         if crossed:
@@ -256,6 +302,7 @@ class Monitoring(Callback):
                 f"{self.name}: more than {self.threshold:.0%} dead at step {report.step}: {sites}. They fired on no"
                 f" sample for {self.rules.min_samples} samples or more, and get no gradient."
             )
+        return [site.name for site in crossed]
 
     def _show(self, trainer: Trainer) -> None:
         trainer.callback_metrics[self._headline] = torch.tensor(self._score)
@@ -337,6 +384,7 @@ class Monitoring(Callback):
                 state["history"] = dict(vars(self._history))
                 state["never_trained"] = self._gradients.save(self._trainer.lightning_module)
                 state["repair"] = self._repair.state_dict()
+                state["record"] = self._record.state_dict()
         return state
 
     @override
@@ -361,6 +409,7 @@ class Monitoring(Callback):
         self._told = set(state["told"])
         self._gradients.load(state["never_trained"], pl_module, trainer.optimizers)
         self._repair.load_state_dict(state["repair"], self._patient(trainer))
+        self._record.load_state_dict(state["record"])
         if state["selection"] != self._selection:  # the sites are others, and so are their numbers
             self._observation = 0
             self._repair.forget(self._patient(trainer))
@@ -383,7 +432,7 @@ class Monitoring(Callback):
             "_watch": None,
             "_trainer": None,
             "_gradients": Gradients(),
-            "_reporter": Reporter(self.name),
+            "_reporter": Reporter(self.name, alerts=self.alerts),
         }
         fresh["_repair"] = self._new_repair()
         return state | fresh | {"_running": False, "_joint": False}

@@ -64,7 +64,12 @@ class Reporter:
                     self._define(logger)
 
     def __call__(
-        self, report: LivenessReport, loggers: Iterable[Logger], is_global_zero: bool = True, remedied_units: int = 0
+        self,
+        report: LivenessReport,
+        loggers: Iterable[Logger],
+        is_global_zero: bool = True,
+        remedied_units: int = 0,
+        at_risk_fraction: float = 0.0,
     ) -> None:
         """Log a report.
 
@@ -73,8 +78,9 @@ class Reporter:
             loggers: Where to.
             is_global_zero: Whether this is rank 0.
             remedied_units: Units edited since the last report.
+            at_risk_fraction: Share of the units that sink towards silence.
         """
-        metrics = metrics_of(report, self._name, remedied_units)
+        metrics = metrics_of(report, self._name, remedied_units, at_risk_fraction)
         for logger in loggers:
             if id(logger) not in self._broken:
                 with self._spared(logger):
