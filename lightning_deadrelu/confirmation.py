@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -62,7 +63,7 @@ class Confirmation:
     def __init__(self, asked: Mapping[int, Tensor], device: torch.device) -> None:
         self._columns: dict[int, Tensor] = {}
         self._places: dict[int, slice] = {}
-        self._rows: dict[int, list[Tensor]] = {}
+        self._samples: dict[int, _Sample] = {}
         start = 0
         for number, units in asked.items():
             columns = units.nonzero().flatten()
@@ -84,39 +85,81 @@ class Confirmation:
         """
         if number not in self._columns:
             return
-        over = [dim for dim in range(-x.ndim, 0) if dim not in dims]
-        rows = x.detach().permute(*over, *dims).flatten(len(over)) if over else x.detach().reshape(1, -1)
-        rows = rows.reshape(-1, rows.shape[-1]).to(self.evidence.fired.device)
-        rows = rows.index_select(1, self._columns[number]).double() - rectifier.hinge
-        rows = rows if valid is None else rows[valid.flatten()]
+        front = _units_last(x.detach(), dims)
+        rows = _rows_of(front, len(dims), valid)
         if not len(rows):
             return
-        place = self._places[number]
-        self.evidence.fired[place].logical_or_((rows > 0).any(0))
-        thinned = rows[:: max(1, rows.numel() // _MOST_NUMBERS)]
-        levels = torch.tensor(LEVELS, dtype=torch.float64).to(rows.device, non_blocking=True)
-        self.evidence.sums[:, place].add_(torch.quantile(thinned, levels, dim=0))
+        place, columns = self._places[number], self._columns[number].to(x.device)
+        fired = _fires(front, rectifier.hinge, len(dims), valid)[columns]
+        self.evidence.fired[place].logical_or_(fired.to(self.evidence.fired.device))
+        rows = rows[:: -(-len(rows) * len(columns) // _MOST_NUMBERS) or 1]
+        few = _cut(front, rows, columns, len(dims)).to(self.evidence.sums) - rectifier.hinge
+        self.evidence.sums[:, place].add_(torch.quantile(few, few.new_tensor(LEVELS), dim=0))
         self.evidence.calls[place].add_(1)
 
-    def listen(self, number: int, x: Tensor) -> None:
+    def listen(self, number: int, x: Tensor, valid: Tensor | None = None) -> None:
         """Keep some rows of the input of the layer that feeds a site.
 
         Args:
             number: Of the site.
             x: Shape ``(..., features)``.
+            valid: Boolean, True for data and False for padding. Where it is not of the shape of ``x`` without the
+                features, possibly flattened, it speaks of something else, and all rows count.
         """
-        rows = x.flatten(0, -2) if x.ndim > 1 else x[None]
-        self._rows.setdefault(number, []).append(_thinned(rows))
+        fits = valid is not None and x.shape[:-1] in (valid.shape, (valid.numel(),))
+        front = _units_last(x.detach(), (-1,))
+        self._samples.setdefault(number, _Sample()).add(front, _rows_of(front, 1, valid if fits else None))
 
     def rows(self, number: int) -> Tensor | None:
         """Return what was kept, at most :data:`MOST_ROWS` rows, shape ``(rows, features)``."""
-        parts = [part for part in self._rows.get(number, ()) if len(part)]
-        return _thinned(torch.cat(parts)).double() if parts else None
+        kept = self._samples[number].rows if number in self._samples else None
+        return None if kept is None or not len(kept) else kept.double()
 
     def of(self, number: int, evidence: Evidence) -> Evidence:
         """Cut one site out of evidence that was merged over ranks."""
         return evidence.part(self._places[number])
 
 
-def _thinned(rows: Tensor) -> Tensor:
-    return rows[:: max(1, -(-len(rows) // MOST_ROWS))]
+class _Sample:
+    """Rows evenly spaced over all that were added; never more than :data:`MOST_ROWS` are held."""
+
+    def __init__(self) -> None:
+        self.rows: Tensor | None = None
+        self._seen, self._stride = 0, 1
+
+    def add(self, x: Tensor, rows: Tensor) -> None:
+        kept = x.new_empty(0, x.shape[-1]) if self.rows is None else self.rows
+        while -(-(self._seen + len(rows)) // self._stride) > MOST_ROWS:
+            kept, self._stride = kept[::2], self._stride * 2
+        chosen = rows[-self._seen % self._stride :: self._stride]
+        # copied: a view would keep the whole activation alive, and change with it
+        self.rows = torch.cat([kept, x[torch.unravel_index(chosen, x.shape[:-1])]])
+        self._seen += len(rows)
+
+
+def _units_last(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """View a tensor with the dimensions of its units behind all others, of which there is at least one."""
+    x = x if x.ndim > len(dims) else x[None]
+    return x.permute(*[dim for dim in range(-x.ndim, 0) if dim not in dims], *dims)
+
+
+def _rows_of(front: Tensor, count: int, valid: Tensor | None) -> Tensor:
+    """Number the rows that hold data; the last ``count`` dimensions are the units'."""
+    if valid is not None:
+        return valid.flatten().to(front.device).nonzero().flatten()
+    return torch.arange(math.prod(front.shape[:-count]), device=front.device)
+
+
+def _fires(front: Tensor, hinge: float, count: int, valid: Tensor | None) -> Tensor:
+    """Tell which units fire on any row, shape ``(units,)``. What is not a number does not, and hides no other row."""
+    above = front > hinge  # compared in its own precision, as the rectifier does
+    if valid is not None:
+        above &= valid.to(front.device).view(*front.shape[:-count], *[1] * count)
+    return above.any(tuple(range(front.ndim - count))).flatten()
+
+
+def _cut(front: Tensor, rows: Tensor, columns: Tensor, count: int) -> Tensor:
+    """Copy some units' inputs out of some rows, and nothing else, shape ``(rows, columns)``."""
+    across = torch.unravel_index(rows[:, None], front.shape[:-count])
+    along = torch.unravel_index(columns[None], front.shape[-count:])
+    return front[(*across, *along)]

@@ -1,11 +1,13 @@
 """What is seen of units in the one batch before they are edited."""
 
 import math
+import pickle
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_deadrelu.confirmation import MOST_ROWS, Confirmation, Evidence
 from lightning_deadrelu.remedies import LEVELS
@@ -90,3 +92,77 @@ def test_rows_of_several_calls_and_of_tokens_come_together():
     confirmation.listen(0, torch.zeros(0, 3))
     confirmation.listen(0, torch.zeros(3))
     assert confirmation.rows(0).sum(1).tolist() == [3.0] * 10 + [0.0]
+
+
+def test_what_is_kept_is_a_copy_of_no_more_than_the_bound():
+    """Whatever the micro-batches: no activation is kept alive, or changes what was kept."""
+    confirmation = Confirmation({0: torch.tensor([True])}, CPU)
+    seen = []
+    for call in range(64):
+        x = torch.full((100, 8), float(call))
+        x[:, 1] = torch.arange(100)
+        seen.append(x.clone())
+        confirmation.listen(0, x)
+        x.fill_(-1)
+        assert len(pickle.dumps(confirmation)) < MOST_ROWS * 8 * 4 + 5000
+    rows, whole = confirmation.rows(0), torch.cat(seen).double()
+    assert MOST_ROWS / 2 <= len(rows) <= MOST_ROWS
+    assert torch.equal(rows, whole[:: len(whole) // len(rows)][: len(rows)])  # evenly, over all calls
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_rows_of_padding_are_not_kept(flat):
+    confirmation = Confirmation({0: torch.tensor([True])}, CPU)
+    valid = torch.tensor([[True, True, False], [True, False, False]])
+    x = torch.arange(12.0).view(2, 3, 2)
+    confirmation.listen(0, x.flatten(0, 1) if flat else x, valid)
+    assert confirmation.rows(0)[:, 0].tolist() == [0.0, 2.0, 6.0]
+    confirmation.listen(0, torch.zeros(3, 2), valid)  # of something else
+    assert len(confirmation.rows(0)) == 6
+    confirmation.listen(0, x, torch.zeros(2, 3, dtype=torch.bool))
+    assert len(confirmation.rows(0)) == 6
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+def test_what_is_no_number_does_not_fire_and_hides_nothing(bad):
+    confirmation = Confirmation({0: torch.tensor([True, True, True])}, CPU)
+    confirmation(0, RELU, torch.tensor([[bad, bad, 1.0], [-1.0, 2.0, bad]]), (-1,))
+    assert confirmation.evidence.fired.tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize("hinge", [0.1, -3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_input_on_the_hinge_does_not_fire(hinge, dtype):
+    confirmation = Confirmation({0: torch.tensor([True])}, CPU)
+    confirmation(0, RELU._replace(hinge=hinge), torch.tensor([[hinge]], dtype=dtype), (-1,))
+    assert confirmation.evidence.fired.tolist() == [0]
+
+
+class Largest(TorchDispatchMode):
+    """Note the most bytes of a new tensor."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        views = {one.untyped_storage().data_ptr() for one in args if isinstance(one, torch.Tensor)}
+        for one in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(one, torch.Tensor) and one.untyped_storage().data_ptr() not in views:
+                self.most = max(self.most, one.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("asked", [1, 64])
+@pytest.mark.parametrize(
+    ("shape", "dims"),
+    [((20_000, 64), (-1,)), ((50, 400, 64), (-1,)), ((20, 64, 20, 50), (-3,)), ((2000, 64, 10), (-2,))],
+)
+def test_no_copy_of_the_activation_is_made(shape, dims, asked, monkeypatch):
+    monkeypatch.setattr("lightning_deadrelu.confirmation._MOST_NUMBERS", 2**14)
+    x = torch.randn(shape).transpose(0, 1).contiguous().transpose(0, 1)  # in memory the other way round
+    confirmation = Confirmation({0: torch.arange(64) < asked}, CPU)
+    with Largest() as largest:
+        confirmation(0, RELU, x, dims)
+        confirmation.listen(0, x)
+    assert largest.most <= x.numel()  # one byte each
+    assert confirmation.evidence.fired.tolist() == [1] * asked
