@@ -182,6 +182,16 @@ def test_reset_with_a_bias_of_ones_own():
     assert torch.equal(new["bn.bias"][DEAD], torch.full((2,), 0.1))
 
 
+@pytest.mark.parametrize("hinge", [0.0, 3.0])
+def test_new_units_exceed_the_site_s_hinge(hinge):
+    values, laws, attribution = layer()
+    view = view_of(attribution, DEAD, values, laws)
+    x = torch.randn(50, 4, generator=seeded(1))
+    new = written(Reset().propose(dataclasses.replace(view, inputs=x, hinge=hinge), seeded()), values)
+    share = ((x @ new["fc.weight"].T + new["fc.bias"]) > hinge).double().mean(0)[DEAD]
+    assert ((share > 0.08) & (share < 0.92)).all()
+
+
 def test_weights_that_began_as_zeros_get_the_default_law():
     values, _, attribution = layer(units=300, width=25)
     dead = torch.ones(300, dtype=torch.bool)

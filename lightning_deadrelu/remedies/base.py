@@ -87,6 +87,7 @@ class SiteView:
         step: The training batch.
         inputs: Some rows of the input of the linear layer that alone feeds the site, in the confirming batch, shape
             ``(rows, features)``; None where it is fed otherwise.
+        hinge: What a unit's input has to exceed to fire.
     """
 
     report: SiteReport
@@ -97,6 +98,7 @@ class SiteView:
     quantiles: Tensor
     step: int = 0
     inputs: Tensor | None = None
+    hinge: float = 0.0
 
     def quantile(self, share: float) -> Tensor:
         """Interpolate the quantiles of all units' inputs, shape ``(units,)``.

@@ -80,7 +80,7 @@ class Reset(Remedy):
         layer = {one.role: one for one in view.attribution.incoming}
         old = {role: one.read(view.values[one.name]) for role, one in layer.items()}
         law = _law_of(layer["weight"], old["weight"], view)
-        weights, biases = choose(inputs, old["weight"], old.get("bias"), units, law, self.tries, generator)
+        weights, biases = choose(inputs, old["weight"], old.get("bias"), units, law, self.tries, generator, view.hinge)
         new = {"weight": weights, "bias": biases}
         return [Write(one.of(units), new[role]) for role, one in layer.items()]
 
