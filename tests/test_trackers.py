@@ -1,6 +1,7 @@
 """Real trackers, read back: the same values everywhere, and pictures that are there."""
 
 import csv
+import importlib.util
 import io
 import json
 import subprocess
@@ -39,18 +40,6 @@ def loggers_of(package, folder):
     }
 
 
-class Fed(Verdicts):
-    """Feeds a raster and a reporter as the callback does, whatever it is wired to itself."""
-
-    def on_verdict(self, trainer, pl_module, report):
-        super().on_verdict(trainer, pl_module, report)
-        self.shown = getattr(self, "shown", None) or (Raster(), Reporter("shown", alerts=True))
-        raster, reporter = self.shown
-        raster.add(report)
-        reporter.media(report, raster, trainer.loggers, trainer.is_global_zero)
-        reporter.alert(["net.1"], report, trainer.loggers, trainer.is_global_zero)
-
-
 @pytest.fixture(scope="module", params=[new, old], ids=["lightning", "pytorch_lightning"])
 def everywhere(request, tmp_path_factory):
     """One run with all loggers: its folder, loggers and reports."""
@@ -60,7 +49,7 @@ def everywhere(request, tmp_path_factory):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         loggers = loggers_of(request.param, folder)
-        monitor = Fed(**EVERYTHING)
+        monitor = Verdicts(alerts=True, **EVERYTHING)
         fit(Net(), batches(16), monitor, logger=list(loggers.values()), log_every_n_steps=1)
         wandb.finish()
     return folder, loggers, monitor.reports
@@ -97,22 +86,23 @@ def test_wandb_media(everywhere):
     folder, _, reports = everywhere
     records = wandb_records(folder)
     items = [record["history"]["item"] for record in records if record["type"] == "history"]
-    drawn = [item for item in items if "shown_table/sites._type" in item]
+    drawn = [item for item in items if "dead_relu_table/sites._type" in item]
     assert [item["trainer/global_step"] for item in drawn] == [3, 7, 15]
-    assert {item["shown_raster/net_1._type"] for item in drawn} == {"image-file"}
-    assert {item["shown_rates/net_3._type"] for item in drawn} == {"histogram"}
-    assert sum(drawn[0]["shown_rates/net_1.values"]) == 8
+    assert {item["dead_relu_raster/net_1._type"] for item in drawn} == {"image-file"}
+    assert {item["dead_relu_rates/net_3._type"] for item in drawn} == {"histogram"}
+    assert sum(drawn[0]["dead_relu_rates/net_1.values"]) == 8
     tables = sorted(folder.rglob("media/table/**/*.json"), key=lambda path: path.stat().st_mtime)
     rows = [json.loads(path.read_text()) for path in tables]
     read = [dict(zip(table["columns"], row, strict=True)) for table in rows for row in table["data"]]
     assert read == [{key: row[key] for key in row if key != "step"} for row in table_of(reports)]
     alerts = [record["alert"] for record in records if record["type"] == "alert"]
-    assert [alert["title"] for alert in alerts] == ["Dead ReLU units in net.1"]
+    assert len(alerts) == 1
+    assert alerts[0]["title"].startswith("Dead ReLU units in ")
     assert f"net.1: {int(reports[0]['net.1'].dead.sum())} of 8" in alerts[0]["text"]
     updates = [record["summary"]["update"] for record in records if record["type"] == "summary"]
     summary = {key: value for update in updates for key, value in update.items()}
-    assert summary["shown_summary/dead_fraction"] == reports[-1].dead_fraction
-    assert summary["shown_summary/worst_site"] == "net.1"
+    assert summary["dead_relu_summary/dead_fraction"] == reports[-1].dead_fraction
+    assert summary["dead_relu_summary/worst_site"] == "net.1"
 
 
 def test_tensorboard_media(everywhere):
@@ -122,15 +112,19 @@ def test_tensorboard_media(everywhere):
     folder, _, reports = everywhere
     (file,) = (folder / "tensorboard").rglob("events.*")
     events = EventAccumulator(str(file), size_guidance={"images": 0, "histograms": 0, "tensors": 0}).Reload()
-    assert set(events.Tags()["images"]) == {"shown_overview/sites", "shown_raster/net.1", "shown_raster/net.3"}
-    images = events.Images("shown_raster/net.1")
+    assert set(events.Tags()["images"]) == {
+        "dead_relu_overview/sites",
+        "dead_relu_raster/net.1",
+        "dead_relu_raster/net.3",
+    }
+    images = events.Images("dead_relu_raster/net.1")
     assert [image.step for image in images] == [3, 7, 15]
     raster = Raster()
     for one in reports:
         raster.add(one)
     painted = np.array(Image.open(io.BytesIO(images[-1].encoded_image_string)))
     assert np.array_equal(painted, card_of(raster.sites["net.1"], reports[-1]["net.1"]))
-    histogram = events.Histograms("shown_rates/net.1")[0].histogram_value
+    histogram = events.Histograms("dead_relu_rates/net.1")[0].histogram_value
     assert histogram.num == 8
     layouts = events.Tensors("custom_scalars__config__")
     assert len(layouts) == 1
@@ -151,7 +145,7 @@ def test_files_beside_csv(everywhere):
     from PIL import Image
 
     folder, _, reports = everywhere
-    (beside,) = (folder / "csv").rglob("shown")
+    (beside,) = (folder / "csv").rglob("dead_relu")
     assert (beside.parent / "metrics.csv").exists()
     assert {path.name for path in beside.iterdir()} == {
         "overview.png",
@@ -303,3 +297,13 @@ def test_pictures_of_any_size(sites):
 def test_names_that_the_font_does_not_have():
     raster = run(Raster(), [0], name="größe.層")
     assert card_of(raster.sites["größe.層"]).ndim == 3
+
+
+def test_the_saved_workspace_is_built():
+    pytest.importorskip("wandb_workspaces")
+    spec = importlib.util.spec_from_file_location("view", Path(__file__).parents[1] / "examples" / "wandb_workspace.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    view = module.workspace_of("me", "mine", "dead_relu")
+    assert [section.name for section in view.sections] == ["Dead ReLU units", "Dead ReLU rasters"]
+    assert view.sections[0].panels[2].metric_regex == "dead_relu_sites/.*"
