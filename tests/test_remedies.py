@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -226,6 +227,31 @@ def test_laws_are_told_from_what_was_drawn():
         assert again.std().item() == pytest.approx(drawn.std().item(), rel=0.05)
 
 
+@pytest.mark.parametrize("make", [torch.rand, torch.randn])
+def test_the_law_of_a_large_tensor_is_told_from_some_of_its_entries(make):
+    drawn = make(3000, 1001).T  # not as it lies in memory
+    started = time.process_time()
+    law = Law.of(drawn)
+    assert time.process_time() - started < 0.1
+    assert law == Law.of(drawn)
+    assert law.mean == pytest.approx(drawn.mean().item(), abs=0.02)
+    assert law.std == pytest.approx(drawn.std().item(), rel=0.02)
+    assert law.uniform == (make is torch.rand)
+    assert Law.of(torch.full((3000, 1001), 0.1)).std == 0
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (2, 0), (300, 300), (7, 5, 3)])
+def test_of_a_small_tensor_all_entries_count(shape):
+    drawn = torch.randn(shape)
+    law = Law.of(drawn)
+    if drawn.numel() > 1:
+        assert law.std == pytest.approx(drawn.double().std(correction=0).item())
+        drawn.view(-1)[-1] = 1e6
+        assert Law.of(drawn).mean > 1
+    else:
+        assert law == Law(float(drawn) if drawn.numel() else 0.0, 0.0, False)
+
+
 # -- thermal kick ------------------------------------------------------------------------------------------------------
 
 
@@ -403,7 +429,6 @@ WHOLE = ("patience", "cooldown", "attempts", "max_edits", "stop_step", "evidence
         (Reset, "significance", 1, "above 0 and below 1"),
         (Reset, "significance", True, "above 0 and below 1"),
         (Reset, "dry_run", 1, "a switch. Try `dry_run=True`"),
-        (Reset, "check_ranks", "yes", "a switch"),
         (Reset, "bias", float("nan"), "a number finite"),
         (Reset, "bias", float("inf"), "a number"),
         (Reset, "frozen", None, "a switch"),

@@ -28,6 +28,7 @@ _COUNTS = {
     "evidence": (1, True, 2990),
     "seed": (0, False, 0),
 }
+_MOST_ENTRIES = 100_000  # of a tensor that its law is told from
 _UNIFORM_KURTOSIS, _NORMAL_KURTOSIS = 1.8, 3.0
 
 
@@ -46,13 +47,13 @@ class Law(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> Law:
-        """Take the moments of a tensor that was just drawn.
+        """Take the moments of a tensor that was just drawn; of a large one, of entries evenly spaced over it.
 
         Example:
             >>> Law.of(torch.zeros(5))
             Law(mean=0.0, std=0.0, uniform=False)
         """
-        values = tensor.detach().cpu().double().flatten()
+        values = _evenly(tensor.detach()).cpu().double()
         if not len(values) or bool((values == values[0]).all()):  # rounding would give a constant a spread
             return cls(float(values[0]) if len(values) else 0.0, 0.0, False)
         mean, std = values.mean(), values.std(correction=0)
@@ -70,6 +71,13 @@ class Law(NamedTuple):
         if self.uniform:
             return (torch.rand(like.shape, generator=generator) * 2 - 1) * math.sqrt(3) * self.std + self.mean
         return torch.randn(like.shape, generator=generator) * self.std + self.mean
+
+
+def _evenly(tensor: Tensor) -> Tensor:
+    """Copy entries that are evenly spaced in the tensor's order, all of them where they are few; alike on all ranks."""
+    places = torch.arange(min(tensor.numel(), _MOST_ENTRIES), device=tensor.device)
+    places = places * tensor.numel() // max(1, len(places))
+    return tensor[torch.unravel_index(places, tensor.shape)] if tensor.ndim else tensor[None]
 
 
 @dataclass(frozen=True, eq=False)
