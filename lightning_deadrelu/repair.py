@@ -14,12 +14,13 @@ from torch.optim import Optimizer
 
 from lightning_deadrelu import ranks
 from lightning_deadrelu.activations import no_module, records, rectifiers, reinstate_, substitute_
+from lightning_deadrelu.attribution import joined_over_ranks, plain
 from lightning_deadrelu.confirmation import MOST_ROWS, Confirmation, Evidence
 from lightning_deadrelu.ladder import Event, Ladder, Loss, Request
 from lightning_deadrelu.optimizer_state import left_alone
 from lightning_deadrelu.remedies import Activation, Edits, Law, Remedy, SiteView, Write
 from lightning_deadrelu.sites import names_of
-from lightning_deadrelu.slices import Attribution, Slice
+from lightning_deadrelu.slices import Attribution
 from lightning_deadrelu.statistics import LivenessReport, SiteReport
 from lightning_deadrelu.terms import Terms, is_compiled
 from lightning_deadrelu.trainable import Gradients
@@ -261,11 +262,10 @@ class Repair:
         own = patient.watch.attributions
         if not patient.joint:
             return own
-        digest = hashlib.sha256(repr([(name, _plain(one)) for name, one in own.items()]).encode()).digest()
+        digest = hashlib.sha256(repr([(name, plain(one)) for name, one in own.items()]).encode()).digest()
         if len(set(ranks.gather(digest))) == 1:
             return own
-        theirs = ranks.gather(dict(own))
-        return {name: joined([attributions[name] for attributions in theirs]) for name in own}
+        return joined_over_ranks(ranks.gather(own), NOT_TRACED)
 
     def _reason_against(self, remedy: Remedy, site: SiteReport, attribution: Attribution, patient: Patient) -> str:
         """Say why a remedy cannot be applied to a site; empty if it can."""
@@ -422,24 +422,6 @@ def _generator(remedy: Remedy, view: SiteView) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def joined(theirs: Sequence[Attribution]) -> Attribution:
-    """Join what ranks know of one site: a refusal of one is a refusal of all, and all readers count.
-
-    Args:
-        theirs: The attribution on each rank; those on which the site has not run say nothing.
-    """
-    known = [one for one in theirs if one.no_incoming != NOT_TRACED] or list(theirs[:1])
-    first = known[0]
-    alike = all(_plain(one)[0] == _plain(first)[0] for one in known)
-    readers = {repr(_plain_slice(one)): one for attribution in known for one in attribution.outgoing}
-    no_incoming, no_outgoing, no_outlet = (
-        next((reason for one in known if (reason := getattr(one, name))), "")
-        for name in ("no_incoming", "no_outgoing", "no_outlet")
-    )
-    no_incoming = no_incoming or ("" if alike else "ranks differ in what feeds it")
-    return Attribution(first.incoming, tuple(readers.values()), first.outlet, no_incoming, no_outgoing, no_outlet)
-
-
 def _digest(cases: Sequence[Case], proposals: Sequence[Edits | str | None]) -> bytes:
     """Boil down what this rank would do, and to which weights."""
     parts: list[Any] = []
@@ -457,14 +439,3 @@ def _boiled(write: Write, values: Mapping[str, Tensor]) -> Any:
     old = write.slice.read(values[write.slice.name]).double()
     new = torch.as_tensor(write.values).double()
     return write.slice.name, float(old.sum()), float(old.square().sum()), float(new.sum()), float(new.square().sum())
-
-
-def _plain(attribution: Attribution) -> Any:
-    """Turn into plain values that are equal where the attributions are."""
-    incoming, outgoing = ([_plain_slice(one) for one in part] for part in (attribution.incoming, attribution.outgoing))
-    outlet = attribution.outlet and (attribution.outlet.path, attribution.outlet.channels.tolist())
-    return incoming, outgoing, outlet, attribution.no_incoming, attribution.no_outgoing, attribution.no_outlet
-
-
-def _plain_slice(one: Slice) -> Any:
-    return one.name, one.role, one.units.tolist(), one.index.tolist(), one.dims, one.shape

@@ -124,9 +124,10 @@ class Watch:
     @property
     def attributions(self) -> Attributions:
         """Which entries feed and read the units of each site, as far as all traced batches tell."""
-        known = merged(self._tracer.attributions(), self.sites, NOT_TRACED)
-        names = names_of(self.sites)
-        return Attributions({name: known[site] for name, site in zip(names, self.sites, strict=True) if site.units})
+        tracer = self._tracer
+        known = merged(tracer.attributions(), self.sites, tracer.failure or NOT_TRACED)
+        named = zip(names_of(self.sites), self.sites, strict=True)
+        return Attributions({name: known[site] for name, site in named if site.units}, tracer.used)
 
     def unwatched(self) -> dict[str, str]:
         """Say, by name, why a rectifier of the model is not watched."""

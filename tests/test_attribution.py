@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -18,12 +19,12 @@ from test_exactness import inputs_of
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_deadrelu.attribution import Attributions, Tracer
+from lightning_deadrelu.attribution import Attributions, Tracer, joined_over_ranks
 from lightning_deadrelu.attribution.flows import Origin
 from lightning_deadrelu.probe import Probe
 from lightning_deadrelu.sites import Rectifier, names_of
 from lightning_deadrelu.slices import Attribution
-from lightning_deadrelu.watch import Watch
+from lightning_deadrelu.watch import NOT_TRACED, Watch
 
 
 @pytest.fixture(autouse=True)
@@ -545,6 +546,70 @@ def test_a_batch_is_let_go() -> None:
     assert tracer is not None
     assert not tracer._known
     assert not tracer._named
+
+
+def over_ranks(model: nn.Module, *steps: Callable[[], Any], fail: bool = False) -> dict[str, Attribution]:
+    """Join what ranks tell of which each has run one step; the last one's tracer may fail. By what feeds a site."""
+    watches = [Watch(model) for _ in steps]
+    for watch, run in zip(watches, steps, strict=True):
+        watch.trace()
+        with watch.probe, pytest.MonkeyPatch.context() as patch:
+            if fail and watch is watches[-1]:
+                patch.setattr(Tracer, "_see", lambda *args: 1 / 0)
+            run().sum()
+    layout = list(dict.fromkeys(site for watch in watches for site in watch.sites))
+    for watch in watches:
+        watch.adopt(layout)
+    theirs = [pickle.loads(pickle.dumps(watch.attributions)) for watch in watches]
+    known = joined_over_ranks(theirs, NOT_TRACED).values()
+    return {site.source[-1].rpartition(".")[0]: one for site, one in zip(layout, known, strict=True)}
+
+
+BRANCHES = {
+    "another branch": lambda m, x: m.head(F.relu(m.b(x))),
+    "the input": lambda m, x: m.head(x),
+    "half of it": lambda m, x: m.head(F.pad(F.relu(m.a(x))[:, :3], (3, 0))),
+    "a part of its weight": lambda m, x: F.linear(F.relu(m.b(x)), m.head.weight[:1]),
+}
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_a_reader_that_another_rank_uses_otherwise_is_refused(name: str) -> None:
+    layers = {"a": linear(6, 6), "b": linear(6, 6), "head": linear(6, 2)}
+    model, x = net(lambda m, branch: branch(m, x), **layers)(), torch.randn(5, 6)
+    steps = [lambda: model(lambda m, x: m.head(F.relu(m.a(x)))), lambda: model(BRANCHES[name])]
+    for order in (steps, steps[::-1]):
+        one = over_ranks(model, *order)["a"]
+        assert one.no_outgoing == "ranks differ in what they use `head.weight` for"
+        assert not one.outgoing
+        assert one.incoming
+
+
+def test_a_layer_that_another_rank_uses_otherwise_is_refused() -> None:
+    model = net(lambda m, sides: m.b(F.relu(m.a(x))) if sides else m.c(m.a(x)), **PAIR, c=linear(6, 3))()
+    x = torch.randn(5, 4)
+    one = over_ranks(model, lambda: model(True), lambda: model(False))["a"]
+    assert one.no_incoming == "ranks differ in what they use `a.weight` for"
+    assert one.no_outlet == "ranks differ in what they use `a` for"
+    assert [part.name for part in one.outgoing] == ["b.weight"]
+
+
+def test_experts_of_several_ranks_are_joined() -> None:
+    model = MoE()
+    known = over_ranks(model, *(lambda expert=expert: expert(torch.randn(3, 4)) for expert in model.experts))
+    assert list(known) == [f"experts.{n}.fc1" for n in range(3)]
+    assert all(one.incoming and one.outgoing and one.outlet for one in known.values())
+
+
+def test_a_rank_whose_tracing_failed_refuses_for_all() -> None:
+    model = sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))()
+    (one,) = over_ranks(model, *[lambda: model(torch.randn(5, 4))] * 2, fail=True).values()
+    assert (
+        one.no_incoming
+        == one.no_outgoing
+        == one.no_outlet
+        == "it could not be traced: ZeroDivisionError: division by zero"
+    )
 
 
 class Untouched(TorchDispatchMode):

@@ -87,6 +87,12 @@ class Ledger:
 
     # -- what follows
 
+    @property
+    def used(self) -> frozenset[str]:
+        """Names of the parameters and buffers in use, whatever for."""
+        spilt = {one.name for one in self.leaked if isinstance(one, Origin) and one.role != OUTLET}
+        return frozenset(self.views) | frozenset(self.odd) | spilt
+
     def attributions(self) -> dict[Site, Attribution]:
         """Attribute every site met."""
         return {site: self._attribution(site) for site in self.fed}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from lightning_deadrelu.slices import Attribution
 
@@ -12,6 +12,7 @@ class Attributions(Mapping[str, Attribution]):
 
     Args:
         known: The attributions by name.
+        used: The names of all parameters that were seen in use, also where no site is concerned.
 
     Example:
         >>> known = Attributions({"act": Attribution(no_incoming="its parameters are sharded")})
@@ -19,8 +20,11 @@ class Attributions(Mapping[str, Attribution]):
         ('its parameters are sharded', 1)
     """
 
-    def __init__(self, known: Mapping[str, Attribution]) -> None:
+    def __init__(self, known: Mapping[str, Attribution], used: Iterable[str] = ()) -> None:
         self._known = dict(known)
+        slices = (one for known in self._known.values() for one in (*known.incoming, *known.outgoing))
+        self.used = frozenset(used) | {one.name for one in slices}
+        """Names of the parameters in use."""
 
     def __getitem__(self, name: str) -> Attribution:
         return self._known[name]

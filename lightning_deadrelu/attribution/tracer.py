@@ -114,9 +114,17 @@ class Tracer:
     def attributions(self) -> dict[Site, Attribution]:
         """Say, for every site met so far, which entries feed and read its units."""
         known = self._ledger.attributions()
-        if self.error is None:
-            return known
-        return merged({}, known, f"it could not be traced: {type(self.error).__name__}: {self.error}")
+        return merged({}, known, self.failure) if self.failure else known
+
+    @property
+    def failure(self) -> str:
+        """Why nothing is attributed, not even a site that was never met; empty if something is."""
+        return f"it could not be traced: {type(self.error).__name__}: {self.error}" if self.error is not None else ""
+
+    @property
+    def used(self) -> frozenset[str]:
+        """Names of the parameters and buffers that were seen in use."""
+        return self._ledger.used
 
     def _see(
         self,
