@@ -94,14 +94,9 @@ def check_writes(writes: Iterable[Write], model: nn.Module, optimizers: Sequence
         >>> check_writes([Write(row, torch.zeros(5))], net, [])[:48]
         '`Write` to `weight`: its values have shape (5,),'
     """
-    pending, tensors = [write for write in writes if len(write.slice.index)], tensors_of(model)
-    try:
-        for write in pending:
-            if write.slice.name in tensors:
-                _check(write, tensors[write.slice.name])
-    except ValueError as error:
-        return str(error)
-    return why_not(model, optimizers, dict.fromkeys(write.slice.name for write in pending))
+    pending, tensors = _pending(writes), tensors_of(model)
+    why = why_not(model, optimizers, dict.fromkeys(write.slice.name for write in pending))
+    return why or next(filter(None, (_why_unfit(write, tensors[write.slice.name]) for write in pending)), "")
 
 
 def write_(
@@ -128,28 +123,32 @@ def write_(
         >>> net.weight[1].tolist()
         [0.0, 0.0]
     """
-    pending = [write for write in writes if len(write.slice.index)]
-    if why := why_not(model, optimizers, dict.fromkeys(write.slice.name for write in pending)):
+    pending, tensors = _pending(writes), tensors_of(model)
+    if why := check_writes(pending, model, optimizers):
         raise ValueError(f"{why}. Nothing was written; leave the site out with `exclude`, or only watch it.")
-    tensors = tensors_of(model)
-    for write in pending:
-        _check(write, tensors[write.slice.name])
     for entries, values in pending:
         entries.write_(tensors[entries.name], values)
     for entries, _ in pending:  # once all values are there, since averages of them are copied
         repair_(optimizers, tensors[entries.name], entries, _live_for(entries, live))
 
 
-def _check(write: Write, tensor: Tensor) -> None:
+def _pending(writes: Iterable[Write]) -> list[Write]:
+    return [write for write in writes if len(write.slice.index)]
+
+
+def _why_unfit(write: Write, tensor: Tensor) -> str:
     entries, values = write
-    name, old = entries.name, entries.read(tensor)
-    new = torch.as_tensor(values, dtype=tensor.dtype)
+    try:
+        old, new = entries.read(tensor), torch.as_tensor(values, dtype=tensor.dtype)
+    except (IndexError, TypeError, ValueError, RuntimeError) as error:
+        return f"`Write` to `{entries.name}`: {error}"
     if new.ndim and new.shape != old.shape:
         why = f"its values have shape {tuple(new.shape)}, and `slice.read` returns {tuple(old.shape)}"
-        raise ValueError(f"`Write` to `{name}`: {why}. Try one number, or that shape.")
+        return f"`Write` to `{entries.name}`: {why}; give one number, or that shape"
     if new.is_floating_point() and not bool(new.isfinite().all()):
         why = f"its values are not all finite as {tensor.dtype}"
-        raise ValueError(f"`Write` to `{name}`: {why}. Leave out units whose new values are not known.")
+        return f"`Write` to `{entries.name}`: {why}; leave out units whose new values are not known"
+    return ""
 
 
 def _live_for(entries: Slice, live: Sequence[Slice]) -> Slice | None:

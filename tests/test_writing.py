@@ -1,6 +1,7 @@
 """Edits are exact: nothing but what is named, and no change of the output where nothing reads a new unit."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from lightning_deadrelu.remedies import Law, Reset, Write
 from lightning_deadrelu.slices import Attribution, Slice
-from lightning_deadrelu.writing import laws_of, tensors_of, why_not, write_
+from lightning_deadrelu.writing import check_writes, laws_of, tensors_of, why_not, write_
 from tests.test_remedies import view_of
 
 
@@ -176,15 +177,39 @@ def test_nothing_to_write_is_no_work():
         ("0.weight", torch.zeros(4), r"shape \(4,\), and `slice.read` returns \(1, 4\)"),
         ("0.weight", torch.full((1, 4), torch.nan), "not all finite"),
         ("0.weight", torch.inf, "not all finite"),
+        ("0.weight", "many", "`Write` to `0.weight`: "),
+        ("0.weight", None, "`Write` to `0.weight`: "),
     ],
 )
 def test_what_cannot_be_written_is_refused_before_anything_is(name, values, reason):
     net, optimizer = trained()
     before = copy.deepcopy(net.state_dict())
     good, bad = Write(rows("0.bias", "bias", [1]), 5.0), Write(rows(name, "weight", [1]), values)
+    assert re.search(reason, check_writes([good, bad], net, [optimizer]))
+    assert check_writes([good], net, [optimizer]) == ""
     with pytest.raises(ValueError, match=reason):
-        write_([good, bad], net, [optimizer])
+        write_(iter([good, bad]), net, [optimizer])
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+def test_rows_that_are_not_there_are_refused():
+    net, optimizer = trained()
+    beyond = Write(rows("0.weight", "weight", [6]), 0.0)
+    assert check_writes([beyond], net, [optimizer]).startswith("`Write` to `0.weight`: index 6 is out of bounds")
+    net[0].weight.data = torch.zeros(0)  # and where the values are elsewhere, that is what is said
+    assert check_writes([beyond], net, [optimizer]).startswith("`0.weight` is empty between steps")
+
+
+def test_parameters_that_are_not_trained_are_refused():
+    net, optimizer = trained()
+    held = {id(one) for one in net[0].parameters()}
+    assert why_not(net, [optimizer], ["0.weight", "1.running_mean"], held) == ""
+    assert why_not(net, [optimizer], ["0.bias", "3.weight"]) == ""
+    assert why_not(net, [optimizer], ["0.bias", "3.weight"], held) == (
+        "`3.weight` is not trained, so what is written there would stay for good"
+    )
+    tied = Tied()
+    assert why_not(tied, [], ["b.weight"], {id(tied.a.weight)}) == ""
 
 
 def test_overflow_in_half_precision_is_refused():
