@@ -368,6 +368,15 @@ def test_leaky_slopes():
     assert torch.equal(edit.slopes, torch.full((6,), 0.01))
 
 
+@pytest.mark.parametrize("make", [LeakySlope, SwapActivation])
+def test_what_stays_is_done_once_and_judged_late(make):
+    assert (make().attempts, make().cooldown) == (1, 10)
+    assert (make(attempts=3, cooldown=2).attempts, make(attempts=3, cooldown=2).cooldown) == (3, 2)
+    with pytest.raises(ValueError, match="at least 1"):
+        make(attempts=0)
+    assert (Reset().attempts, Reset().cooldown) == (3, 2)
+
+
 # -- flags and arguments -----------------------------------------------------------------------------------------------
 
 

@@ -24,6 +24,9 @@ class LeakySlope(Remedy):
     The output changes by ``slope`` times the units' negative inputs. With ``ramp_steps`` the slope rises and falls
     back to 0, so that the final model is a plain rectifier again; without, it stays, and the model needs it.
 
+    A slope that is there already cannot be given again. So one edit is all by default (``attempts=1``), and it is
+    judged late (``cooldown=10``), since units come back only as fast as their weights move.
+
     Source: leaky rectifiers (Maas et al. 2013); larger slopes, up to 1 / 5.5, did better in Xu et al. 2015
     (arXiv 1505.00853).
 
@@ -31,6 +34,8 @@ class LeakySlope(Remedy):
         slope: Output per input below the hinge.
         per_unit: Only dead units get it; False for all units of the site.
         ramp_steps: Training batches for the way up and down; None for a slope that stays.
+        attempts: As for all remedies; one by default.
+        cooldown: As for all remedies; long by default.
 
     Example:
         >>> LeakySlope(ramp_steps=300).slope
@@ -40,6 +45,8 @@ class LeakySlope(Remedy):
     slope: float = 0.01
     per_unit: bool = True
     ramp_steps: int | None = None
+    attempts: int | None = 1
+    cooldown: int = 10
 
     needs: ClassVar[frozenset[str]] = frozenset({"module"})
 
@@ -63,11 +70,16 @@ class LeakySlope(Remedy):
 class SwapActivation(Remedy):
     """Give a whole site another activation, for good; live units change too.
 
+    To do so again would change nothing. So one edit is all by default (``attempts=1``), and it is judged late
+    (``cooldown=10``), since units come back only as fast as their weights move.
+
     Source: Xu et al. 2015 (rrelu, arXiv 1505.00853), Clevert et al. 2016 (elu, arXiv 1511.07289), Klambauer et al. 2017
     (selu, arXiv 1706.02515), Hendrycks and Gimpel 2016 (gelu and silu, arXiv 1606.08415).
 
     Args:
         activation: ``"leaky_relu"``, ``"rrelu"``, ``"elu"``, ``"selu"``, ``"gelu"`` or ``"silu"``.
+        attempts: As for all remedies; one by default.
+        cooldown: As for all remedies; long by default.
 
     Example:
         >>> SwapActivation(activation="silu").activation
@@ -75,6 +87,8 @@ class SwapActivation(Remedy):
     """
 
     activation: str = "gelu"
+    attempts: int | None = 1
+    cooldown: int = 10
 
     needs: ClassVar[frozenset[str]] = frozenset({"module"})
 
