@@ -154,7 +154,7 @@ def _fires(front: Tensor, hinge: float, count: int, valid: Tensor | None) -> Ten
     """Tell which units fire on any row, shape ``(units,)``. What is not a number does not, and hides no other row."""
     above = front > hinge  # compared in its own precision, as the rectifier does
     if valid is not None:
-        above &= valid.to(front.device).view(*front.shape[:-count], *[1] * count)
+        above &= valid.to(front.device).reshape(*front.shape[:-count], *[1] * count)
     return above.any(tuple(range(front.ndim - count))).flatten()
 
 

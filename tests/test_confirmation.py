@@ -60,6 +60,17 @@ def test_padding_and_the_hinge_are_minded():
     assert confirmation.evidence.quantiles[-1].item() == pytest.approx(-0.5)
 
 
+def test_padding_may_lie_in_memory_in_any_order():
+    confirmation = Confirmation({0: torch.tensor([True])}, CPU)
+    valid = torch.tensor([[True, True], [False, True], [True, True]]).T  # two of three tokens
+    x = torch.tensor([-1.0, 5.0, -1.0, -1.0, -2.0, -1.0])[:, None]
+    confirmation(0, RELU, x, (-1,), valid)
+    confirmation.listen(0, x, valid)
+    assert confirmation.evidence.fired.tolist() == [0]
+    assert confirmation.evidence.quantiles[0].item() == -2
+    assert len(confirmation.rows(0)) == 5
+
+
 def test_sites_lie_end_to_end_and_are_cut_out_again():
     confirmation = Confirmation({2: torch.tensor([True, False]), 1: torch.tensor([True, True])}, CPU)
     confirmation(1, RELU, torch.tensor([[1.0, -1.0]]), (-1,))
