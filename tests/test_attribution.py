@@ -157,6 +157,10 @@ class Halve(torch.autograd.Function):
         return grad / 2
 
 
+def padded(model: Any, x: Tensor) -> Tensor:
+    return model.b(F.relu(model.emb(x.abs().long() % 5)))
+
+
 def tied_embedding(model: Any, x: Tensor) -> Tensor:
     return F.linear(model.b(F.relu(model.a(model.emb(x.abs().long() % 5)))), model.emb.weight)
 
@@ -379,6 +383,11 @@ EXPECTED: dict[str, tuple[Callable[[], nn.Module], list[Any], list[tuple[str, st
         net(out_of_sight, **PAIR),
         [(5, 4)],
         [("a.weight a.bias", "!code out of sight reads it")],
+    ),
+    "embedding with a padding row": (
+        net(padded, emb=lambda: nn.Embedding(5, 6, padding_idx=0), b=linear(6, 2)),
+        [(5, 3)],
+        [("!a padding row", "b.weight")],
     ),
     "tied embedding": (
         net(tied_embedding, emb=lambda: nn.Embedding(5, 4), a=linear(), b=linear(6, 4)),

@@ -28,6 +28,7 @@ from lightning_deadrelu.attribution.flows import (
 from lightning_deadrelu.sites import Site
 
 JOINED = "an identity path joins before it"
+PADDED = "its embedding has a padding row, which stays as it is"
 COMPUTED = "its weight is computed from parameters (parametrised, quantised, a low-rank update)"
 SHARDED = "its weight stands in for a parameter (sharded, or given to `functional_call`)"
 _CONVOLUTION = re.compile(r"conv(_transpose)?([123])d$")
@@ -89,6 +90,8 @@ def apply(step: Step) -> Outcome:
     streams += own
     streams += _outlet(step, makes.rows, layer.out)
     why = JOINED if isinstance(layer.bias, Tensor) and layer.bias.ndim > 1 else ""
+    if step.name == "embedding" and step.argument(2, "padding_idx") is not None:
+        why = PADDED
     return Outcome((Flow(tuple(streams), why),), (*leaks, *more), reads, (makes,))
 
 
