@@ -18,6 +18,7 @@ from recorder import no_fast_path
 from test_exactness import inputs_of
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from lightning_deadrelu.attribution import Attributions, Tracer, joined_over_ranks
 from lightning_deadrelu.attribution.flows import Origin
@@ -155,6 +156,82 @@ class Halve(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad / 2
+
+
+class Written(nn.Module):
+    """Keeps a mean of its activations in a buffer, and reads it."""
+
+    def __init__(self, write: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.write = nn.Linear(4, 6), nn.Linear(6, 2), nn.Linear(6, 2), write
+        self.register_buffer("mu", torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept, h = self.c(self.mu), F.relu(self.a(x))
+        self.write(self, h.detach().mean(0))
+        return self.b(h) + kept
+
+
+def assigned(model: Any, mean: Tensor) -> None:
+    model.mu = mean
+
+
+WAYS_TO_WRITE: dict[str, Callable[[Any, Tensor], Any]] = {
+    "lerp": lambda m, mean: m.mu.lerp_(mean, 0.1),
+    "copy": lambda m, mean: m.mu.copy_(mean),
+    "two steps": lambda m, mean: m.mu.mul_(0.9).add_(mean, alpha=0.1),
+    "add": lambda m, mean: m.mu.add_(mean),
+    "operator": lambda m, mean: m.mu.__iadd__(mean),
+    "a view": lambda m, mean: m.mu[:3].copy_(mean[:3]),
+    "out": lambda m, mean: torch.mul(mean, 2, out=m.mu),
+    "assignment": assigned,
+}
+
+
+@pytest.mark.parametrize("way", WAYS_TO_WRITE)
+def test_what_a_buffer_keeps_is_read(way: str) -> None:
+    model = Written(WAYS_TO_WRITE[way])
+    (one,) = oracle.attribute(model, lambda: model(torch.randn(5, 4))).values()
+    assert_said("a.weight a.bias", [part.name for part in one.incoming], one.no_incoming)
+    assert "the tensor `mu` keeps it" in one.no_outgoing or "`mul` reads it" in one.no_outgoing
+
+
+def test_what_is_written_to_a_buffer_of_anything_else_is_not_read() -> None:
+    model = Written(lambda m, mean: m.mu.add_(1).lerp_(m.mu.type_as(mean), 0.1))
+    (one,) = oracle.attribute(model, lambda: model(torch.randn(5, 4))).values()
+    assert_said("b.weight", [part.name for part in one.outgoing], one.no_outgoing)
+
+
+class Foreign(torch.autograd.Function):
+    """Computes in NumPy what no gradient goes through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, h: Tensor, into: bool) -> Tensor:
+        more = h.detach().numpy().sum(1, keepdims=True)
+        if not into:
+            return x + torch.from_numpy(more)
+        out = torch.empty(x.shape)
+        out.numpy()[:] = x.detach().numpy() + more
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad, None, None
+
+
+def foreign(into: bool) -> Callable[[Any, Tensor], Tensor]:
+    def forward(model: Any, x: Tensor) -> Tensor:
+        h = F.relu(model.a(x))
+        return Foreign.apply(model.b(h), h, into).sin()
+
+    return forward
+
+
+def checkpointed(model: Any, x: Tensor) -> Tensor:
+    def block(x: Tensor) -> Tensor:
+        return F.relu(model.a(x))
+
+    return model.b(checkpoint(block, x.requires_grad_(), use_reentrant=True))
 
 
 def padded(model: Any, x: Tensor) -> Tensor:
@@ -384,6 +461,17 @@ EXPECTED: dict[str, tuple[Callable[[], nn.Module], list[Any], list[tuple[str, st
         [(5, 4)],
         [("a.weight a.bias", "!code out of sight reads it")],
     ),
+    "foreign code and torch in one function": (
+        net(foreign(False), **PAIR),
+        [(5, 4)],
+        [("a.weight a.bias", "!code out of sight reads it")],
+    ),
+    "foreign code that fills a tensor": (
+        net(foreign(True), **PAIR),
+        [(5, 4)],
+        [("a.weight a.bias", "!code out of sight reads it")],
+    ),
+    "a checkpoint": (net(checkpointed, **PAIR), [(5, 4)], [("a.weight a.bias", "b.weight")]),
     "embedding with a padding row": (
         net(padded, emb=lambda: nn.Embedding(5, 6, padding_idx=0), b=linear(6, 2)),
         [(5, 3)],

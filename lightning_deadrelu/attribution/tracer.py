@@ -18,6 +18,7 @@ from lightning_deadrelu.sites import Rectifier, Site, clean
 from lightning_deadrelu.slices import Attribution
 
 _ZEROS = frozenset({"zeros", "zeros_like", "new_zeros"})
+_IN_PLACE = frozenset(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "div", "pow", "mod"))
 _MOST_NODES = 10_000
 _OUT_OF_SIGHT = "code out of sight"
 
@@ -26,6 +27,9 @@ class Tracer:
     """Takes every call of a torch function in one batch, and knows afterwards who feeds and reads each unit.
 
     Labels are kept on the CPU and no value of an activation is looked at, so that nothing waits for the device.
+
+    Numbers that the model takes out of tensors (``item``, ``tolist``, ``numpy``, ``float``, ``bool``) are out of sight,
+    and so is what it keeps from one batch to the next outside its parameters and buffers.
 
     Args:
         model: Whose parameters to name. Its tensors are never changed.
@@ -46,7 +50,7 @@ class Tracer:
         self._model = model
         self._ledger = Ledger()
         self._named: dict[int, tuple[Tensor, Flow]] = {}
-        self._known: dict[int, tuple[weakref.ref[Tensor], Flow, int]] = {}
+        self._known: dict[int, tuple[weakref.ref[Tensor], Flow, int, bool]] = {}
         self._stored: dict[int, list[Flow]] = {}
         self._nodes: dict[int, list[Flow]] = {}
         self._memory = Memory()
@@ -75,7 +79,11 @@ class Tracer:
         self._ledger.sharing.update(self._memory.sharing())
 
     def end(self) -> None:
-        """Let go of the batch."""
+        """Let go of the batch, but for what the model keeps of it."""
+        for name, buffer in self._model.named_buffers() if self._known else ():
+            entry = self._known.get(id(buffer))
+            if entry is not None and entry[0]() is buffer:  # it was assigned, not written to
+                self._spill(entry[1], clean(name))
         self._named.clear()
         self._known.clear()
         self._stored.clear()
@@ -145,6 +153,8 @@ class Tracer:
             return self._look(value, changed) if isinstance(value, Tensor) else Flow()
 
         step = Step(plain(name), func, args, kwargs, outputs, look, *frame)
+        if _writes(name, kwargs):
+            self._keep(step)
         outcome = self._rectify(step, *met) if met else self._follow(step)
         trained = any(out.requires_grad for out in outputs) or name == "__setitem__"
         pending = frozenset[Leak]().union(*(look(tensor).pending for tensor in step.operands), outcome.leaks)
@@ -164,6 +174,17 @@ class Tracer:
         outcome = follow(step)
         self._ledger.note(outcome)
         return outcome
+
+    def _keep(self, step: Step) -> None:
+        """Give up on what is written to the model's own memory: there it outlives the batch, out of sight."""
+        names = sorted(frozenset[str]().union(*map(self._memory.names, step.outputs)))
+        for tensor in step.operands if names else ():
+            self._spill(step.look(tensor), names[0])
+
+    def _spill(self, flow: Flow, name: str) -> None:
+        """Count what a tensor of the model holds of activations as read."""
+        spilt = leaks_of(Flow(flow.streams), f"the tensor `{name}`", f"the tensor `{name}` keeps it")
+        self._ledger.leak((*spilt, *flow.pending))
 
     def _rectify(self, step: Step, site: Site, rectifier: Rectifier, dims: tuple[int, ...], x: Tensor) -> Outcome:
         """Close what feeds a site, and open what it feeds."""
@@ -196,6 +217,8 @@ class Tracer:
             return self._found(tensor)
         if entry[2] != _version(tensor) and id(tensor) not in changed:
             return self._changed(tensor, entry[1])
+        if entry[3] and id(tensor) not in changed and _is_made_out_of_sight(tensor):
+            return self._emerged(tensor, entry[1])
         return entry[1]
 
     def _changed(self, tensor: Tensor, flow: Flow) -> Flow:
@@ -218,6 +241,14 @@ class Tracer:
         else:
             self._walk(node)
             found = Flow(why="what feeds it is computed out of sight")
+        self._remember(tensor, found)
+        return found
+
+    def _emerged(self, tensor: Tensor, flow: Flow) -> Flow:
+        """Meet what a custom autograd function puts out: calls in it were seen, but who knows whether all were."""
+        self._ledger.leak(leaks_of(flow, _OUT_OF_SIGHT, f"{_OUT_OF_SIGHT} reads it"))
+        self._walk(tensor.grad_fn)
+        found = Flow(why="what feeds it is computed out of sight")
         self._remember(tensor, found)
         return found
 
@@ -249,11 +280,23 @@ class Tracer:
         return flow._replace(streams=kept, why=flow.why or (self._ledger.spent_reason(lost[0]) if lost else ""))
 
     def _remember(self, tensor: Tensor, flow: Flow) -> None:
-        self._known[id(tensor)] = weakref.ref(tensor), flow, _version(tensor)
+        self._known[id(tensor)] = weakref.ref(tensor), flow, _version(tensor), tensor.grad_fn is None
         if flow.streams:
             self._stored.setdefault(storage_of(tensor), []).append(flow)
         if (node := tensor.grad_fn) is not None:
             self._nodes.setdefault(node._sequence_nr(), []).append(flow)
+
+
+def _writes(name: str, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call changes a tensor in place."""
+    plainly = name.endswith("_") and not name.endswith("__")
+    return plainly or name == "__setitem__" or name in _IN_PLACE or kwargs.get("out") is not None
+
+
+def _is_made_out_of_sight(tensor: Tensor) -> bool:
+    """Whether a function of autograd, made by hand, returned it; a checkpoint runs what is seen."""
+    node = tensor.grad_fn
+    return node is not None and type(node).__name__ != "CheckpointFunctionBackward"
 
 
 def _tensors(output: Any) -> list[Tensor]:
