@@ -64,6 +64,7 @@ class Confirmation:
         self._columns: dict[int, Tensor] = {}
         self._places: dict[int, slice] = {}
         self._samples: dict[int, _Sample] = {}
+        self._rows: dict[int, int] = {}  # of a site's input, in all calls
         start = 0
         for number, units in asked.items():
             columns = units.nonzero().flatten()
@@ -89,6 +90,7 @@ class Confirmation:
         rows = _rows_of(front, len(dims), valid)
         if not len(rows):
             return
+        self._rows[number] = self._rows.get(number, 0) + len(rows)
         place, columns = self._places[number], self._columns[number].to(x.device)
         fired = _fires(front, rectifier.hinge, len(dims), valid)[columns]
         self.evidence.fired[place].logical_or_(fired.to(self.evidence.fired.device))
@@ -111,9 +113,15 @@ class Confirmation:
         self._samples.setdefault(number, _Sample()).add(front, _rows_of(front, 1, valid if fits else None))
 
     def rows(self, number: int) -> Tensor | None:
-        """Return what was kept, at most :data:`MOST_ROWS` rows, shape ``(rows, features)``."""
-        kept = self._samples[number].rows if number in self._samples else None
-        return None if kept is None or not len(kept) else kept.double()
+        """Return what was kept, at most :data:`MOST_ROWS` rows, shape ``(rows, features)``.
+
+        None also where the site had another number of rows than the layer: then its input is not the layer's output,
+        but for instance the mean over tokens.
+        """
+        sample = self._samples.get(number)
+        if sample is None or sample.rows is None or self._rows.get(number, sample.seen) != sample.seen:
+            return None
+        return sample.rows.double() if len(sample.rows) else None
 
     def of(self, number: int, evidence: Evidence) -> Evidence:
         """Cut one site out of evidence that was merged over ranks."""
@@ -125,16 +133,16 @@ class _Sample:
 
     def __init__(self) -> None:
         self.rows: Tensor | None = None
-        self._seen, self._stride = 0, 1
+        self.seen, self._stride = 0, 1
 
     def add(self, x: Tensor, rows: Tensor) -> None:
         kept = x.new_empty(0, x.shape[-1]) if self.rows is None else self.rows
-        while -(-(self._seen + len(rows)) // self._stride) > MOST_ROWS:
+        while -(-(self.seen + len(rows)) // self._stride) > MOST_ROWS:
             kept, self._stride = kept[::2], self._stride * 2
-        chosen = rows[-self._seen % self._stride :: self._stride]
+        chosen = rows[-self.seen % self._stride :: self._stride]
         # copied: a view would keep the whole activation alive, and change with it
         self.rows = torch.cat([kept, x[torch.unravel_index(chosen, x.shape[:-1])]])
-        self._seen += len(rows)
+        self.seen += len(rows)
 
 
 def _units_last(x: Tensor, dims: tuple[int, ...]) -> Tensor:

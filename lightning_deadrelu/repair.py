@@ -19,7 +19,7 @@ from lightning_deadrelu.confirmation import MOST_ROWS, Confirmation, Evidence
 from lightning_deadrelu.ladder import Event, Ladder, Loss, Request
 from lightning_deadrelu.optimizer_state import left_alone
 from lightning_deadrelu.remedies import Activation, Edits, Law, Remedy, SiteView, Write
-from lightning_deadrelu.sites import names_of
+from lightning_deadrelu.sites import clean, names_of
 from lightning_deadrelu.slices import Attribution
 from lightning_deadrelu.statistics import LivenessReport, SiteReport
 from lightning_deadrelu.terms import Terms, is_compiled
@@ -28,6 +28,7 @@ from lightning_deadrelu.watch import NOT_TRACED, Watch
 from lightning_deadrelu.writing import check_writes, laws_of, tensors_of, why_not, write_
 
 _LINEAR = (["weight"], ["weight", "bias"])
+_MOST_TRACES = 10  # at the start, while some weights have not been met
 _MOST_EVENTS = 1000
 _MOST_UNITS_IN_EVENTS = 100_000
 
@@ -95,7 +96,8 @@ class Repair:
         self._layers: dict[str, str] = {}  # by site asked about, the linear module that feeds it
         self._report: LivenessReport | None = None  # the verdict behind the requests
         self._confirmation: Confirmation | None = None
-        self._traced = False  # whether any batch was traced
+        self._traces = 0  # batches traced, but for those before an edit
+        self._unmet: frozenset[str] = frozenset()  # weights that no rank has met while tracing
         self.losses = torch.zeros(3, dtype=torch.float64)
         """Number, sum and sum of squares of the open window's losses, on the device."""
         self._loss: Loss | None = None  # over the window behind the requests
@@ -105,8 +107,8 @@ class Repair:
     def begin(self, patient: Patient, observed: bool) -> None:
         """Let terms in flight enter the forward; look again at the units asked about, if this batch is observed."""
         watch = patient.watch
-        if observed and self.ladder.rungs and not self._traced:
-            self._traced = True
+        if observed and self.ladder.rungs and self._traces < _MOST_TRACES and (not self._traces or _unmet(patient)):
+            self._traces += 1
             watch.trace()
         if not self.terms.sites and not self._requests:
             return
@@ -118,7 +120,8 @@ class Repair:
             asked = {names.index(request.site): request.units for request in self._requests}
             self._confirmation = watch.confirmation = Confirmation(asked, watch.device)
             watch.probe.listeners = {
-                path: partial(self._confirmation.listen, names.index(site)) for site, path in self._layers.items()
+                path: partial(_listen, self._confirmation, names.index(site), watch)
+                for site, path in self._layers.items()
             }
             watch.trace()
 
@@ -202,16 +205,14 @@ class Repair:
         attributions, names, tensors = self._agreed(patient), names_of(patient.watch.sites), tensors_of(patient.model)
         cases = []
         for request in requests:
-            site, attribution, number = (
-                self._report[request.site],
-                attributions[request.site],
-                names.index(request.site),
-            )
+            site, attribution = self._report[request.site], attributions[request.site]
+            number = names.index(request.site)
+            hinge = patient.watch.hinges.get(number, 0.0)
             inputs = self._inputs(attribution, confirmation.rows(number), patient)
             units, quantiles = _confirmed(request, site, confirmation.of(number, evidence))
             if inputs is not None:
-                units &= site.frozen | ~fires_now(inputs, attribution, tensors)
-            view = SiteView(site, units, attribution, tensors, self._laws, quantiles, step, inputs)
+                units &= site.frozen | ~fires_now(inputs, attribution, tensors, hinge)
+            view = SiteView(site, units, attribution, tensors, self._laws, quantiles, step, inputs, hinge)
             cases.append(Case(request, view))
         return cases
 
@@ -222,6 +223,8 @@ class Repair:
             return None
         if reason := self._reason_against(remedy, view.report, view.attribution, patient):
             return reason
+        if "outgoing" in remedy.needs and self._unmet and self._traces < _MOST_TRACES:
+            return None  # they may be readers that run in other batches
         try:
             edits = remedy.propose(view, _generator(remedy, view))
             reason = check_writes(edits.writes, patient.model, patient.optimizers)
@@ -259,9 +262,10 @@ class Repair:
 
     def _agreed(self, patient: Patient) -> Mapping[str, Attribution]:
         """Join what all ranks know of who feeds and reads whom; they may have run different layers."""
-        own = patient.watch.attributions
+        own, self._unmet = patient.watch.attributions, _unmet(patient)
         if not patient.joint:
             return own
+        self._unmet = frozenset.intersection(*ranks.gather(self._unmet))
         digest = hashlib.sha256(repr([(name, plain(one)) for name, one in own.items()]).encode()).digest()
         if len(set(ranks.gather(digest))) == 1:
             return own
@@ -381,17 +385,18 @@ def fed_by_linear(attribution: Attribution, tensors: Mapping[str, Tensor]) -> st
     return path if plain and [one.name for one in layers] == names else ""
 
 
-def fires_now(inputs: Tensor, attribution: Attribution, tensors: Mapping[str, Tensor]) -> Tensor:
+def fires_now(inputs: Tensor, attribution: Attribution, tensors: Mapping[str, Tensor], hinge: float = 0.0) -> Tensor:
     """Tell which units of a site fire on some inputs with the weights as they are, shape ``(units,)``.
 
     Args:
         inputs: Of the linear layer that feeds it, shape ``(rows, features)``.
         attribution: Of the site.
         tensors: The model's parameters, by name.
+        hinge: What has to be exceeded.
     """
-    weight, *bias = (one.read(tensors[one.name]).cpu().double() for one in attribution.incoming)
-    z = inputs @ weight.T + (bias[0] if bias else 0.0)
-    return (z > 0).any(0)
+    weight, *bias = (one.read(tensors[one.name]).cpu().float() for one in attribution.incoming)
+    z = inputs.float() @ weight.T + (bias[0] if bias else 0.0)
+    return (z > hinge).any(0)
 
 
 def _confirmed(request: Request, site: SiteReport, seen: Evidence) -> tuple[Tensor, Tensor]:
@@ -407,6 +412,16 @@ def _confirmed(request: Request, site: SiteReport, seen: Evidence) -> tuple[Tens
 def _edited_names(remedy: Remedy, attribution: Attribution) -> list[str]:
     parts = [need for need in ("incoming", "outgoing") if need in remedy.needs]
     return sorted({one.name for part in parts for one in getattr(attribution, part)})
+
+
+def _unmet(patient: Patient) -> frozenset[str]:
+    """Name the weights in training that no traced batch has used: they may belong to readers that take turns."""
+    weights = {clean(name) for name, p in patient.model.named_parameters() if p.requires_grad and p.ndim > 1}
+    return frozenset(weights - patient.watch.used)
+
+
+def _listen(confirmation: Confirmation, number: int, watch: Watch, x: Tensor) -> None:
+    confirmation.listen(number, x, watch.valid)
 
 
 def _compiled(attribution: Attribution, patient: Patient) -> str:

@@ -66,6 +66,8 @@ class Watch:
         """Looks once more at some units."""
         self.dims: dict[int, tuple[int, ...]] = {}
         """By number of the site, the dimensions of its input that hold the units, counted from the end."""
+        self.hinges: dict[int, float] = {}
+        """By number of the site, what an input has to exceed to fire."""
 
     def _new_liveness(self) -> UnitLiveness:
         dtype = torch.float32 if self.device.type == "mps" else torch.float64  # MPS has no float64
@@ -92,7 +94,7 @@ class Watch:
             place = self._places[site] = self._add(site) if left_out is None else left_out
         if not self.sites[place].units:
             return
-        self.dims[place] = dims
+        self.dims[place], self.hinges[place] = dims, rectifier.hinge
         valid = _fit(self.valid, x, dims)
         if place in self.offsets:
             x, out, rectifier = _without(self.offsets[place], x, dims, rectifier)
@@ -128,6 +130,11 @@ class Watch:
         known = merged(tracer.attributions(), self.sites, tracer.failure or NOT_TRACED)
         named = zip(names_of(self.sites), self.sites, strict=True)
         return Attributions({name: known[site] for name, site in named if site.units}, tracer.used)
+
+    @property
+    def used(self) -> frozenset[str]:
+        """Names of the parameters and buffers that traced batches have used."""
+        return self._tracer.used
 
     def unwatched(self) -> dict[str, str]:
         """Say, by name, why a rectifier of the model is not watched."""

@@ -177,3 +177,10 @@ def test_no_copy_of_the_activation_is_made(shape, dims, asked, monkeypatch):
         confirmation.listen(0, x)
     assert largest.most <= x.numel()  # one byte each
     assert confirmation.evidence.fired.tolist() == [1] * asked
+
+
+def test_rows_of_a_layer_that_is_averaged_before_the_site_are_of_no_use():
+    confirmation = Confirmation({0: torch.tensor([True])}, CPU)
+    confirmation.listen(0, torch.ones(6, 3))
+    confirmation(0, RELU, torch.ones(2, 1), (-1,))
+    assert confirmation.rows(0) is None

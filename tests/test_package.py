@@ -52,6 +52,7 @@ MAY_IMPORT = {
     "ladder": {"remedies", "statistics"},
     "repair": {
         "activations",
+        "attribution",
         "confirmation",
         "ladder",
         "optimizer_state",

@@ -328,6 +328,69 @@ def test_observation_does_not_beat_with_the_rhythm_of_the_training():
     assert monitor.events == ()
 
 
+class Heads(Net):
+    """Two heads take turns, so that a batch meets but one of the readers."""
+
+    def __init__(self):
+        super().__init__(nn.ModuleList([nn.Sequential(nn.Linear(4, 8), nn.ReLU()), nn.Linear(8, 1), nn.Linear(8, 1)]))
+        with torch.no_grad():
+            self.net[0][0].bias[:3] = -100.0
+
+    def training_step(self, batch, batch_idx):
+        return (self.net[1 + batch_idx % 2](self.net[0](batch)) - 1).pow(2).mean()
+
+
+class Outputs(Callback):
+    def __init__(self, probe, store):
+        self.probe, self.store = probe, store
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        body, *heads = pl_module.net
+        with torch.no_grad():
+            self.store.append([head(body(self.probe)) for head in heads])
+
+
+def test_readers_that_take_turns_are_all_found():
+    torch.manual_seed(0)
+    data = batches(60, 8)
+    before, after = [], []
+    probe = torch.cat(list(data))
+    monitor = DeadReLUMonitor(remedy="reset", every_n_steps=2, window=4, min_samples=2, threshold=0.0)
+    fit(Heads(), data, Outputs(probe, before), monitor, Outputs(probe, after))
+    (edit, *_) = [event for event in monitor.events if event.action == "edited"]
+    assert edit.units == (0, 1, 2)
+    assert {one.name for one in monitor.attribution["net.0.1"].outgoing} == {"net.1.weight", "net.2.weight"}
+    assert_same(before[edit.step], after[edit.step])
+
+
+def test_padding_and_a_mean_before_the_rectifier_keep_no_unit_from_its_remedy():
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.act, self.head = nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)
+            with torch.no_grad():
+                self.fc.bias[:3] = -0.3
+                self.fc.weight[:3] *= 0.3  # fires on single tokens, never on their mean
+
+        def forward(self, x):
+            return self.head(self.act(self.fc(x.unflatten(0, (-1, 64))).mean(1)))
+
+    torch.manual_seed(0)
+    monitor = DeadReLUMonitor(remedy="reset", **EAGER)
+    fit(Net(Pooled(), lr=0.0), batches(20, 256), monitor)
+    assert any(event.action == "edited" for event in monitor.events)
+
+
+def test_a_threshold_is_minded_by_new_units():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.Threshold(2.0, 0.0), nn.Linear(8, 1))
+    with torch.no_grad():
+        net[0].bias[:4] = -100.0
+    monitor = DeadReLUMonitor(remedy=Reset(attempts=1), **EAGER)
+    fit(Net(net), batches(30, 32), monitor)
+    assert actions(monitor)[:2] == ["edited", "revived"]
+
+
 def test_one_batch_in_every_n_steps_is_observed_at_a_place_that_changes():
     monitor = DeadReLUMonitor(remedy="reset", every_n_steps=10)
     due = [batch for batch in range(1000) if monitor._is_due(batch)]
