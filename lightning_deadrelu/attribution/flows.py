@@ -247,5 +247,18 @@ def pairs(rows: Tensor, units: Tensor) -> Tensor:
                 [1, 0]])
     """
     both = torch.stack(torch.broadcast_tensors(rows, units)).flatten(1)
-    found: Tensor = both[:, (both >= 0).all(0)].unique(dim=1)
-    return found.T
+    return distinct(both[:, (both >= 0).all(0)].T)
+
+
+def distinct(found: Tensor) -> Tensor:
+    """List each pair of numbers once, in order; many times faster than ``unique`` along a dimension.
+
+    Example:
+        >>> distinct(torch.tensor([[2, 0], [1, 5], [2, 0]]))
+        tensor([[1, 5],
+                [2, 0]])
+    """
+    rows, units = found.unbind(1)
+    width = int(units.max()) + 1 if len(units) else 1
+    codes = (rows * width + units).unique()
+    return torch.stack([codes // width, codes % width], 1)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from lightning_deadrelu.attribution.flows import OUTLET, Flow, Leak, Origin, Outcome, Read, Stream, pairs
+from lightning_deadrelu.attribution.flows import OUTLET, Flow, Leak, Origin, Outcome, Read, Stream, distinct, pairs
 from lightning_deadrelu.sites import Site, base_name
 from lightning_deadrelu.slices import Attribution, Outlet, Slice
 
@@ -61,7 +61,7 @@ class Ledger:
             new = pairs(labels, units)
             if origin.role == OUTLET and bool((labels < 0).any()):
                 self.leak([Leak(origin, labels, f"only a part of each unit of `{_name(site)}`")])
-            fed[origin] = torch.cat([fed[origin], new]).unique(dim=0) if origin in fed else new
+            fed[origin] = distinct(torch.cat([fed[origin], new])) if origin in fed else new
         why = flow.why or ("" if flow.before else _UNFED)
         if flow.behind:
             other = flow.behind[0].origin
@@ -194,7 +194,7 @@ def _slice(origin: Origin, rows: Tensor, units: Tensor) -> Slice:
 
 def _reader(rows: Origin, streams: tuple[Tensor, ...]) -> Slice:
     features = torch.arange(rows.rows, device="cpu")
-    return _slice(rows, *torch.cat([pairs(features, units) for units in streams]).unique(dim=0).unbind(1))
+    return _slice(rows, *distinct(torch.cat([pairs(features, units) for units in streams])).unbind(1))
 
 
 def _rows_in(outcome: Outcome) -> list[Origin]:
