@@ -164,6 +164,7 @@ def main() -> None:
     parser.add_argument("--logger", choices=["wandb", "tensorboard", "csv", "none"], default="wandb")
     parser.add_argument("--out", type=Path, default=Path("outputs"), help="folder for runs and the picture")
     args = parser.parse_args()
+    torch.set_num_threads(1)  # for layers as small as these, threads only wait for one another
     args.out.mkdir(parents=True, exist_ok=True)
 
     remedies: dict[str, list[str] | None] = {"no remedy": None, ", then ".join(args.remedy): args.remedy}

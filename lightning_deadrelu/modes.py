@@ -6,7 +6,7 @@ import re
 import sys
 import warnings
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
@@ -15,17 +15,24 @@ _GLOBAL_HOOKS = re.compile(r"Using `torch\.compile\(module\)` when there are glo
 
 
 class EagerCompiler:
-    """Run compiled code eagerly between :meth:`pause` and :meth:`resume`; each may be called again."""
+    """Run compiled code eagerly between :meth:`pause` and :meth:`resume`; each may be called again.
+
+    Several may be paused at a time, in any order; the last to resume goes back to what was before the first.
+    """
+
+    _stance: ClassVar[AbstractContextManager[None] | None] = None
+    _paused: ClassVar[set[int]] = set()
 
     def __init__(self) -> None:
-        self._stance: AbstractContextManager[None] | None = None
         self._silence: Any = None
 
     def pause(self) -> None:
         """Run eagerly what is compiled."""
-        if "torch._dynamo" not in sys.modules or self._stance is not None:
+        if "torch._dynamo" not in sys.modules or id(self) in self._paused:
             return
-        self._stance = torch.compiler.set_stance("force_eager")
+        if not self._paused:
+            EagerCompiler._stance = torch.compiler.set_stance("force_eager")
+        self._paused.add(id(self))
         # that our hooks see `OptimizedModule` too does no harm: it is not among the model's modules
         # put in by hand, because the official way would let every warning of the program show once more
         self._silence = ("ignore", _GLOBAL_HOOKS, Warning, None, 0)
@@ -33,10 +40,12 @@ class EagerCompiler:
 
     def resume(self) -> None:
         """Go back to what was before."""
-        if self._stance is None:
+        if id(self) not in self._paused:
             return
-        self._stance.__exit__(None, None, None)
-        self._stance = None
+        self._paused.discard(id(self))
+        if not self._paused and self._stance is not None:
+            self._stance.__exit__(None, None, None)
+            EagerCompiler._stance = None
         if self._silence in warnings.filters:
             warnings.filters.remove(self._silence)
 

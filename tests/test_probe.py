@@ -377,6 +377,25 @@ def test_compiled_models_are_seen_as_if_they_were_not(
     assert probe.tracing_error is None
 
 
+def test_two_probes_at_once_leave_the_compiler_as_it_was() -> None:
+    compilations = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compilations.append(graph)
+        return graph
+
+    first, second, x = Probe(mlp(), nowhere), Probe(mlp(), nowhere), torch.randn(5, 4)
+    model = torch.compile(mlp(), backend=backend)
+    first.arm()
+    second.arm()
+    first.disarm()
+    model(x)
+    assert not compilations
+    second.disarm()
+    model(x)
+    assert len(compilations) == 1
+
+
 def test_compiled_code_is_not_compiled_again_after_an_observation() -> None:
     compilations = []
 

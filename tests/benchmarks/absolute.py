@@ -39,6 +39,7 @@ from lightning_deadrelu import DeadReLUMonitor, LivenessReport, SiteReport
 from lightning_deadrelu.remedies import Reset, ladder_of
 from lightning_deadrelu.repair import Patient, Repair
 from lightning_deadrelu.statistics import History, Rules, UnitLiveness, count, judge
+from lightning_deadrelu.trainable import Gradients
 from lightning_deadrelu.watch import Watch
 
 HIDDEN, WIDTH, BATCH, LR, EDGE = 9, 2, 100, 1e-3, math.sqrt(3)
@@ -141,7 +142,9 @@ class One:
         rungs = ladder_of(remedy and replace(remedy, seed=seed))
         self.repair = Repair(rungs, threshold, rules.min_samples, lambda event: None)
         self.repair.start(self.net)
-        self.patient = Patient(Watch(self.net, rules=rules), self.net, [self.adam], self.net, joint=False)
+        self.patient = Patient(
+            Watch(self.net, rules=rules), self.net, [self.adam], self.net, joint=False, gradients=Gradients()
+        )
 
     @property
     def asks(self) -> bool:
