@@ -30,7 +30,8 @@ COMMON = {
     "always_on_fraction",
     "frozen_fraction",
     "dormant_fraction",
-    "remedied_units", "at_risk_fraction",
+    "remedied_units",
+    "at_risk_fraction",
 }
 SITES = ("net.1", "net.3")
 KEYS = {f"dead_relu/{key}" for key in COMMON} | {f"dead_relu_sites/{site}" for site in SITES}
