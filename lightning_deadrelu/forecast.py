@@ -104,6 +104,12 @@ def _median(values: Tensor) -> Tensor:
     return (ordered[(count - 1) // 2] + ordered[count // 2]) / 2
 
 
+def _at_risk(rings: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Forecast for all sites at once: many small calls cost more than the arithmetic."""
+    masks = forecast(torch.cat(list(rings.values()), 1)).at_risk.split([ring.shape[1] for ring in rings.values()])
+    return dict(zip(rings, masks, strict=True))
+
+
 class Peaks:
     """The peaks of the last windows: a few numbers for each unit, whatever the length of the run.
 
@@ -131,14 +137,14 @@ class Peaks:
             For each rectifier site that ran, True for the units at risk, shape ``(units,)``. Smooth sites, of
             which no unit dies, are left out.
         """
-        masks = {}
+        rings: dict[int, dict[str, Tensor]] = {}  # by length
         for site in report.sites:
             if site.samples and not site.smooth:
                 ring = self._rings.get(site.name, torch.empty(0, site.units))
                 ring = ring if ring.shape[1] == site.units else torch.empty(0, site.units)
-                ring = torch.cat([ring, site.peak[None].float()])[-self._windows :]
-                self._rings[site.name], masks[site.name] = ring, forecast(ring).at_risk
-        return masks
+                ring = self._rings[site.name] = torch.cat([ring, site.peak[None].float()])[-self._windows :]
+                rings.setdefault(len(ring), {})[site.name] = ring
+        return {name: mask for alike in rings.values() for name, mask in _at_risk(alike).items()}
 
     def windows_left(self, site: str) -> Tensor:
         """Forecast in how many windows each unit of a site falls silent; infinite where it does not sink."""
