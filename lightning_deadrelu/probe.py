@@ -222,7 +222,7 @@ class Probe(TorchFunctionMode):
         self._parameters = {id(tensor): (tensor, parameter(clean(name))) for name, tensor in named}
 
     def _forget(self) -> None:
-        self._fused = self._standing_in = None
+        self._fused = self._standing_in = self._met = None
         self._known.clear()
         self._zeros.clear()
         self._frames.clear()
@@ -278,7 +278,8 @@ class Probe(TorchFunctionMode):
         rectifier = self._judged_as[self._frames[place].path]
         with torch._C.DisableTorchFunction():  # this is a hook: the mode would see what is done here
             self._rectified(rectifier, x, values, output)
-            self._trace("substitute", None, (x,), {}, output, (rectifier, x, values))
+            if self.tracer is not None:
+                self._trace(self.tracer, "substitute", None, (x,), {}, output, (rectifier, x, values))
 
     def _path_left(self, module: nn.Module) -> str | None:
         """Drop a module's frame, and those that an error left above it."""
@@ -299,7 +300,8 @@ class Probe(TorchFunctionMode):
         found = self._guard(self._find, name, args, kwargs)
         output = func(*args, **kwargs)
         self._guard(self._note, name, args, kwargs, output, found)
-        self._guard(self._trace, name, func, args, kwargs, output, found)
+        if self.tracer is not None:
+            self._guard(self._trace, self.tracer, name, func, args, kwargs, output, found)
         return output
 
     def _guard(self, step: Callable[..., Any], *args: Any) -> Any:
@@ -346,6 +348,7 @@ class Probe(TorchFunctionMode):
 
     def _trace(
         self,
+        tracer: Tracer,
         name: str,
         func: Callable[..., Any] | None,
         args: Sequence[Any],
@@ -355,10 +358,9 @@ class Probe(TorchFunctionMode):
     ) -> None:
         """Hand a call on, as a site's if it was one."""
         met, self._met = self._met, None
-        if self.tracer is not None:
-            frame = (self._frames[-1].path, self._frames[-1].module) if self._frames else ("", None)
-            with no_caching_modes():
-                self.tracer.see(name, func, args, kwargs, output, frame, (*met, found[1]) if met and found else None)
+        frame = (self._frames[-1].path, self._frames[-1].module) if self._frames else ("", None)
+        with no_caching_modes():
+            tracer.see(name, func, args, kwargs, output, frame, (*met, found[1]) if met and found else None)
 
     def _follow(self, call: Call) -> Lineage | None:
         """Follow a call; the layers that make up most of a model once for all calls alike."""

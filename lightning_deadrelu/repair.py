@@ -107,9 +107,8 @@ class Repair:
     def begin(self, patient: Patient, observed: bool) -> None:
         """Let terms in flight enter the forward; look again at the units asked about, if this batch is observed."""
         watch = patient.watch
-        if observed and self.ladder.rungs and self._traces < _MOST_TRACES and (not self._traces or _unmet(patient)):
-            self._traces += 1
-            watch.trace()
+        if observed and self.ladder.rungs and self._traces < _MOST_TRACES:
+            self._trace(patient)
         if not self.terms.sites and not self._requests:
             return
         self.terms.begin()
@@ -124,6 +123,14 @@ class Repair:
                 for site, path in self._layers.items()
             }
             watch.trace()
+
+    def _trace(self, patient: Patient) -> None:
+        """Trace the first observed batch, and some more while there are weights that were not met."""
+        if self._traces and not _unmet(patient):
+            self._traces = _MOST_TRACES  # all is known: look no more
+            return
+        self._traces += 1
+        patient.watch.trace()
 
     def end(self, patient: Patient, last: bool) -> None:
         """Take terms out again; after the last batch of an accumulated one go on with the anneal."""
@@ -155,13 +162,19 @@ class Repair:
         self._requests, events = self.ladder.decide(report, self._loss, self.terms.sites)
         self._take_back([event.site for event in events if event.action == "escalated"], patient)
         self._report = report if self._requests else None
+        self._layers = self._linear_layers(patient) if self._requests else {}
+        self._note(events)
+
+    def _linear_layers(self, patient: Patient) -> dict[str, str]:
+        """Name the linear modules that feed sites asked about: their inputs are to be kept in the next observation."""
         attributions, tensors = patient.watch.attributions, tensors_of(patient.model)
         layers = {one.site: fed_by_linear(attributions[one.site], tensors) for one in self._requests}
-        self._layers = {site: path for site, path in layers.items() if path}
-        self._note(events)
+        return {site: path for site, path in layers.items() if path}
 
     def _take_back(self, sites: Sequence[str], patient: Patient) -> None:
         """Put the rectifiers back where another activation did not help, and the next remedy is in turn."""
+        if not sites:
+            return
         names = names_of(patient.watch.sites)
         paths = {patient.watch.sites[names.index(site)].owner for site in sites}
         keep = {record["path"] for record in records(patient.model)} - paths

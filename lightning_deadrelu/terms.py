@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +108,7 @@ class _Passing(LeakyUnits):
         return _same, self.stands_for
 
 
-class _Term:
+class _Term(ABC):
     """One site's term: what it is, and how far it has come."""
 
     def __init__(self, what: dict[str, Any], model: nn.Module) -> None:
@@ -136,14 +137,14 @@ class _Term:
         given: Tensor = self.what["values"]
         return given.to(self._device, torch.float64 if self._double else torch.float32)
 
-    def update(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def update(self) -> None: ...
 
-    def enter(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def enter(self) -> None: ...
 
-    def leave(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def leave(self) -> None: ...
 
 
 class _Warm(_Term):

@@ -90,11 +90,12 @@ def median(values, like):
     return torch.tensor(out, dtype=torch.float64).to(like.dtype).reshape(values.shape[1:])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", OPTIMIZERS)
+KINDS = [(kind, dtype) for kind in OPTIMIZERS for dtype in (torch.float32, torch.float64, torch.bfloat16)]
+
+
+# Muon orthogonalises in bfloat16, and takes no float64
+@pytest.mark.parametrize(("kind", "dtype"), [one for one in KINDS if one != ("muon", torch.float64)], ids=str)
 def test_exactly_the_named_entries_change(kind, dtype):
-    if kind == "muon" and dtype == torch.float64:
-        pytest.skip("Muon orthogonalises in bfloat16")
     parameters, optimizer, _ = grown(kind, dtype=dtype)
     before = snapshot(parameters, optimizer)
     live = [row for row in range(ROWS) if row not in DEAD]
