@@ -15,10 +15,11 @@ from torch.optim import Optimizer
 from lightning_deadrelu import ranks
 from lightning_deadrelu.activations import no_module, records, rectifiers, reinstate_, substitute_
 from lightning_deadrelu.attribution import joined_over_ranks, plain
+from lightning_deadrelu.cases import Case, confirmed, digest, fed_by_linear, fires_now, generator_of
 from lightning_deadrelu.confirmation import MOST_ROWS, Confirmation, Evidence
 from lightning_deadrelu.ladder import Event, Ladder, Loss, Request
 from lightning_deadrelu.optimizer_state import left_alone
-from lightning_deadrelu.remedies import Activation, Edits, Law, Remedy, SiteView, Write
+from lightning_deadrelu.remedies import Activation, Edits, Law, Remedy, SiteView
 from lightning_deadrelu.sites import clean, names_of
 from lightning_deadrelu.slices import Attribution
 from lightning_deadrelu.statistics import LivenessReport, SiteReport
@@ -27,7 +28,6 @@ from lightning_deadrelu.trainable import Gradients
 from lightning_deadrelu.watch import NOT_TRACED, Watch
 from lightning_deadrelu.writing import check_writes, laws_of, tensors_of, why_not, write_
 
-_LINEAR = (["weight"], ["weight", "bias"])
 _MOST_TRACES = 10  # at the start, while some weights have not been met
 _MOST_EVENTS = 1000
 _MOST_UNITS_IN_EVENTS = 100_000
@@ -57,13 +57,6 @@ class Patient(NamedTuple):
         """The ``id`` of each parameter that is trained."""
         held = {id(p) for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
         return (held - self.gradients.never) or held
-
-
-class Case(NamedTuple):
-    """A site asked about, and what a remedy is shown of it."""
-
-    request: Request
-    view: SiteView
 
 
 class Diverged(RuntimeError):
@@ -200,7 +193,7 @@ class Repair:
             return
         cases = self._cases(requests, confirmation, evidence, patient, step)
         proposals = [self._proposed(case, patient) for case in cases]
-        if patient.joint and len(set(ranks.gather(_digest(cases, proposals)))) > 1:
+        if patient.joint and len(set(ranks.gather(digest(cases, proposals)))) > 1:
             proposals = ["the ranks propose different edits, or hold different weights" for _ in cases]
         for case, proposal in zip(cases, proposals, strict=True):
             self._settle(case, proposal, patient, step)
@@ -222,7 +215,7 @@ class Repair:
             number = names.index(request.site)
             hinge = patient.watch.hinges.get(number, 0.0)
             inputs = self._inputs(attribution, confirmation.rows(number), patient)
-            units, quantiles = _confirmed(request, site, confirmation.of(number, evidence))
+            units, quantiles = confirmed(request, site, confirmation.of(number, evidence))
             if inputs is not None:
                 units &= site.frozen | ~fires_now(inputs, attribution, tensors, hinge)
             view = SiteView(site, units, attribution, tensors, self._laws, quantiles, step, inputs, hinge)
@@ -239,7 +232,7 @@ class Repair:
         if "outgoing" in remedy.needs and self._unmet and self._traces < _MOST_TRACES:
             return None  # they may be readers that run in other batches
         try:
-            edits = remedy.propose(view, _generator(remedy, view))
+            edits = remedy.propose(view, generator_of(remedy, view))
             reason = check_writes(edits.writes, patient.model, patient.optimizers)
         except Exception as error:
             return f"its `propose` failed: {type(error).__name__}: {error}"
@@ -382,46 +375,6 @@ class Repair:
         self.events = deque(Event._make([*event[:4], tuple(event[4]), *event[5:]]) for event in state["events"])
 
 
-def fed_by_linear(attribution: Attribution, tensors: Mapping[str, Tensor]) -> str:
-    """Name the linear module whose output alone is a site's input; empty where it is fed otherwise.
-
-    Args:
-        attribution: Of the site.
-        tensors: The model's parameters, by name.
-    """
-    layers = attribution.incoming
-    if attribution.no_incoming or attribution.outlet is None or [one.role for one in layers] not in _LINEAR:
-        return ""
-    path, weight = attribution.outlet.path, layers[0]
-    names = [f"{path}.{role}" for role in ("weight", "bias")][: len(layers)]
-    plain = not weight.shape and weight.dims == (0,) and tensors[weight.name].ndim == 2
-    return path if plain and [one.name for one in layers] == names else ""
-
-
-def fires_now(inputs: Tensor, attribution: Attribution, tensors: Mapping[str, Tensor], hinge: float = 0.0) -> Tensor:
-    """Tell which units of a site fire on some inputs with the weights as they are, shape ``(units,)``.
-
-    Args:
-        inputs: Of the linear layer that feeds it, shape ``(rows, features)``.
-        attribution: Of the site.
-        tensors: The model's parameters, by name.
-        hinge: What has to be exceeded.
-    """
-    weight, *bias = (one.read(tensors[one.name]).cpu().float() for one in attribution.incoming)
-    z = inputs.float() @ weight.T + (bias[0] if bias else 0.0)
-    return (z > hinge).any(0)
-
-
-def _confirmed(request: Request, site: SiteReport, seen: Evidence) -> tuple[Tensor, Tensor]:
-    """Keep the units that were silent, or constant, once more; and spread their quantiles over all units."""
-    quantiles = torch.full((len(seen.sums), len(request.units)), float("nan"), dtype=torch.float64)
-    quantiles[:, request.units] = seen.quantiles
-    still = torch.zeros_like(request.units)
-    still[request.units] = (seen.fired == 0) & (seen.calls > 0)
-    constant = site.frozen & (quantiles[0] == quantiles[-1])
-    return still & site.silent | constant & request.units, quantiles
-
-
 def _edited_names(remedy: Remedy, attribution: Attribution) -> list[str]:
     parts = [need for need in ("incoming", "outgoing") if need in remedy.needs]
     return sorted({one.name for part in parts for one in getattr(attribution, part)})
@@ -441,29 +394,3 @@ def _compiled(attribution: Attribution, patient: Patient) -> str:
     if attribution.outlet and is_compiled(patient.outer, attribution.outlet.path):
         return "the model is compiled, and a compiler does not see a term that is added later"
     return ""
-
-
-def _generator(remedy: Remedy, view: SiteView) -> torch.Generator:
-    """Seed alike on all ranks, and anew for each edit."""
-    text = f"{remedy.seed} {type(remedy).__name__} {view.step} {view.report.name}"
-    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-    return torch.Generator().manual_seed(seed)
-
-
-def _digest(cases: Sequence[Case], proposals: Sequence[Edits | str | None]) -> bytes:
-    """Boil down what this rank would do, and to which weights."""
-    parts: list[Any] = []
-    for (request, view), proposal in zip(cases, proposals, strict=True):
-        parts += [request.site, request.rung, view.units.tolist()]
-        if isinstance(proposal, Edits):
-            parts += [_boiled(write, view.values) for write in proposal.writes]
-            parts += [proposal.warmth and proposal.warmth.gamma.tolist(), repr(proposal.activation)]
-        else:
-            parts.append(proposal)
-    return hashlib.sha256(repr(parts).encode()).digest()
-
-
-def _boiled(write: Write, values: Mapping[str, Tensor]) -> Any:
-    old = write.slice.read(values[write.slice.name]).double()
-    new = torch.as_tensor(write.values).double()
-    return write.slice.name, float(old.sum()), float(old.square().sum()), float(new.sum()), float(new.square().sum())

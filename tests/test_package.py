@@ -50,9 +50,11 @@ MAY_IMPORT = {
     "terms": {"activations", "sites", "substitutes"},
     "writing": {"optimizer_state", "remedies", "sites", "slices"},
     "ladder": {"remedies", "statistics"},
+    "cases": {"confirmation", "ladder", "remedies", "slices", "statistics"},
     "repair": {
         "activations",
         "attribution",
+        "cases",
         "confirmation",
         "ladder",
         "optimizer_state",
