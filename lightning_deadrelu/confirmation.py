@@ -41,9 +41,14 @@ class Evidence(NamedTuple):
         zeros = torch.zeros(len(LEVELS) + 2, units, dtype=torch.float64, device=device)
         return cls(zeros[0], zeros[1:-1], zeros[-1])
 
+    def to_host(self) -> Evidence:
+        """Copy to the CPU in one transfer."""
+        host = torch.cat([self.fired[None], self.sums, self.calls[None]]).cpu()
+        return Evidence(host[0], host[1:-1], host[-1])
+
     def part(self, place: slice) -> Evidence:
-        """Cut one site out, on the CPU."""
-        return Evidence(*(tensor[..., place].cpu() for tensor in self))
+        """Cut one site out."""
+        return Evidence(*(tensor[..., place] for tensor in self))
 
 
 class Confirmation:

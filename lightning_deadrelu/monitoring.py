@@ -335,14 +335,14 @@ class Monitoring(Callback):
             return None
         losses = self._repair.losses
         if not self._joint or (self._trainer and self._trainer.state.status == "interrupted"):
-            return None if self._failure or not self._watch else (self._watch.liveness.totals().to_host(), losses)
+            return None if self._failure or not self._watch else self._watch.liveness.totals().to_host_with(losses)
         if not ranks.agree(self._watch, self._failure is not None, self._device):
             self._give_up()
             return None
         assert self._watch is not None
         totals, merged = ranks.merge(self._watch, losses.to(self._device))
         self._repair.losses = merged if ranks.rank() == 0 else torch.zeros_like(merged)
-        return totals.to_host(), merged
+        return totals.to_host_with(merged)
 
     @contextmanager
     def _careful(self) -> Iterator[None]:

@@ -175,7 +175,7 @@ class Repair:
         patient.watch.judged_as = rectifiers(patient.model) | self.terms.rectifiers
 
     def _concerned(self, report: LivenessReport) -> bool:
-        """Whether there is anything to repair or to judge; if not, no loss is fetched."""
+        """Whether there is anything to repair or to judge."""
         return bool(report.total("silent") or any(progress.trial for progress in self.ladder.sites.values()))
 
     # -- the batch after ---------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ class Repair:
         evidence = ranks.confirm(own, failed) if patient.joint else own
         if failed or evidence is None or confirmation is None:
             return
-        cases = self._cases(requests, confirmation, evidence, patient, step)
+        cases = self._cases(requests, confirmation, evidence.to_host(), patient, step)
         proposals = [self._proposed(case, patient) for case in cases]
         if patient.joint and len(set(ranks.gather(digest(cases, proposals)))) > 1:
             proposals = ["the ranks propose different edits, or hold different weights" for _ in cases]

@@ -57,11 +57,16 @@ class Totals:
     maxima: Tensor
 
     def to_host(self) -> Totals:
-        """Copy to the CPU in one transfer, as bytes, so that no count is rounded."""
-        parts = [getattr(self, f.name) for f in fields(self)]
+        """Copy to the CPU in one transfer."""
+        return self.to_host_with(self.magnitude[:0])[0]
+
+    def to_host_with(self, beside: Tensor) -> tuple[Totals, Tensor]:
+        """Copy to the CPU, and another tensor along, in one transfer: as bytes, so that no count is rounded."""
+        parts = [*(getattr(self, f.name) for f in fields(self)), beside]
         host = torch.cat([part.flatten().view(torch.uint8) for part in parts]).cpu()
         flat = host.split([part.numel() * part.element_size() for part in parts])
-        return Totals(*(raw.view(part.dtype).view(part.shape) for raw, part in zip(flat, parts, strict=True)))
+        *own, last = (raw.view(part.dtype).view(part.shape) for raw, part in zip(flat, parts, strict=True))
+        return Totals(*own), last
 
     def sums(self) -> Tensor:
         """Lay what merges by sum end to end, as float64, which holds counts exactly up to 2^53."""
