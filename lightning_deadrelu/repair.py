@@ -151,7 +151,7 @@ class Repair:
         self.losses = torch.zeros_like(self.losses)
         if self.refusal or not self.ladder.rungs:
             return
-        self._loss = Loss.of(losses) if self._concerned(report) else None
+        self._loss = Loss.of(losses)
         self._requests, events = self.ladder.decide(report, self._loss, self.terms.sites)
         self._take_back([event.site for event in events if event.action == "escalated"], patient)
         self._report = report if self._requests else None
@@ -173,10 +173,6 @@ class Repair:
         keep = {record["path"] for record in records(patient.model)} - paths
         reinstate_(patient.model, keep)
         patient.watch.judged_as = rectifiers(patient.model) | self.terms.rectifiers
-
-    def _concerned(self, report: LivenessReport) -> bool:
-        """Whether there is anything to repair or to judge."""
-        return bool(report.total("silent") or any(progress.trial for progress in self.ladder.sites.values()))
 
     # -- the batch after ---------------------------------------------------------------------------------
 
