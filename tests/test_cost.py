@@ -53,10 +53,10 @@ def _from_package(stack: list[inspect.FrameInfo]) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore:dead_relu")
-@pytest.mark.parametrize("every_n_steps", [1, 2])
-def test_nothing_is_read_on_the_host_between_windows(every_n_steps):
+@pytest.mark.parametrize(("every_n_steps", "remedy"), [(1, None), (2, None), (1, "reset")])
+def test_nothing_is_read_on_the_host_between_windows(every_n_steps, remedy):
     net, batches = Net(), [torch.randn(3, 1, 6, 6)] * 25
-    monitor = DeadReLUMonitor(every_n_steps=every_n_steps, window=5, min_samples=1)
+    monitor = DeadReLUMonitor(every_n_steps=every_n_steps, window=5, min_samples=1, remedy=remedy)
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=1,
@@ -69,7 +69,9 @@ def test_nothing_is_read_on_the_host_between_windows(every_n_steps):
     with Waiting(net) as waiting:
         trainer.fit(net, DataLoader(batches, batch_size=None))
     ends = {every_n_steps * (5 * window - 1) for window in (1, 2, 3, 4, 5) if every_n_steps * (5 * window - 1) < 25}
-    assert waiting.at <= ends | {0, 24}  # 0: the start of fit and the first look; 24: the last batch
+    edits = {event.step for event in monitor.events if event.action == "edited"}  # who is looked at once more
+    assert bool(edits) == bool(remedy)
+    assert waiting.at <= ends | edits | {0, 24}  # 0: the start of fit and the first look; 24: the last batch
     assert ends <= waiting.at  # so the test would notice
 
 
