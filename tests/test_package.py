@@ -22,6 +22,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 # Who may import whom, within the package. Each name stands for a module or a package of this folder.
 MAY_IMPORT = {
+    "findings": set(),
     "sites": set(),
     "lineage": {"sites"},
     "modes": set(),
