@@ -23,8 +23,8 @@ class Finding:
 
     Example:
         >>> print(Finding(cause="bias_decay", where="net.0.bias", evidence="weight_decay is 0.1", confidence="likely",
-        ...               edit="AdamW(decay_groups(model, 0.1))", source="arXiv 1812.01187"))
-        bias_decay at `net.0.bias` (likely): weight_decay is 0.1. Try `AdamW(decay_groups(model, 0.1))`. [arXiv 1812.01187]
+        ...               edit="AdamW(decay_groups(model, 0.1))", source="He 2019"))
+        bias_decay at `net.0.bias` (likely): weight_decay is 0.1. Try `AdamW(decay_groups(model, 0.1))`. [He 2019]
     """
 
     cause: str
