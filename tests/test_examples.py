@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -65,3 +66,14 @@ def test_repair(tmp_path):
     assert "Reset revived `net.relu2`" in printed
     assert len(list(tmp_path.glob(LEFT_BEHIND["wandb"]))) == 2
     assert (tmp_path / "repair.png").stat().st_size > 5000
+
+
+def test_ray(tmp_path):
+    """By hand: ``pip install -c constraints.txt ".[examples,ray]" pytest && pytest tests/test_examples.py -k ray``."""
+    pytest.importorskip("ray", reason="ray is large, and not among the tests' packages")
+    printed = run("03_ray.py", tmp_path)
+    assert "net.relu3" in printed
+    key = re.search(r"dead_fraction'\] is (0\.\d+)", printed)
+    dead = re.search(r"A single process finds the same (\d+) units dead", printed)
+    assert float(key[1]) == pytest.approx(int(dead[1]) / 192, abs=1e-4)
+    assert int(dead[1]) > 5
