@@ -3,6 +3,12 @@
 from lightning_deadrelu.activations import restore_activations, swap_activations_
 from lightning_deadrelu.audit import find_dead_units
 from lightning_deadrelu.callback import DeadReLUMonitor
+from lightning_deadrelu.prevention import (
+    born_dead_bounds,
+    decay_groups,
+    init_for_relu_,
+    randomized_asymmetric_init_,
+)
 from lightning_deadrelu.remedies import BiasWarming, LeakySlope, Remedy, Reset, SwapActivation, ThermalKick
 from lightning_deadrelu.statistics import LivenessReport, SiteReport, UnitLiveness
 
@@ -17,7 +23,11 @@ __all__ = [
     "SwapActivation",
     "ThermalKick",
     "UnitLiveness",
+    "born_dead_bounds",
+    "decay_groups",
     "find_dead_units",
+    "init_for_relu_",
+    "randomized_asymmetric_init_",
     "restore_activations",
     "swap_activations_",
 ]

@@ -68,6 +68,31 @@ def find_dead_units(
     return judge(totals, History.empty(), watch.sites, watch.liveness.rules, unwatched=watch.unwatched())[0]
 
 
+def trace(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] | None = None) -> Watch:
+    """Watch one batch, follow it from layers to rectifiers, and leave the model as it was.
+
+    Args:
+        model: Any module.
+        batch: As one of those that :func:`find_dead_units` takes.
+        forward: As there.
+
+    Raises:
+        RuntimeError: If the audit itself failed.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
+        >>> trace(model, torch.rand(2, 4)).attributions["1"].bias.name
+        '0.bias'
+    """
+    watch = Watch(model)
+    watch.trace()
+    with _as_found(model), torch.enable_grad(), watch.probe:
+        (forward or _forward)(model, _to_device(batch, model))
+    if watch.probe.failure:
+        raise RuntimeError("The audit itself failed; the model ran through.") from watch.probe.failure
+    return watch
+
+
 def _forward(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
