@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 _SHARDED = frozenset({"FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy"})
 _AVERAGING = frozenset({"WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging"})
-_FORMAT = 2  # of the saved state
+_FORMAT = 3  # of the saved state
 _SAVED = ("batches", "observing", "observation", "step", "judged", "unjudged", "score")
 
 

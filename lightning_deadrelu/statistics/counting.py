@@ -206,7 +206,7 @@ class UnitLiveness(Metric):
         self._pending: dict[int, Counts] = {}  # calls of the present observation by site
         self.add_state("fired", torch.zeros(0, dtype=torch.int64), "sum")
         self.add_state("magnitude", torch.zeros(0, dtype=dtype), "sum")
-        self.add_state("maxima", torch.zeros(4, 0, dtype=dtype), "max")
+        self.add_state("maxima", torch.zeros(6, 0, dtype=dtype), "max")
         self.add_state("samples", torch.zeros(0, window, dtype=torch.int64), "sum")
         self.add_state("elements", torch.zeros(0, dtype=torch.int64), "sum")
         for name, units in (sites or {}).items():
@@ -288,9 +288,20 @@ class UnitLiveness(Metric):
         last = torch.where((peak > 0) | (fired > 0), self._observation, -1)  # the peak is lost beside a NaN
         nonfinite = torch.where(missing, NAN, torch.where(infinite, INFINITE, FINITE))
         rows = [peak, last, torch.where(varied, VARIES, self._constant()), nonfinite]
-        torch.maximum(self.maxima, torch.stack([row.to(self.maxima.dtype) for row in rows]), out=self.maxima)
+        own = self.maxima[: len(rows)]
+        torch.maximum(own, torch.stack([row.to(self.maxima.dtype) for row in rows]), out=own)
         self._add_sizes()
         self._pending = {}
+
+    def prove(self, proved: Tensor, moved: Tensor) -> None:
+        """Take in what gradients say; see the last two rows of :attr:`Totals.maxima`.
+
+        Args:
+            proved: Observations begun when a unit was last seen to have a gradient, or -1, shape ``(units,)``.
+            moved: Whether it had one in an observed batch, shape ``(units,)``.
+        """
+        own = self.maxima[-2:]
+        torch.maximum(own, torch.stack([proved.to(own.dtype), moved.to(own.dtype)]), out=own)
 
     def _nothing(self, units: int) -> Counts:
         """Make the counts of a site that did not run."""
@@ -352,6 +363,6 @@ class UnitLiveness(Metric):
 def _fresh(name: str, like: Tensor, units: int) -> Tensor:
     """Make the entries of a new site: what changes nothing when it is merged."""
     if name == "maxima":
-        rows = (-math.inf, -1.0, UNKNOWN, FINITE)
+        rows = (-math.inf, -1.0, UNKNOWN, FINITE, -1.0, 0.0)
         return torch.stack([like.new_full((units,), value) for value in rows])  # copying a list would wait for a device
     return like.new_zeros({"samples": (1, *like.shape[1:]), "elements": (1,)}.get(name, (units,)))

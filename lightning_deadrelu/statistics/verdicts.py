@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _RARE = 0.01
 _SUMS = ("fired", "samples", "elements", "magnitude")
-# what the last two rows of Totals.maxima hold
+# what the third and fourth row of Totals.maxima hold
 UNKNOWN, CONSTANT, VARIES = 0, 1, 2
 FINITE, INFINITE, NAN = 0, 1, 2
 
@@ -45,9 +45,10 @@ class Totals:
         samples: Samples by site and observation, shape ``(sites, window)``, int64; merges by sum.
         elements: Elements per unit by site, shape ``(sites,)``, int64; merges by sum.
         magnitude: Sum of the absolute output, shape ``(units,)``; merges by sum.
-        maxima: Shape ``(4, units)``; merges by maximum. The rows: peak; last observation that fired, or -1; 2
+        maxima: Shape ``(6, units)``; merges by maximum. The rows: peak; last observation that fired, or -1; 2
             where the output varied, 1 where it was constant, 0 where a single element says nothing; 0 where the
-            input was finite, 1 where infinite, 2 where not a number.
+            input was finite, 1 where infinite, 2 where not a number; observations begun when a gradient last proved
+            that the unit fired, or -1; 1 where there was a gradient in a batch that was observed.
     """
 
     fired: Tensor
@@ -85,8 +86,8 @@ class History:
     """What outlives a window, one entry for each unit of all sites.
 
     Args:
-        age: Samples since the unit last fired, int64.
-        ever: Whether it has ever fired.
+        age: Samples since the unit last gave a sign of life, int64.
+        ever: Whether it ever has.
         dead: Whether it was dead when last judged.
         revived: Whether it ever fired again after it had been dead.
         fired: Elements that fired, over all windows in which any did, int64.
@@ -131,21 +132,21 @@ class SiteReport:
         trainable: Whether an optimizer trains what feeds it; frozen sites stay out of the headlines.
         smooth: Whether no input is exactly dead, as with GELU: only dormancy is judged.
         dead: Silent in the window, and for at least ``min_samples`` samples. Bool.
-        silent: Never fired in the window. Bool.
-        rare: Fired on less than 1 % of the elements, but fired. Bool.
+        silent: Never fired in the observed batches of the window, whatever gradients prove. Bool.
+        rare: Fired, or was proved to by a gradient, but on less than 1 % of the elements. Bool.
         always_on: Fired on all elements: the unit is linear. Bool.
         frozen: Fired, but put out one value whatever the input: it is downstream of a dead layer. Bool.
         dormant: Dormancy at most ``tau``. Bool.
         nonfinite: Met an infinity or a value that is not a number. Bool.
-        judged: Whether the evidence suffices: it fired, or its age reached ``min_samples``. Bool.
-        born_dead: Dead, and has never fired. Bool.
+        judged: Whether the evidence suffices: it lives, or its age reached ``min_samples``. Bool.
+        born_dead: Dead, and has never fired, nor been proved to. Bool.
         newly_dead: Dead, and was not at the verdict before. Bool.
-        revived: Fires, and was dead when last judged. Bool.
+        revived: Lives (fires, or was proved to and is not dead), and was dead when last judged. Bool.
         redied: Newly dead, and had come back to life before. Bool.
         firing_rate: Share of the elements that fired.
         peak: Largest input, measured from the hinge.
         dormancy: Mean absolute output, divided by its mean over the site (Sokar et al. 2023, arXiv 2302.12902).
-        age: Samples observed since the unit last fired, int64.
+        age: Samples observed since the unit last fired, or a gradient proved that it did, int64.
         usual_rate: Share of the elements that fired over all windows so far in which the unit fired; 0 if it never did.
         rate_bound: At 95 % confidence the firing rate is below this: ``1 - 0.05 ** (1 / age)``.
     """
@@ -331,15 +332,16 @@ def _judge_site(
     totals: Totals, index: int, place: slice, before: History, site: Site, name: str, rules: Rules, trainable: bool
 ) -> tuple[SiteReport, History]:
     samples, elements = int(totals.samples[index].sum()), int(totals.elements[index])
-    peak, last, varied, nonfinite = totals.maxima[:, place].unbind()
+    peak, last, varied, nonfinite, proved, _ = totals.maxima[:, place].unbind()
     fires, known = last >= 0, torch.full((site.units,), samples > 0)
-    age = _age(totals.samples[index], last.long(), before.age)
+    age = _age(totals.samples[index], torch.where(fires, last + 1, -1).maximum(proved).long(), before.age)
     silent = known & ~fires & (nonfinite < NAN) & (not site.smooth)
     dead = silent & (age >= rules.min_samples)
+    lives = fires | ((proved >= 0) & ~dead)
     lifetime = _lifetime(totals.fired[place], elements, before)
     rate = totals.fired[place].double() / max(elements, 1)
     dormancy = dormancy_of(totals.magnitude[place].nan_to_num(0.0, 0.0) / max(elements, 1))
-    revived = fires & before.dead
+    revived = lives & before.dead
     newly_dead = dead & ~before.dead
     report = SiteReport(
         name,
@@ -351,13 +353,13 @@ def _judge_site(
         site.smooth,
         dead=dead,
         silent=silent,
-        rare=fires & (rate < _RARE),
+        rare=lives & (rate.clamp(min=1 / max(elements, 1)) < _RARE),
         always_on=known & (totals.fired[place] == elements),
         frozen=fires & (varied == CONSTANT),
         dormant=known & (nonfinite < NAN) & (dormancy <= rules.tau),
         nonfinite=nonfinite > FINITE,
-        judged=fires | dead,
-        born_dead=dead & ~before.ever,
+        judged=lives | dead,
+        born_dead=dead & ~before.ever & (proved < 0),
         newly_dead=newly_dead,
         revived=revived,
         redied=newly_dead & before.revived,
@@ -367,7 +369,7 @@ def _judge_site(
         age=age,
         usual_rate=lifetime[0] / lifetime[1].clamp(min=1),
     )
-    flags = before.ever | fires, dead | (before.dead & ~fires), before.revived | revived
+    flags = before.ever | fires | (proved >= 0), dead | (before.dead & ~lives), before.revived | revived
     return report, History(age, *flags, *lifetime)
 
 
@@ -376,11 +378,11 @@ def _lifetime(fired: Tensor, elements: int, before: History) -> tuple[Tensor, Te
     return before.fired + fired, before.seen + torch.where(fired > 0, elements, 0)
 
 
-def _age(samples: Tensor, last: Tensor, before: Tensor) -> Tensor:
-    """Add up the samples observed after the last observation in which each unit fired."""
+def _age(samples: Tensor, since: Tensor, before: Tensor) -> Tensor:
+    """Add up the samples from an observation on: the first after each unit's last sign of life, -1 if it gave none."""
     after = samples.flip(0).cumsum(0).flip(0)  # after[k] = samples in observation k and later
     after = torch.cat([after, after.new_zeros(1)])
-    return after[last + 1] + torch.where(last < 0, before, 0)
+    return after[since.clamp(min=0)] + torch.where(since < 0, before, 0)
 
 
 def dormancy_of(mean: Tensor) -> Tensor:
