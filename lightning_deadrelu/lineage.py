@@ -232,7 +232,7 @@ def _weight_part(call: Call, weights: Known) -> str:
 
 
 def _is_view(output: Tensor, main: Tensor) -> bool:
-    return output.untyped_storage().data_ptr() == main.untyped_storage().data_ptr()
+    return bool(torch._C._is_alias_of(output, main))
 
 
 def _convolution_dims(call: Call) -> Dims:

@@ -7,9 +7,7 @@ be copied, pickled, compiled and exported at any time.
 
 from __future__ import annotations
 
-import inspect
 import threading
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -20,7 +18,8 @@ from torch.overrides import TorchFunctionMode, _push_mode
 from torch.utils.hooks import RemovableHandle
 
 from lightning_deadrelu.attribution import Tracer
-from lightning_deadrelu.lineage import STEADY, Call, Lineage, follow, function_name, of_module, parameter, tensors_in
+from lightning_deadrelu.frames import Frame, in_forward, may_be_fused
+from lightning_deadrelu.lineage import Call, Lineage, function_name, of_module, parameter, tensors_in
 from lightning_deadrelu.modes import EagerCompiler, no_caching_modes, remove_mode
 from lightning_deadrelu.sites import (
     Rectifier,
@@ -33,6 +32,7 @@ from lightning_deadrelu.sites import (
     matches,
     rectifier_of,
 )
+from lightning_deadrelu.trail import Trail
 
 # asked for all the time, and never a tensor that matters
 _IGNORED = frozenset(
@@ -50,7 +50,6 @@ _IGNORED |= {
     "grad",
     "names",
 }
-_ZEROS = frozenset({"zeros", "zeros_like", "new_zeros"})
 _ARMS_PER_LOOK = 10
 _MOST_WIDTHS = 4  # a site whose number of units differs between calls more often has no units
 
@@ -60,33 +59,6 @@ class Sink(Protocol):
 
     def __call__(self, site: Site, rectifier: Rectifier, x: Tensor, out: Tensor, dims: tuple[int, ...]) -> None:
         """Take one call."""
-
-
-class _Frame:
-    """One running forward: the module's path, and how often each untraced rectifier was called in it."""
-
-    __slots__ = ("calls", "module", "path")
-
-    def __init__(self, path: str, module: nn.Module) -> None:
-        self.path = path
-        self.module = module
-        self.calls: dict[str, int] = {}
-
-    def owned(self, producers: frozenset[str]) -> tuple[str, ...]:
-        prefix = f"{self.path}." if self.path else ""
-        return tuple(sorted(name for name in producers if name.startswith(prefix)))
-
-    def has_weights(self) -> bool:
-        return not is_rectifier_module(self.module) and next(self.module.parameters(), None) is not None
-
-    def is_passed_by(self, lineage: Lineage) -> bool:
-        """Whether a stream comes in from several layers outside: which ones, differs where layers are skipped."""
-        return lineage.joined and bool(self.path) and not self.owned(lineage.producers)
-
-    def number(self, owner: str) -> str:
-        """Number the calls of one owner, for want of better."""
-        self.calls[owner] = self.calls.get(owner, -1) + 1
-        return f"#{self.calls[owner]}"
 
 
 class Probe(TorchFunctionMode):
@@ -119,22 +91,17 @@ class Probe(TorchFunctionMode):
         self._model: nn.Module = getattr(model, "_orig_mod", model)
         self._sink = sink
         self._unit_dims = dict(unit_dims or {})
-        zeros = (buffer for buffer in self._model.buffers() if buffer.numel() == 1 and not buffer.any())
-        self._zero_buffers = [(buffer, _version(buffer)) for buffer in zeros]
+        self._trail = Trail(self._model)
         self._widths: dict[tuple[Any, ...], set[int]] = {}
         self._handles: list[RemovableHandle] = []
         self._compiler = EagerCompiler()
         self._modules: dict[int, tuple[nn.Module, str]] = {}
-        self._parameters: dict[int, tuple[Tensor, Lineage]] = {}
         self._armed_before = 0
         self._thread = 0  # the module hooks are called on every thread, the mode on this one alone
         self.entered: set[str] = set()
         """Paths of the modules whose forward has run while the probe looked."""
-        self._derived: dict[tuple[Any, ...], Lineage | None] = {}
         self._sources: dict[tuple[Any, ...], tuple[str, ...]] = {}
-        self._known: dict[int, tuple[weakref.ref[Tensor], Lineage]] = {}
-        self._zeros: dict[int, tuple[weakref.ref[Tensor], int]] = {}
-        self._frames: list[_Frame] = []
+        self._frames: list[Frame] = []
         self.unwatched: dict[str, str] = {}
         """Why, by name, a rectifier that ran is not watched."""
         self.failure: Exception | None = None
@@ -144,8 +111,6 @@ class Probe(TorchFunctionMode):
         self.listeners: dict[str, Callable[[Tensor], None]] = {}
         """By path, who is handed the input of a module."""
         self._met: tuple[Site, Rectifier, tuple[int, ...]] | None = None
-        self.tracing_error: Exception | None = None
-        """The first call whose producers could not be followed, which stopped nothing."""
 
     @property
     def judged_as(self) -> Mapping[str, Rectifier]:
@@ -164,6 +129,11 @@ class Probe(TorchFunctionMode):
     def model(self) -> nn.Module:
         """The model watched, without the wrapper of a compiler."""
         return self._model
+
+    @property
+    def tracing_error(self) -> Exception | None:
+        """The first call whose producers could not be followed, which stopped nothing."""
+        return self._trail.error
 
     @property
     def armed(self) -> bool:
@@ -215,16 +185,13 @@ class Probe(TorchFunctionMode):
 
     def _look_at_model(self) -> None:
         """List modules and parameters; what is exchanged later goes by its module until the next look."""
-        self._derived.clear()
+        self._trail.look_at(self._model)
         self._sources.clear()
         self._modules = {id(module): (module, clean(name)) for name, module in self._model.named_modules()}
-        named = self._model.named_parameters(remove_duplicate=False)
-        self._parameters = {id(tensor): (tensor, parameter(clean(name))) for name, tensor in named}
 
     def _forget(self) -> None:
         self._fused = self._standing_in = self._met = None
-        self._known.clear()
-        self._zeros.clear()
+        self._trail.forget()
         self._frames.clear()
 
     def _enter_module(self, module: nn.Module, args: Any) -> None:
@@ -233,10 +200,10 @@ class Probe(TorchFunctionMode):
             self.entered.add(entry[1])
             if entry[1] in self.listeners and args and isinstance(args[0], Tensor) and not _recomputes():
                 self._guard(self.listeners[entry[1]], args[0].detach())
-            self._frames.append(_Frame(entry[1], module))
+            self._frames.append(Frame(entry[1], module))
             if entry[1] in self._judged_as and self._standing_in is None:
                 self._guard(self._enter_substitute, entry[1], module, args)
-            if self._keep_fused and self._fused is None and _may_be_fused(module):
+            if self._keep_fused and self._fused is None and may_be_fused(module):
                 self._fused = module
                 if not isinstance(module, nn.MultiheadAttention):  # which has no rectifier inside
                     self.unwatched[entry[1]] = "it runs without gradients as one fused kernel"
@@ -255,7 +222,7 @@ class Probe(TorchFunctionMode):
         if isinstance(output, Tensor) and self._lineage(output) is None:
             prefix = f"{path}." if path else ""
             own = [(clean(prefix + name), tensor) for name, tensor in module.named_parameters(recurse=False)]
-            self._remember(output, of_module(own, output))
+            self._trail.remember(output, of_module(own, output))
 
     def _enter_substitute(self, path: str, module: nn.Module, args: Any) -> None:
         if _recomputes():
@@ -315,11 +282,11 @@ class Probe(TorchFunctionMode):
         self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> tuple[Rectifier, Tensor, Tensor] | None:
         """Tell the rectifier, its input, and that input's values before the call."""
-        rectifier = rectifier_of(name, args, kwargs, self._is_zero)
+        rectifier = rectifier_of(name, args, kwargs, self._trail.is_zero)
         if rectifier is None:
             return None
         operands = tensors_in((*args, *kwargs.values()))
-        x = next((tensor for tensor in operands if not self._is_zero(tensor)), operands[0])
+        x = next((tensor for tensor in operands if not self._trail.is_zero(tensor)), operands[0])
         in_place = name.endswith("_") or kwargs.get("inplace") or kwargs.get("out") is not None
         return rectifier, x, x.detach().clone() if in_place else x
 
@@ -334,15 +301,13 @@ class Probe(TorchFunctionMode):
         outputs = [output] if isinstance(output, Tensor) else _tensor_list(output)
         if not outputs or not (outputs[0].is_floating_point() or outputs[0].is_complex()):
             return
-        if name in _ZEROS or (name == "tensor" and args and isinstance(args[0], (int, float)) and args[0] == 0):
-            self._zeros[id(outputs[0])] = weakref.ref(outputs[0]), _version(outputs[0])
+        self._trail.note_zeros(name, args, outputs[0])
         if found is not None and not found[0].fused:
             self._rectified(*found, outputs[0])
             return
         for place, tensor in enumerate(outputs):
-            self._remember(
-                tensor, self._follow(Call(name, args, kwargs, tensor, place if tensor is not output else -1))
-            )
+            call = Call(name, args, kwargs, tensor, place if tensor is not output else -1)
+            self._trail.remember(tensor, self._trail.follow(call, [self._lineage(x) for x in call.operands]))
         if found is not None:  # its input is out of sight
             self._rectified(found[0], outputs[0], outputs[0], outputs[0])
 
@@ -362,27 +327,9 @@ class Probe(TorchFunctionMode):
         with no_caching_modes():
             tracer.see(name, func, args, kwargs, output, frame, (*met, found[1]) if met and found else None)
 
-    def _follow(self, call: Call) -> Lineage | None:
-        """Follow a call; the layers that make up most of a model once for all calls alike."""
-        lineages = [self._lineage(tensor) for tensor in call.operands]
-        if call.name not in STEADY or call.output.is_nested:
-            return self._try_to_follow(call, lineages)
-        key = (call.name, call.output.shape, *lineages)
-        if key not in self._derived:
-            self._derived[key] = self._try_to_follow(call, lineages)
-        return self._derived[key]
-
-    def _try_to_follow(self, call: Call, lineages: list[Lineage | None]) -> Lineage | None:
-        known = [(tensor, own) for tensor, own in zip(call.operands, lineages, strict=True) if own is not None]
-        try:
-            return follow(call, known) if known else None
-        except Exception as error:  # an untraced site is still watched
-            self.tracing_error = self.tracing_error or error
-            return None
-
     def _rectified(self, rectifier: Rectifier, x: Tensor, values: Tensor, output: Tensor) -> None:
         lineage = self._lineage(x) or Lineage()
-        self._remember(output, lineage._replace(passed=lineage.passed + 1, weight=False))
+        self._trail.remember(output, lineage._replace(passed=lineage.passed + 1, weight=False))
         if _holds_data(values):
             self._hand_over(rectifier, lineage, _plain(values), _plain(output))
 
@@ -432,7 +379,7 @@ class Probe(TorchFunctionMode):
         own = next(
             (names for frame in reversed(frames) if frame.path and (names := frame.owned(lineage.producers))), ()
         )
-        if functional and not own and not (lineage.producers and self._in_forward()):
+        if functional and not own and not (lineage.producers and in_forward(self._model)):
             return None
         home = next((frame for frame in reversed(frames) if frame.has_weights()), None)
         if not lineage.producers or (home and home.is_passed_by(lineage)):
@@ -442,22 +389,9 @@ class Probe(TorchFunctionMode):
             self._sources[key] = source
         return owner, functional, source
 
-    def _in_forward(self) -> bool:
-        """Whether the model's own forward is running: a hinge in ``training_step`` is a loss, not a layer."""
-        code = getattr(inspect.unwrap(type(self._model).forward), "__code__", None)
-        frame = inspect.currentframe()
-        while frame is not None:
-            if frame.f_code is code:
-                return True
-            frame = frame.f_back
-        return False
-
     def _lineage(self, tensor: Tensor) -> Lineage | None:
-        if (given := self._parameters.get(id(tensor))) is not None and given[0] is tensor:
-            return given[1]  # whatever was done to it in place
-        if (entry := self._known.get(id(tensor))) is not None and entry[0]() is tensor:
-            return entry[1]
-        return self._gathered(tensor)
+        known = self._trail.lineage(tensor)
+        return self._gathered(tensor) if known is None else known
 
     def _gathered(self, tensor: Tensor) -> Lineage | None:
         """Recognise a weight that was put in the place of a module's own for this forward (sharding)."""
@@ -466,17 +400,6 @@ class Probe(TorchFunctionMode):
         path, module = self._frames[-1].path, self._frames[-1].module
         name = next((name for name, weight in module._parameters.items() if weight is tensor), None)
         return None if name is None else parameter(clean(f"{path}.{name}" if path else name))
-
-    def _remember(self, tensor: Tensor, lineage: Lineage | None) -> None:
-        if lineage is not None:
-            self._known[id(tensor)] = weakref.ref(tensor), lineage
-
-    def _is_zero(self, value: Any) -> bool:
-        if not isinstance(value, Tensor):
-            return False
-        made = self._zeros.get(id(value))
-        known = [(made[0](), made[1])] if made else self._zero_buffers
-        return any(value is zeros and _version(value) == version for zeros, version in known)  # and none filled since
 
 
 def _recomputes() -> bool:
@@ -487,16 +410,6 @@ def _recomputes() -> bool:
 def _detail(lineage: Lineage) -> list[str]:
     """Tell apart what the same producers feed: slices of their output, and a rectifier behind a rectifier."""
     return [*([lineage.part] if lineage.part else []), *([f"+{lineage.passed}"] if lineage.passed else [])]
-
-
-def _may_be_fused(module: nn.Module) -> bool:
-    fusible = isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention))
-    return fusible and not module.training and not torch.is_grad_enabled()
-
-
-def _version(tensor: Tensor) -> int:
-    """Count the changes made in place; inference tensors do not, and are never taken for zeros later."""
-    return -1 if tensor.is_inference() else tensor._version
 
 
 def _tensor_list(output: Any) -> list[Tensor]:

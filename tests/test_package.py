@@ -28,7 +28,9 @@ MAY_IMPORT = {
     "modes": set(),
     "slices": set(),
     "attribution": {"drawing", "lineage", "sites", "slices"},  # drawing only when something is printed
-    "probe": {"attribution", "lineage", "modes", "sites"},
+    "trail": {"lineage", "sites"},
+    "frames": {"lineage", "sites"},
+    "probe": {"attribution", "frames", "lineage", "modes", "sites", "trail"},
     "statistics": {"drawing", "sites"},  # drawing only when something is drawn
     "trainable": {"sites"},
     "remedies": {"slices", "statistics"},

@@ -427,7 +427,7 @@ def test_a_failure_to_trace_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     def fail(*args: Any) -> None:
         raise ValueError("lost")
 
-    monkeypatch.setattr("lightning_deadrelu.probe.follow", fail)
+    monkeypatch.setattr("lightning_deadrelu.trail.follow", fail)
     model, log = mlp(), Log()
     with Probe(model, log) as probe:
         model(torch.randn(5, 4))
