@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 _SHARDED = frozenset({"FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy"})
 _AVERAGING = frozenset({"WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging"})
-_FORMAT = 3  # of the saved state
-_SAVED = ("batches", "observing", "observation", "step", "judged", "unjudged", "score")
+_FORMAT = 4  # of the saved state
+_SAVED = ("batches", "observing", "observation", "steps", "step", "judged", "unjudged", "score")
 
 
 class Monitoring(Callback):
@@ -89,6 +89,7 @@ class Monitoring(Callback):
         self._batches = 0  # training batches done, accumulated ones as one
         self._observing = False  # whether the present training batch is being observed
         self._observation = 0  # observations done in the open window
+        self._steps: list[int] = []  # of those observations
         self._step = 0  # the last training batch, as loggers count
         self._judged = False  # whether there was a verdict in this fit
         self._unjudged = False  # whether there was an observation since the last verdict
@@ -183,6 +184,7 @@ class Monitoring(Callback):
         self._observing = False
         self._unjudged = True
         self._observation += 1
+        self._steps = [*self._steps, self._step]
         if self._watch and self._watch.probe.failure:
             self._fail(self._watch.probe.failure)
         if self._watch and not self._failure:
@@ -223,7 +225,7 @@ class Monitoring(Callback):
         if close and self._watch and self._repair.ladder.rungs and not self._settled():
             self._repair.forget(self._patient(trainer))
         if close:
-            self._observation = 0
+            self._observation, self._steps = 0, []
             if self._watch:
                 self._watch.liveness.reset()
         if report is not None:
@@ -239,6 +241,7 @@ class Monitoring(Callback):
             self.rules,
             trainable=trainable_sites(sites, pl_module, trainer.optimizers, self._gradients.never),
             step=self._step,
+            steps=self._steps,
             unwatched=self._watch.unwatched(),
         )
         if close:
@@ -411,7 +414,7 @@ class Monitoring(Callback):
         self._repair.load_state_dict(state["repair"], self._patient(trainer))
         self._record.load_state_dict(state["record"])
         if state["selection"] != self._selection:  # the sites are others, and so are their numbers
-            self._observation = 0
+            self._observation, self._steps = 0, []
             self._repair.forget(self._patient(trainer))
             rank_zero_warn(f"{self.name}: other sites are selected than in the checkpoint, so all ages start at zero.")
             return
@@ -421,7 +424,7 @@ class Monitoring(Callback):
         self._history = History(**state["history"])
         totals = Totals(**state["totals"])
         if totals.samples.shape[-1] != self.window:  # the open window has another length: start anew
-            self._observation = 0
+            self._observation, self._steps = 0, []
         elif trainer.global_rank == 0:  # it holds the counts of all ranks
             self._watch.liveness.load(totals)
 

@@ -346,6 +346,101 @@ def test_a_site_met_late_starts_with_no_history():
     assert report["b"].age.tolist() == [3]
 
 
+def random_totals(units, window, seed, dtype=torch.float64):
+    """Make up counts: sites without data, units that are silent, always on, frozen, or met NaN and infinity."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(*shape):
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    samples = (drawn(len(units), window) * 50).long()
+    samples[::4] = 0
+    elements = samples.sum(1) * 3
+    most = elements.repeat_interleave(torch.tensor(units))
+    fired = (drawn(len(most)) * 1.5 * most).long().clamp(max=most) * (drawn(len(most)) > 0.3)
+    fired[drawn(len(most)) < 0.1] = 1
+    magnitude = (drawn(len(most)) * fired).to(dtype)
+    for value in (math.nan, math.inf):
+        magnitude[drawn(len(most)) < 0.05] = value
+    last = torch.where((fired > 0) | (drawn(len(most)) < 0.05), (drawn(len(most)) * window).floor(), -1)
+    codes = (drawn(2, len(most)) * torch.tensor([[3.0], [2.2]])).floor()
+    proved = torch.where(drawn(len(most)) < 0.1, (drawn(len(most)) * (window + 1)).floor(), -1)
+    maxima = torch.stack([drawn(len(most)), last, *codes, proved, (proved >= 0).double()])
+    return Totals(fired, samples, elements, magnitude, maxima.to(dtype))
+
+
+def slowly_judged(totals, at, index, smooth, rules, known, steps):
+    """Judge one unit with plain numbers; ``known`` is its history, changed in place."""
+    samples, elements = totals.samples[index].tolist(), int(totals.elements[index])
+    fired = int(totals.fired[at])
+    peak, last, varied, nonfinite, proved, _ = totals.maxima[:, at].tolist()
+    last, proved, fires, proven, ran = int(last), int(proved), last >= 0, proved >= 0, sum(samples) > 0
+    since = max(last + 1 if fires else -1, proved)
+    age = sum(samples[max(since, 0) :]) + (known["age"] if since < 0 else 0)
+    silent = ran and not fires and nonfinite != 2 and not smooth
+    dead = silent and age >= rules.min_samples
+    lives = fires or (proven and not dead)
+    row = {"silent": silent, "dead": dead, "age": age, "judged": lives or dead, "nonfinite": nonfinite > 0}
+    row |= {"rare": lives and max(fired, 1) / max(elements, 1) < 0.01, "always_on": ran and fired == elements}
+    row |= {"frozen": fires and varied == 1, "firing_rate": fired / max(elements, 1)}
+    row |= {"born_dead": dead and not known["ever"] and not proven, "newly_dead": dead and not known["dead"]}
+    row |= {"revived": lives and known["dead"], "redied": row["newly_dead"] and known["revived"]}
+    if fires:
+        known["last_fired"] = steps[last]
+    known |= {"age": age, "ever": known["ever"] or fires or proven, "revived": known["revived"] or row["revived"]}
+    known |= {"dead": dead or (known["dead"] and not lives), "fired": known["fired"] + fired}
+    known["seen"] += elements if fired else 0
+    usual = torch.tensor(known["fired"], dtype=torch.float32) / max(known["seen"], 1)
+    return row | {"last_fired": known["last_fired"], "usual_rate": usual.item(), "peak": peak}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("units", [(3, 0, 17, 1, 64, 5, 40, 8, 30, 2, 9), (0,), (5,)])
+def test_judging_all_sites_at_once_equals_a_loop_over_units(units, dtype):
+    sites = [Site(f"act{n}", False, "relu", (), count, smooth=n % 5 == 4) for n, count in enumerate(units)]
+    nothing = {"age": 0, "ever": False, "dead": False, "revived": False, "fired": 0, "seen": 0, "last_fired": -1}
+    known, history, rules = [dict(nothing) for _ in range(sum(units))], History.empty(), Rules(60)
+    for window, length in enumerate((4, 4, 1, 4, 4)):
+        totals = random_totals(units, length, window, dtype)
+        steps = [window * 100 + 7 * number for number in range(length)]
+        report, history = judge(totals, history, sites, rules, steps=steps)
+        at, found = 0, {site.name: site for site in report.sites}
+        for index, site in enumerate(sites):
+            rows = []
+            for unit in range(at, at + site.units):
+                rows.append(slowly_judged(totals, unit, index, site.smooth, rules, known[unit], steps))
+            for name in rows[0] if rows else ():
+                assert getattr(found[site.owner], name).tolist() == [row[name] for row in rows], name
+            if rows:
+                place = slice(at, at + site.units)
+                mean = totals.magnitude[place].nan_to_num(0.0, 0.0) / max(int(totals.elements[index]), 1)
+                ran, sane = bool(totals.samples[index].sum()), totals.maxima[3, place] < 2
+                assert torch.equal(found[site.owner].dormancy, dormancy_of(mean))
+                assert torch.equal(found[site.owner].dormant, ran & sane & (dormancy_of(mean) <= rules.tau))
+            at += site.units
+        for name, values in vars(history).items():
+            assert values.tolist() == [one[name] for one in known], name
+
+
+def test_a_report_shares_no_memory_with_the_counts():
+    metric = UnitLiveness({"a": 3, "b": 2}, rules=Rules(1))
+    metric.update(torch.randn(50, 3))
+    report = metric.report()
+    before = report.to_dict()
+    for name in metric._defaults:
+        getattr(metric, name).fill_(7)
+    assert report.to_dict() == before
+
+
+def test_an_observation_under_way_bears_the_step_of_the_report():
+    metric = UnitLiveness({"a": 1}, window=4)
+    for number in range(3):
+        metric.observation = number
+        metric.update(torch.ones(2, 1))
+    report, _ = judge(metric.totals().to_host(), History.empty(), metric.sites, step=9, steps=[3, 5])
+    assert report["a"].last_fired.tolist() == [9]
+
+
 # -- the report -------------------------------------------------------------------------------------------
 
 
