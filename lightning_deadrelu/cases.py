@@ -86,6 +86,10 @@ def digest(cases: Sequence[Case], proposals: Sequence[Edits | str | None]) -> by
 
 
 def _boiled(write: Write, values: Mapping[str, Tensor]) -> Any:
-    old = write.slice.read(values[write.slice.name]).double()
-    new = torch.as_tensor(write.values).double()
-    return write.slice.name, float(old.sum()), float(old.square().sum()), float(new.sum()), float(new.square().sum())
+    known = values.get(write.slice.name)  # of a sharded model, no more than what feeds and reads the site
+    old = () if known is None else _moments(write.slice.read(known))
+    return write.slice.name, *old, *_moments(torch.as_tensor(write.values))
+
+
+def _moments(values: Tensor) -> tuple[float, float]:
+    return float(values.double().sum()), float(values.double().square().sum())

@@ -24,6 +24,7 @@ from lightning_deadrelu.record import Record
 from lightning_deadrelu.remedies import Remedy, ladder_of
 from lightning_deadrelu.repair import Diverged, Patient, Repair
 from lightning_deadrelu.reporting import Reporter
+from lightning_deadrelu.sharding import split_layer
 from lightning_deadrelu.sites import Site
 from lightning_deadrelu.statistics import History, LivenessReport, Rules, Totals, judge
 from lightning_deadrelu.trainable import Gradients, trainable_sites
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_SHARDED = frozenset({"FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy"})
+_SHARDED = frozenset({"FSDPStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy"})
 _AVERAGING = frozenset({"WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging"})
 _FORMAT = 4  # of the saved state
 _SAVED = ("batches", "observing", "observation", "steps", "step", "judged", "unjudged", "score")
@@ -126,9 +127,10 @@ class Monitoring(Callback):
         if not self._repair.ladder.rungs:
             return ""
         sharded = [kind.__name__ for kind in type(trainer.strategy).__mro__ if kind.__name__ in _SHARDED]
-        if not sharded:
+        reason = f"`{sharded[0]}` keeps parameters in a form of its own, which no remedy edits" if sharded else ""
+        reason = reason or _why_split(trainer.lightning_module)
+        if not reason:
             return ""
-        reason = f"`{sharded[0]}` shards parameters or keeps other copies of them, which no remedy edits yet"
         rank_zero_warn(f"{self.name}: {reason}; watching goes on. Set `remedy=None`, or train with `strategy='ddp'`.")
         return reason
 
@@ -161,6 +163,7 @@ class Monitoring(Callback):
             unit_dims=self.unit_dims,
             keep_fused=True,
             device=pl_module.device,
+            blind=_why_split(pl_module),
         )
 
     def _valid(self, batch: Any) -> Tensor | None:
@@ -446,6 +449,12 @@ def exchange_as_in(state: Mapping[str, Any], pl_module: LightningModule) -> None
     saved = state.get("activations", [])
     restore(pl_module, saved)
     reinstate_(pl_module, keep={record["path"] for record in saved})
+
+
+def _why_split(model: LightningModule) -> str:
+    """Say why the units of a model cannot be told from one rank to the other; empty if they can."""
+    name = split_layer(model)
+    return f"tensor parallelism splits `{name}`, so that each rank has other units" if name else ""
 
 
 def _has_name(value: object, names: AbstractSet[str]) -> bool:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
+from lightning_deadrelu.sharding import gathered, is_plain_inside, whole
 from lightning_deadrelu.slices import Slice
 
 # Names are those of torch's own optimizers, which most others have taken over. What is not here is refused.
@@ -69,8 +70,9 @@ def repair_(optimizers: Iterable[Optimizer], parameter: Tensor, entries: Slice, 
         return
     for state in _states(optimizers, parameter):
         for key, value in state.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape and key not in _FACTORED:
-                _repair_entry_(key, value, parameter, entries, live)
+            if isinstance(value, Tensor) and value.shape == parameter.shape and key in _ZERO | _COPY | _TYPICAL:
+                with whole(value) as full:
+                    _repair_entry_(key, full, parameter, entries, live)
 
 
 def unknown_state(optimizers: Iterable[Optimizer], tensors: Mapping[str, Tensor], names: Iterable[str]) -> str:
@@ -129,7 +131,7 @@ def _repair_entry_(key: str, state: Tensor, parameter: Tensor, entries: Slice, l
     if key in _ZERO:
         entries.write_(state, 0.0)
     elif key in _COPY:
-        entries.write_(state, entries.read(parameter))
+        entries.write_(state, entries.read(gathered(parameter)))
     elif key in _TYPICAL:
         typical = _typical(state, entries, live)
         if typical is not None:
@@ -206,7 +208,7 @@ def _why_unknown(key: str, value: object, parameter: Tensor) -> str:
         return ""
     if key not in _ZERO | _TYPICAL | _COPY:
         return "of which it is not known what becomes of it when a unit is new"
-    if type(value) not in (Tensor, torch.nn.Parameter) or not value.is_floating_point():
+    if not is_plain_inside(value) or not value.is_floating_point():
         return f"whose entries cannot be written one by one ({type(value).__name__}, {value.dtype})"
     return ""
 

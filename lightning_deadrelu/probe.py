@@ -49,6 +49,7 @@ _IGNORED |= {
     "backward",
     "grad",
     "names",
+    "_base",  # which FSDP2 asks for, and which is known by itself
 }
 _ARMS_PER_LOOK = 10
 _MOST_WIDTHS = 4  # a site whose number of units differs between calls more often has no units

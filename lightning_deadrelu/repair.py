@@ -20,13 +20,14 @@ from lightning_deadrelu.confirmation import MOST_ROWS, Confirmation, Evidence
 from lightning_deadrelu.ladder import Event, Ladder, Loss, Request
 from lightning_deadrelu.optimizer_state import left_alone
 from lightning_deadrelu.remedies import Activation, Edits, Law, Remedy, SiteView
+from lightning_deadrelu.sharding import reshard_
 from lightning_deadrelu.sites import clean, names_of
 from lightning_deadrelu.slices import Attribution
 from lightning_deadrelu.statistics import LivenessReport, SiteReport
 from lightning_deadrelu.terms import Terms, is_compiled
 from lightning_deadrelu.trainable import Gradients
 from lightning_deadrelu.watch import NOT_TRACED, Watch
-from lightning_deadrelu.writing import check_writes, laws_of, tensors_of, why_not, write_
+from lightning_deadrelu.writing import check_writes, laws_of, tensors_of, values_of, why_not, write_
 
 _MOST_TRACES = 10  # at the start, while some weights have not been met
 _MOST_EVENTS = 1000
@@ -187,6 +188,7 @@ class Repair:
         evidence = ranks.confirm(own, failed) if patient.joint else own
         if failed or evidence is None or confirmation is None:
             return
+        reshard_(patient.model)
         cases = self._cases(requests, confirmation, evidence.to_host(), patient, step)
         proposals = [self._proposed(case, patient) for case in cases]
         if patient.joint and len(set(ranks.gather(digest(cases, proposals)))) > 1:
@@ -204,7 +206,7 @@ class Repair:
     ) -> list[Case]:
         """Lay out all that is known of each site asked about; all that ranks have to exchange is exchanged here."""
         assert self._report is not None
-        attributions, names, tensors = self._agreed(patient), names_of(patient.watch.sites), tensors_of(patient.model)
+        attributions, names = self._agreed(patient), names_of(patient.watch.sites)
         cases = []
         for request in requests:
             site, attribution = self._report[request.site], attributions[request.site]
@@ -212,9 +214,11 @@ class Repair:
             hinge = patient.watch.hinges.get(number, 0.0)
             inputs = self._inputs(attribution, confirmation.rows(number), patient)
             units, quantiles = confirmed(request, site, confirmation.of(number, evidence))
-            if inputs is not None:
-                units &= site.frozen | ~fires_now(inputs, attribution, tensors, hinge)
-            view = SiteView(site, units, attribution, tensors, self._laws, quantiles, step, inputs, hinge)
+            parts = (*attribution.incoming, *attribution.outgoing) if units.any() else ()
+            values = values_of(patient.model, [one.name for one in parts])
+            if units.any() and inputs is not None:
+                units &= site.frozen | ~fires_now(inputs, attribution, values, hinge)
+            view = SiteView(site, units, attribution, values, self._laws, quantiles, step, inputs, hinge)
             cases.append(Case(request, view))
         return cases
 
@@ -243,7 +247,7 @@ class Repair:
         elif proposal is not None and self.ladder.may(request.rung, step):
             if not remedy.dry_run:
                 self._apply(proposal, view, patient)
-            kept = left_alone(patient.optimizers, view.values, _edited_names(remedy, view.attribution))
+            kept = left_alone(patient.optimizers, tensors_of(patient.model), _edited_names(remedy, view.attribution))
             request = request._replace(reason="; ".join(filter(None, [request.reason, kept])))
             self._note([self.ladder.edited(request, view.units, view.report.dead_fraction, self._loss, step)])
 
@@ -330,6 +334,7 @@ class Repair:
 
     def start(self, model: nn.Module) -> None:
         """Note what the parameters were drawn from, before they are trained."""
+        reshard_(model)
         self._laws = laws_of(model) if self.ladder.rungs else {}
 
     def stop(self, step: int) -> None:

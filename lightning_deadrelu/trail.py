@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_deadrelu.lineage import STEADY, Call, Lineage, follow, parameter
+from lightning_deadrelu.sharding import is_sharded
 from lightning_deadrelu.sites import clean
 
 _ZEROS = frozenset({"zeros", "zeros_like", "new_zeros"})
@@ -24,7 +25,9 @@ class Trail:
     def __init__(self, model: nn.Module) -> None:
         zeros = (buffer for buffer in model.buffers() if buffer.numel() == 1 and not buffer.any())
         self._zero_buffers = [(buffer, _version(buffer)) for buffer in zeros]
+        self._model = model
         self._parameters: dict[int, tuple[Tensor, Lineage]] = {}
+        self._sharded = False
         self._derived: dict[tuple[Any, ...], Lineage | None] = {}
         self._known: dict[int, tuple[weakref.ref[Tensor], Lineage]] = {}
         self._zeros: dict[int, tuple[weakref.ref[Tensor], int]] = {}
@@ -34,8 +37,14 @@ class Trail:
     def look_at(self, model: nn.Module) -> None:
         """List the parameters as they are named now."""
         self._derived.clear()
-        named = model.named_parameters(remove_duplicate=False)
-        self._parameters = {id(tensor): (tensor, parameter(clean(name))) for name, tensor in named}
+        self._parameters.clear()
+        self._model = model
+        self._name_parameters()
+        self._sharded = any(is_sharded(tensor) for tensor, _ in self._parameters.values())
+
+    def _name_parameters(self) -> None:
+        for name, tensor in self._model.named_parameters(remove_duplicate=False):
+            self._parameters[id(tensor)] = tensor, parameter(clean(name))
 
     def forget(self) -> None:
         """Drop all tensors that are no parameters."""
@@ -62,8 +71,11 @@ class Trail:
         """Tell where a tensor comes from, as far as known."""
         if (given := self._parameter(tensor)) is not None:
             return given
-        entry = self._known.get(id(tensor))
-        return entry[1] if entry is not None and entry[0]() is tensor else None
+        if (entry := self._known.get(id(tensor))) is not None and entry[0]() is tensor:
+            return entry[1]
+        if self._sharded and isinstance(tensor, nn.Parameter):
+            self._name_parameters()  # it was gathered for this forward
+        return self._parameter(tensor)
 
     def remember(self, tensor: Tensor, lineage: Lineage | None) -> None:
         """Keep a tensor's lineage as long as the tensor is there."""

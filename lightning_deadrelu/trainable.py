@@ -8,6 +8,7 @@ from collections.abc import Set as AbstractSet
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_deadrelu.sharding import reshard_
 from lightning_deadrelu.sites import Site, clean
 
 
@@ -42,11 +43,13 @@ class Gradients:
     def save(self, model: nn.Module) -> list[str] | None:
         """Name the parameters of :attr:`never`; None before the first step."""
         never = self.never
+        reshard_(model)  # optimizers hold the shards
         return [name for name, p in model.named_parameters() if id(p) in never] if self._waiting else None
 
     def load(self, names: Sequence[str] | None, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         """Go on from what was saved."""
         if names is not None:
+            reshard_(model)
             never = {id(p) for name, p in model.named_parameters() if name in names}
             self._waiting = {id(one): [p for p in _held(one) if id(p) in never] for one in optimizers}
 
@@ -65,6 +68,7 @@ def trainable_sites(
         never: The ``id`` of parameters that never get a gradient. If that is all of them, gradients are kept
             elsewhere, and it says nothing.
     """
+    reshard_(model)
     held = {id(p) for optimizer in optimizers for p in _held(optimizer)}
     trained = (held - never) or held
     learns = {

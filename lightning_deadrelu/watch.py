@@ -31,6 +31,7 @@ class Watch:
         unit_dims: See :class:`~lightning_deadrelu.probe.Probe`.
         keep_fused: See :class:`~lightning_deadrelu.probe.Probe`.
         device: Where to count; by default where the model's first parameter is.
+        blind: Why no site is to be counted; empty if all are.
 
     Raises:
         TypeError: If ``include`` or ``exclude`` is a string.
@@ -47,13 +48,14 @@ class Watch:
         unit_dims: Mapping[str, int] | None = None,
         keep_fused: bool = False,
         device: torch.device | None = None,
+        blind: str = "",
     ) -> None:
         _check_lists(include=include, exclude=exclude)
         self._model = model
         self._include, self._exclude = tuple(include), tuple(exclude)
         self._unit_dims = dict(unit_dims or {})
         self._places: dict[Site, int] = {}
-        self._window, self._rules = window, rules
+        self._window, self._rules, self._blind = window, rules, blind
         self.device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
         self.liveness = self._new_liveness()
         self.probe = Probe(model, self._take, unit_dims, keep_fused)
@@ -105,6 +107,9 @@ class Watch:
     def _add(self, site: Site) -> int:
         name = names_of([*self.sites, site])[-1]
         selected = is_selected(name, site.kind, site.smooth, self._include, self._exclude)
+        if self._blind and selected:
+            self.probe.unwatched[name] = self._blind
+            selected = False
         return self.liveness.add_site(site if selected else site._replace(units=0))
 
     def adopt(self, layout: Iterable[Site]) -> None:

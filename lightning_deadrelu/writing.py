@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_deadrelu.optimizer_state import repair_, unknown_state
 from lightning_deadrelu.remedies import Law, Write
+from lightning_deadrelu.sharding import gathered, is_sharded, whole
 from lightning_deadrelu.sites import clean
 from lightning_deadrelu.slices import Slice
 
@@ -29,6 +30,24 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return {clean(name): tensor for name, tensor in (*parameters, *buffers)}
 
 
+def values_of(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """List parameters and buffers as plain tensors; of those that are sharded only the named ones, which are gathered.
+
+    Every rank has to come here with the same names.
+
+    Args:
+        model: As :func:`tensors_of` takes it.
+        names: Of what is to be gathered.
+
+    Example:
+        >>> values_of(nn.Linear(2, 2), []).keys() == tensors_of(nn.Linear(2, 2)).keys()
+        True
+    """
+    chosen = set(names)
+    tensors = tensors_of(model).items()
+    return {name: gathered(one) for name, one in tensors if name in chosen or not is_sharded(one)}
+
+
 def laws_of(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, Law]:
     """Take the laws that parameters follow, to be called when training begins.
 
@@ -43,9 +62,9 @@ def laws_of(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, L
     chosen = None if names is None else set(names)
     drawn = {clean(name): one for name, one in model.named_parameters(remove_duplicate=False)}
     return {
-        name: Law.of(one)
+        name: Law.of(gathered(one))
         for name, one in drawn.items()
-        if (chosen is None or name in chosen) and one.is_floating_point() and not _why_sharded(name, one)
+        if (chosen is None or name in chosen) and one.is_floating_point() and not _why_absent(name, one)
     }
 
 
@@ -71,7 +90,7 @@ def why_not(
     for name in listed:
         if name not in tensors:
             return f"`{name}` is no parameter or buffer of the model"
-        if why := _why_sharded(name, tensors[name]):
+        if why := _why_absent(name, tensors[name]):
             return why
         if trained is not None and isinstance(tensors[name], nn.Parameter) and id(tensors[name]) not in trained:
             return f"`{name}` is not trained, so what is written there would stay for good"
@@ -105,7 +124,8 @@ def write_(
     """Write new values in place, and repair the optimizers' state for exactly these entries.
 
     Everything is checked before anything is written. To be called behind an optimizer step, never between forward and
-    backward. Communicates with nobody: ranks stay equal if they write equal values.
+    backward. Ranks stay equal if they write equal values; they communicate only to gather what is sharded, and all have
+    to come here then.
 
     Args:
         writes: What is to become what, in this order.
@@ -127,7 +147,8 @@ def write_(
     if why := check_writes(pending, model, optimizers):
         raise ValueError(f"{why}. Nothing was written; leave the site out with `exclude`, or only watch it.")
     for entries, values in pending:
-        entries.write_(tensors[entries.name], values)
+        with whole(tensors[entries.name]) as full:
+            entries.write_(full, values)
     for entries, _ in pending:  # once all values are there, since averages of them are copied
         repair_(optimizers, tensors[entries.name], entries, _live_for(entries, live))
 
@@ -139,7 +160,7 @@ def _pending(writes: Iterable[Write]) -> list[Write]:
 def _why_unfit(write: Write, tensor: Tensor) -> str:
     entries, values = write
     try:
-        old, new = entries.read(tensor), torch.as_tensor(values, dtype=tensor.dtype)
+        old, new = entries.read(_shaped_like(tensor)), torch.as_tensor(values, dtype=tensor.dtype)
     except (IndexError, TypeError, ValueError, RuntimeError) as error:
         return f"`Write` to `{entries.name}`: {error}"
     if new.ndim and new.shape != old.shape:
@@ -151,6 +172,11 @@ def _why_unfit(write: Write, tensor: Tensor) -> str:
     return ""
 
 
+def _shaped_like(tensor: Tensor) -> Tensor:
+    """Have the shape of what is sharded without gathering it."""
+    return torch.empty((), dtype=tensor.dtype).expand(tensor.shape) if is_sharded(tensor) else tensor
+
+
 def _live_for(entries: Slice, live: Sequence[Slice]) -> Slice | None:
     """Find the live units' rows of the same tensor, along the same dimensions."""
     return next((one for one in live if _is_alike(one, entries) and len(one.index)), None)
@@ -160,10 +186,8 @@ def _is_alike(one: Slice, other: Slice) -> bool:
     return (one.name, one.dims, one.shape) == (other.name, other.dims, other.shape)
 
 
-def _why_sharded(name: str, tensor: Tensor) -> str:
-    """Tell by its type that a tensor's entries are not here; the module of the types is for ranks alone."""
-    if any(kind.__name__ == "DTensor" for kind in (type(tensor), type(tensor.data))):
-        return f"`{name}` is a DTensor, split over ranks, and remedies write to whole tensors only"
+def _why_absent(name: str, tensor: Tensor) -> str:
+    """Tell whether a tensor's entries are not to be had."""
     if nn.parameter.is_lazy(tensor):
         return f"`{name}` has no values yet"
     if not tensor.numel():

@@ -23,16 +23,17 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Who may import whom, within the package. Each name stands for a module or a package of this folder.
 MAY_IMPORT = {
     "findings": set(),
+    "sharding": set(),
     "sites": set(),
     "lineage": {"sites"},
     "modes": set(),
     "slices": set(),
-    "attribution": {"drawing", "lineage", "sites", "slices"},  # drawing only when something is printed
-    "trail": {"lineage", "sites"},
+    "attribution": {"drawing", "lineage", "sharding", "sites", "slices"},  # drawing only when something is printed
+    "trail": {"lineage", "sharding", "sites"},
     "frames": {"lineage", "sites"},
     "probe": {"attribution", "frames", "lineage", "modes", "sites", "trail"},
     "statistics": {"drawing", "sites"},  # drawing only when something is drawn
-    "trainable": {"sites"},
+    "trainable": {"sharding", "sites"},
     "remedies": {"slices", "statistics"},
     "confirmation": {"remedies", "sites"},
     "watch": {"attribution", "confirmation", "probe", "sites", "slices", "statistics"},
@@ -48,11 +49,11 @@ MAY_IMPORT = {
     "page": {"raster", "statistics", "story", "svg"},
     "reporting": {"metrics", "raster", "statistics"},
     "ranks": {"confirmation", "sites", "statistics", "watch"},
-    "optimizer_state": {"slices"},
+    "optimizer_state": {"sharding", "slices"},
     "substitutes": {"sites"},
     "activations": {"sites", "substitutes"},
     "terms": {"activations", "sites", "substitutes"},
-    "writing": {"optimizer_state", "remedies", "sites", "slices"},
+    "writing": {"optimizer_state", "remedies", "sharding", "sites", "slices"},
     "ladder": {"remedies", "statistics"},
     "cases": {"confirmation", "ladder", "remedies", "slices", "statistics"},
     "repair": {
@@ -64,6 +65,7 @@ MAY_IMPORT = {
         "optimizer_state",
         "ranks",
         "remedies",
+        "sharding",
         "sites",
         "slices",
         "statistics",
@@ -84,6 +86,7 @@ MAY_IMPORT = {
         "remedies",
         "repair",
         "reporting",
+        "sharding",
         "sites",
         "statistics",
         "trainable",
@@ -95,7 +98,7 @@ MAY_IMPORT = {
 }
 ONLY_IN = {
     "lightning": {"callback", "monitoring", "reporting"},
-    "torch.distributed": {"ranks"},
+    "torch.distributed": {"ranks", "sharding"},
     "matplotlib": {"drawing"},
     "rich": {"drawing"},
     "wandb": {"reporting"},

@@ -14,6 +14,7 @@ from lightning_deadrelu.attribution.ledger import Ledger, merged
 from lightning_deadrelu.attribution.memory import Memory, storage_of
 from lightning_deadrelu.attribution.rules import follow, plain
 from lightning_deadrelu.lineage import tensors_in
+from lightning_deadrelu.sharding import is_sharded
 from lightning_deadrelu.sites import Rectifier, Site, clean
 from lightning_deadrelu.slices import Attribution
 
@@ -21,6 +22,7 @@ _ZEROS = frozenset({"zeros", "zeros_like", "new_zeros"})
 _IN_PLACE = frozenset(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "div", "pow", "mod"))
 _MOST_NODES = 10_000
 _OUT_OF_SIGHT = "code out of sight"
+_IN_SIGHT = frozenset({"CheckpointFunctionBackward", "RegisterPostBackwardFunctionBackward"})  # checkpoints, and FSDP2
 
 
 class Tracer:
@@ -69,13 +71,14 @@ class Tracer:
         for name, buffer in self._model.named_buffers():
             self._named.setdefault(id(buffer), (buffer, Flow(constant=True, buffer=clean(name))))
             self._memory.add(clean(name), buffer)
+        self._name_parameters()
+
+    def _name_parameters(self) -> None:
         for name, tensor in self._model.named_parameters(remove_duplicate=False):
             if not nn.parameter.is_lazy(tensor):
                 flow = Flow(constant=True, weight=Weight(clean(name), tuple(tensor.shape)))
                 self._named.setdefault(id(tensor), (tensor, flow))
                 self._memory.add(clean(name), tensor)
-                if hasattr(tensor, "device_mesh"):
-                    self._ledger.sharded.add(clean(name))
         self._ledger.sharing.update(self._memory.sharing())
 
     def end(self) -> None:
@@ -211,6 +214,8 @@ class Tracer:
 
     def _look(self, tensor: Tensor, changed: set[int]) -> Flow:
         if (named := self._named.get(id(tensor))) is not None and named[0] is tensor:
+            if named[1].weight and is_sharded(tensor):  # in a forward FSDP2 has gathered it
+                self._ledger.sharded.add(named[1].weight.name)
             return named[1]
         entry = self._known.get(id(tensor))
         if entry is None or entry[0]() is not tensor:
@@ -232,6 +237,10 @@ class Tracer:
     def _found(self, tensor: Tensor) -> Flow:
         """Meet a tensor that no seen function returned: an input, or the work of code out of sight."""
         node = tensor.grad_fn
+        if node is None and isinstance(tensor, nn.Parameter):
+            self._name_parameters()  # it was gathered for this forward
+            if id(tensor) in self._named:
+                return self._named[id(tensor)][1]
         if node is None:
             return Flow(constant=True, derived=names) if (names := self._memory.names(tensor)) else Flow()
         if node._sequence_nr() in self._nodes:
@@ -294,9 +303,9 @@ def _writes(name: str, kwargs: Mapping[str, Any]) -> bool:
 
 
 def _is_made_out_of_sight(tensor: Tensor) -> bool:
-    """Whether a function of autograd, made by hand, returned it; a checkpoint runs what is seen."""
+    """Whether a function of autograd, made by hand, returned it; those of torch run what is seen, or nothing."""
     node = tensor.grad_fn
-    return node is not None and type(node).__name__ != "CheckpointFunctionBackward"
+    return node is not None and type(node).__name__ not in _IN_SIGHT
 
 
 def _tensors(output: Any) -> list[Tensor]:

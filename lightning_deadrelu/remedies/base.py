@@ -88,7 +88,8 @@ class SiteView:
         report: The verdict.
         units: Which units to treat, boolean, shape ``(units,)``: dead or frozen, and confirmed on a further batch.
         attribution: Which entries feed and read them.
-        values: Parameters and buffers of the model by name. To be read only.
+        values: Parameters and buffers of the model by name; of a sharded model, of the parameters only those that feed
+            and read the site, in full. To be read only.
         laws: What weights and biases were drawn from, by name, as they were when training began.
         quantiles: Of each treated unit's input in the confirming batch, measured from the hinge, at
             :data:`LEVELS`; shape ``(len(LEVELS), units)``, float64, not a number for other units.
