@@ -127,8 +127,9 @@ class Monitoring(Callback):
         if not self._repair.ladder.rungs:
             return ""
         sharded = [kind.__name__ for kind in type(trainer.strategy).__mro__ if kind.__name__ in _SHARDED]
-        reason = f"`{sharded[0]}` keeps parameters in a form of its own, which no remedy edits" if sharded else ""
-        reason = reason or _why_split(trainer.lightning_module)
+        reason = _why_split(trainer.lightning_module)
+        if sharded:
+            reason = f"`{sharded[0]}` shards parameters or keeps other copies of them, which no remedy edits"
         if not reason:
             return ""
         rank_zero_warn(f"{self.name}: {reason}; watching goes on. Set `remedy=None`, or train with `strategy='ddp'`.")

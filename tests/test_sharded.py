@@ -7,14 +7,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from toys import Net, Verdicts, assert_alike, assert_same, batches, fit, reports_of
 from two_ranks import ddp_trainer, on_two_ranks, shares
 
-from lightning_deadrelu.remedies import Reset
-from lightning_deadrelu.sharding import gathered, reshard_, split_layer
-from lightning_deadrelu.writing import tensors_of
+from lightning_deadrelu.remedies import BiasWarming, Reset, Write
+from lightning_deadrelu.sharding import gathered, reshard_
+from lightning_deadrelu.slices import Slice
+from lightning_deadrelu.writing import check_writes, laws_of, tensors_of, write_
 
 pytestmark = [
     pytest.mark.filterwarnings(
@@ -39,14 +40,13 @@ def shard_(model, mesh, whole=None):
     fully_shard(whole or model, mesh=mesh)
 
 
-def full_state(trainer):
+def state_of(model, optimizer):
     """All weights and the optimizer's state, put together from all ranks."""
-    reshard_(trainer.lightning_module)
-    tensors = tensors_of(trainer.lightning_module)
-    state = trainer.optimizers[0].state
+    reshard_(model)
+    known = {name: (one, optimizer.state.get(one, {})) for name, one in tensors_of(model).items()}
     return {
-        name: [gathered(one), *(gathered(value) for _, value in sorted(state.get(one, {}).items()))]
-        for name, one in tensors.items()
+        name: [gathered(one), *(gathered(value) for _, value in sorted(held.items()) if isinstance(value, Tensor))]
+        for name, (one, held) in known.items()
     }
 
 
@@ -168,3 +168,122 @@ def test_shards_are_watched_as_the_whole():
             assert events == [*map(str, alone.events)]
             assert trainable
             assert all(trainable)
+
+
+# -- writing -------------------------------------------------------------------------------------------------------
+
+
+def rows(name, role, index, dims=(0,), shape=()):
+    places = torch.tensor(index)
+    return Slice(name, role, torch.arange(len(places)), places.reshape(len(places), -1), dims, shape)
+
+
+def layers():
+    torch.manual_seed(4)
+    return nn.Sequential(nn.Linear(4, 7), nn.ReLU(), nn.Linear(7, 1), nn.Unflatten(1, (1, 1, 1)), nn.Conv2d(1, 4, 1))
+
+
+WRITES = [
+    Write(rows("0.weight", "weight", [1, 6]), torch.arange(8.0).view(2, 4)),
+    Write(rows("0.bias", "bias", [6]), -3.0),
+    Write(rows("2.weight", "reader", [0, 5], (1,)), 0.0),
+    Write(rows("2.bias", "bias", [0]), torch.tensor([7.0])),
+    Write(rows("4.weight", "weight", [[1, 0]], (0, 1), (2, 2, 1, 1, 1)), 5.0),
+]
+OPTIMIZERS = {
+    "adam": functools.partial(torch.optim.AdamW, amsgrad=True, foreach=True),
+    "sgd": functools.partial(torch.optim.SGD, momentum=0.9),
+    "asgd": torch.optim.ASGD,
+}
+
+
+def trained(optimizer, mesh=None):
+    net = layers()
+    if mesh is not None:
+        shard_(net, mesh)
+    stepping = OPTIMIZERS[optimizer](net.parameters(), lr=0.1)
+    for x in torch.randn(3, 16, 4, generator=torch.Generator().manual_seed(6)):
+        stepping.zero_grad()
+        net(x).square().sum().backward()
+        stepping.step()
+    return net, stepping
+
+
+def write_to_shards(rank):
+    from torch.distributed.device_mesh import init_device_mesh
+
+    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=20))
+    mesh = init_device_mesh("cpu", (2,))
+    found = {}
+    for name in OPTIMIZERS:
+        net, stepping = trained(name, mesh)
+        parts = [one.to_local().shape[0] for one in net.parameters()]
+        net(torch.randn(3, 4))  # without a backward, the model's own parameters stay gathered
+        reshard_(net)
+        before = state_of(net, stepping)
+        assert check_writes(WRITES, net, [stepping]) == ""
+        assert laws_of(net) == laws_of(trained(name)[0])
+        write_(WRITES, net, [stepping])
+        with torch.no_grad():
+            found[name] = before, state_of(net, stepping), net(torch.ones(2, 4)), parts
+    beyond = Write(rows("0.weight", "weight", [7]), 0.0)
+    return found, check_writes([beyond], net, [])
+
+
+def test_writing_to_shards_is_writing_to_the_whole():
+    for rank, (found, beyond) in enumerate(on_two_ranks(write_to_shards)):
+        assert beyond.startswith("`Write` to `0.weight`: index 7 is out of bounds")
+        for name, (before, after, output, parts) in found.items():
+            net, stepping = trained(name)
+            assert_same(before, state_of(net, stepping))
+            write_(WRITES, net, [stepping])
+            assert_same(after, state_of(net, stepping))
+            assert not torch.equal(before["2.bias"][0], after["2.bias"][0])
+            assert torch.equal(output, net(torch.ones(2, 4)))
+            assert parts == [[4, 4, 1, 1, 2, 2], [3, 3, 0, 0, 2, 2]][rank]
+
+
+# -- repairing -----------------------------------------------------------------------------------------------------
+
+
+class Ailing(Net):
+    """Learns from a share of its own on each rank, and validates in between."""
+
+    def __init__(self, sharded):
+        torch.manual_seed(2)
+        super().__init__(Block(), 0.01)
+        self.sharded = sharded
+
+    def configure_model(self):
+        if self.sharded:
+            shard_(self.net, self.device_mesh["data_parallel"])
+
+
+REMEDIES = {
+    "reset": "reset",
+    "kick": "thermal_kick",
+    "leaky": "leaky",
+    "ladder": [BiasWarming(steps=3, cooldown=1, attempts=1), Reset(cooldown=1, tries=1), "gelu"],
+}
+
+
+def repair(rank, sharded):
+    found = {}
+    for case in REMEDIES:
+        monitor = Verdicts(every_n_steps=1, window=3, min_samples=1, threshold=0.0, remedy=REMEDIES[case])
+        trainer = (fsdp_trainer if sharded else ddp_trainer)(callbacks=[monitor], max_epochs=2)
+        model = Ailing(sharded)
+        trainer.fit(model, batches(9, 16 + rank, seed=rank), batches(1))
+        state = state_of(model, trainer.optimizers[0])
+        found[case] = [*map(str, monitor.events)], state, reports_of(monitor), str(monitor.attribution)
+    return found
+
+
+def test_shards_are_repaired_as_the_whole():
+    sharded, whole = on_two_ranks(repair, True), on_two_ranks(repair, False)
+    for case in REMEDIES:
+        for rank in range(2):
+            assert sharded[rank][case][0] == whole[rank][case][0], case
+            assert_same(sharded[rank][case], whole[rank][case])
+        assert_same(sharded[0][case][1], sharded[1][case][1])
+        assert any("refused" not in event for event in whole[0][case][0]), case

@@ -228,28 +228,6 @@ def test_unknown_state_is_refused():
     assert why_not(net, [], ["weight"]).startswith("`weight` is empty between steps")
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this build of torch knows no ranks")
-def test_sharded_parameters_are_refused(tmp_path):
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
-
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-
-        def shard(name, module, mesh):
-            for key, one in list(module.named_parameters(recurse=False)):
-                module.register_parameter(key, nn.Parameter(distribute_tensor(one, mesh, [Shard(0)])))
-
-        net = distribute_module(nn.Linear(2, 2), mesh, shard)
-        assert why_not(net, [], ["weight"]).startswith("`weight` is a DTensor, split over ranks")
-        assert laws_of(net) == {}
-        with pytest.raises(ValueError, match="DTensor"):
-            write_([Write(rows("bias", "bias", [0]), 1.0)], net, [])
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 # -- a reset changes the output by exactly nothing -----------------------------------------------------------------
 
 

@@ -53,7 +53,7 @@ class Tracer:
         self._ledger = Ledger()
         self._named: dict[int, tuple[Tensor, Flow]] = {}
         self._known: dict[int, tuple[weakref.ref[Tensor], Flow, int, bool]] = {}
-        self._stored: dict[int, list[Flow]] = {}
+        self._stored: dict[int, list[tuple[weakref.ref[Tensor], Flow]]] = {}
         self._nodes: dict[int, list[Flow]] = {}
         self._memory = Memory()
         self.error: Exception | None = None
@@ -228,7 +228,8 @@ class Tracer:
 
     def _changed(self, tensor: Tensor, flow: Flow) -> Flow:
         """Give up on what was changed through another view of the same memory."""
-        for other in (flow, *self._stored.get(storage_of(tensor), ())):
+        held = self._stored.get(storage_of(tensor), ())
+        for other in (flow, *(other for ref, other in held if ref() is not None)):  # its place may be another's by now
             self._ledger.leak(leaks_of(other, "a change in place", "a view of it is read"))
         found = Flow(why="it is changed in place")
         self._remember(tensor, found)
@@ -291,7 +292,7 @@ class Tracer:
     def _remember(self, tensor: Tensor, flow: Flow) -> None:
         self._known[id(tensor)] = weakref.ref(tensor), flow, _version(tensor), tensor.grad_fn is None
         if flow.streams:
-            self._stored.setdefault(storage_of(tensor), []).append(flow)
+            self._stored.setdefault(storage_of(tensor), []).append((weakref.ref(tensor), flow))
         if (node := tensor.grad_fn) is not None:
             self._nodes.setdefault(node._sequence_nr(), []).append(flow)
 
