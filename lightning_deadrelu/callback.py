@@ -199,6 +199,9 @@ class DeadReLUMonitor(Monitoring):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         self._gradients.note(optimizer)
+        if self._watch and not self._failure:
+            with self._careful():
+                self._inquest.before_step(optimizer, pl_module, self._watch.sites)
 
     @override
     def on_train_batch_end(
@@ -207,11 +210,14 @@ class DeadReLUMonitor(Monitoring):
         self._disarm()
         self._step = _logging_step(trainer)
         last = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if self._watch:
             with self._careful():
                 self._repair.end(self._patient(trainer), last)
                 if self._observing:
-                    self._repair.note_loss(outputs.get("loss") if isinstance(outputs, Mapping) else outputs)
+                    self._repair.note_loss(loss)
+                if not self._failure:
+                    self._inquest.after_batch(loss, batch, self._step if last else None)
         if last:
             self._batches += 1
             if self._observing:

@@ -146,6 +146,11 @@ class Peaks:
                 rings.setdefault(len(ring), {})[site.name] = ring
         return {name: mask for alike in rings.values() for name, mask in _at_risk(alike).items()}
 
+    @property
+    def rings(self) -> Mapping[str, Tensor]:
+        """What is remembered, by site, shape ``(windows, units)``, the latest last."""
+        return self._rings
+
     def windows_left(self, site: str) -> Tensor:
         """Forecast in how many windows each unit of a site falls silent; infinite where it does not sink."""
         return forecast(self._rings[site]).windows_left

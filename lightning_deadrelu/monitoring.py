@@ -19,7 +19,9 @@ from typing_extensions import override
 from lightning_deadrelu import ranks
 from lightning_deadrelu.activations import records, rectifiers, reinstate_, restore
 from lightning_deadrelu.attribution import Attributions
+from lightning_deadrelu.inquest import Inquest, Notes
 from lightning_deadrelu.ladder import Event
+from lightning_deadrelu.postmortem import Wave
 from lightning_deadrelu.record import Record
 from lightning_deadrelu.remedies import Remedy, ladder_of
 from lightning_deadrelu.repair import Diverged, Patient, Repair
@@ -69,6 +71,11 @@ class Monitoring(Callback):
         return tuple(self._repair.events)
 
     @property
+    def deaths(self) -> tuple[Wave, ...]:
+        """When units died, where and why; the last 100 waves."""
+        return self._inquest.waves
+
+    @property
     def attribution(self) -> Attributions | None:
         """Which parameters feed and read each site, where there is a remedy; prints as a table.
 
@@ -85,6 +92,7 @@ class Monitoring(Callback):
         self._gradients = Gradients()
         self._reporter = Reporter(self.name, alerts=self.alerts)
         self._record = Record()
+        self._inquest = Inquest(3 * self.every_n_steps * self.window)
         self._raster = self._record.raster  # with the open window, where there was a verdict in it
         self._failure: Exception | None = None
         self._batches = 0  # training batches done, accumulated ones as one
@@ -194,6 +202,7 @@ class Monitoring(Callback):
         if self._watch and not self._failure:
             with self._careful():
                 self._watch.liveness.observation = self._observation
+                self._inquest.observed(self._step)
         if not self._joint and self._watch and self._watch.sites:
             with self._careful():
                 self._check_sites()
@@ -220,9 +229,10 @@ class Monitoring(Callback):
         report = None
         with self._careful():
             if (joined := self._joined()) is not None:
-                totals, losses = joined
+                totals, losses, notes = joined
                 self._check_sites()
                 report = self._judge(totals, trainer, pl_module, close)
+                self._explain(report, totals, notes, trainer, close)
                 if close:
                     self._repair.decide(self._patient(trainer), report, losses)
                 self._publish(report, trainer, close)
@@ -251,6 +261,19 @@ class Monitoring(Callback):
         if close:
             self._history = history
         return report
+
+    def _explain(self, report: LivenessReport, totals: Totals, notes: Notes, trainer: Trainer, close: bool) -> None:
+        """Find out why units died; of a window that has not ended, tell it only in summaries."""
+        assert self._watch is not None
+        patient = trainer.lightning_module, trainer.optimizers
+        waves = self._inquest.look(report, totals, notes, self._watch.sites, self._record.peaks, patient)
+        if close:
+            self._inquest.close(totals, notes, waves)
+        else:
+            self._inquest.keep_open(waves)
+        for wave in waves:
+            if wave.is_large and close:
+                rank_zero_info(f"{self.name}: {wave}.")
 
     def _publish(self, report: LivenessReport, trainer: Trainer, close: bool) -> None:
         self.report = report
@@ -332,7 +355,7 @@ class Monitoring(Callback):
                 f"{self.name}: no rectifier ran in the observed batches, so there is nothing to watch.{unseen}"
             )
 
-    def _joined(self) -> tuple[Totals, Tensor] | None:
+    def _joined(self) -> tuple[Totals, Tensor, Notes] | None:
         """Merge the window's counts over all ranks and bring them to the host; None once any rank has failed.
 
         Every rank comes here at the same batches, unless it was interrupted. It takes three collectives
@@ -342,14 +365,22 @@ class Monitoring(Callback):
             return None
         losses = self._repair.losses
         if not self._joint or (self._trainer and self._trainer.state.status == "interrupted"):
-            return None if self._failure or not self._watch else self._watch.liveness.totals().to_host_with(losses)
+            return None if self._failure or not self._watch else self._on_host(self._watch.liveness.totals(), losses)
         if not ranks.agree(self._watch, self._failure is not None, self._device):
             self._give_up()
             return None
         assert self._watch is not None
         totals, merged = ranks.merge(self._watch, losses.to(self._device))
         self._repair.losses = merged if ranks.rank() == 0 else torch.zeros_like(merged)
-        return totals.to_host_with(merged)
+        return self._on_host(totals, merged)
+
+    def _on_host(self, totals: Totals, losses: Tensor) -> tuple[Totals, Tensor, Notes]:
+        """Bring all that a verdict needs to the host, in one transfer."""
+        assert self._watch is not None
+        assert self._trainer is not None
+        notes = self._inquest.notes(self._watch.sites, self._trainer.lightning_module, losses.device)
+        totals, (losses, *rest) = totals.to_host_with(losses, *notes)
+        return totals, losses, Notes(*rest)
 
     @contextmanager
     def _careful(self) -> Iterator[None]:
@@ -392,6 +423,7 @@ class Monitoring(Callback):
                 state["never_trained"] = self._gradients.save(self._trainer.lightning_module)
                 state["repair"] = self._repair.state_dict()
                 state["record"] = self._record.state_dict()
+                state["inquest"] = self._inquest.state_dict(joined[2])
         return state
 
     @override
@@ -426,6 +458,7 @@ class Monitoring(Callback):
             Site._make(tuple(item) if isinstance(item, list) else item for item in site) for site in state["sites"]
         )
         self._history = History(**state["history"])
+        self._inquest.load_state_dict(state["inquest"], pl_module.device)
         totals = Totals(**state["totals"])
         if totals.samples.shape[-1] != self.window:  # the open window has another length: start anew
             self._observation, self._steps = 0, []

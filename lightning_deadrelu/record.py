@@ -6,6 +6,8 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from lightning_deadrelu.forecast import Peaks, at_risk_fraction
 from lightning_deadrelu.raster import Raster
 from lightning_deadrelu.statistics import LivenessReport
@@ -26,6 +28,11 @@ class Record:
         self.at_risk_fraction = 0.0
         """Share of the units whose peak falls towards zero, at the last window's end."""
         self._peaks = Peaks()
+
+    @property
+    def peaks(self) -> Mapping[str, Tensor]:
+        """Largest inputs of the last windows by site, shape ``(windows, units)``, the latest last."""
+        return self._peaks.rings
 
     def close(self, report: LivenessReport, edited: Mapping[str, Sequence[int]]) -> None:
         """Take in a window that has ended.

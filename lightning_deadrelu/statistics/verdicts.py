@@ -62,17 +62,22 @@ class Totals:
 
     def to_host(self) -> Totals:
         """Bring to the CPU in one transfer; what is there already is not copied."""
-        return self.to_host_with(self.magnitude[:0])[0]
+        return self.to_host_with()[0]
 
-    def to_host_with(self, beside: Tensor) -> tuple[Totals, Tensor]:
-        """Bring to the CPU, and another tensor along, in one transfer: as bytes, so that no count is rounded."""
+    def to_host_with(self, *beside: Tensor) -> tuple[Totals, list[Tensor]]:
+        """Bring to the CPU, and other tensors along, in one transfer: as bytes, so that no count is rounded.
+
+        Args:
+            *beside: The widest numbers first, so that all lie where their type may lie.
+        """
         if self.maxima.device.type == "cpu":
-            return self, beside
-        parts = [*(getattr(self, f.name) for f in fields(self)), beside]
+            return self, list(beside)
+        own = fields(self)
+        parts = [*(getattr(self, f.name) for f in own), *beside]
         host = torch.cat([part.flatten().view(torch.uint8) for part in parts]).cpu()
         flat = host.split([part.numel() * part.element_size() for part in parts])
-        *own, last = (raw.view(part.dtype).view(part.shape) for raw, part in zip(flat, parts, strict=True))
-        return Totals(*own), last
+        copies = [raw.view(part.dtype).view(part.shape) for raw, part in zip(flat, parts, strict=True)]
+        return Totals(*copies[: len(own)]), copies[len(own) :]
 
     def sums(self) -> Tensor:
         """Lay what merges by sum end to end, as float64, which holds counts exactly up to 2^53."""

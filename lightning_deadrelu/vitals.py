@@ -1,0 +1,349 @@
+"""A run's vital signs at every step, kept on the device: loss, learning rate, size of gradients and inputs."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+_ENTRIES = 256  # of one parameter's gradient: 10 million in all would cost 4 % of a step on a CPU
+_PARAMETERS = 64
+_INPUTS = 3
+_WHOLE = 2**20
+_COLUMNS = ("gradient", "bias_gradient", "loss", *(f"input_{number}" for number in range(_INPUTS)))
+_PLANS = 8
+
+
+class Rows(NamedTuple):
+    """What was noted of the last steps, on the host, the latest last.
+
+    Args:
+        steps: The training batch of each row, as loggers count.
+        rates: The largest learning rate among all groups; NaN where it lives on the device.
+        signs: Shape ``(rows, 6)``, float32; the columns: norm of the gradients, an estimate; norm of the rectifiers'
+            bias gradients; loss; largest absolute value in each of the first three float tensors of the batch. NaN
+            where there was none.
+    """
+
+    steps: tuple[int, ...]
+    rates: tuple[float, ...]
+    signs: Tensor
+
+    @classmethod
+    def empty(cls) -> Rows:
+        """Start without any."""
+        return cls((), (), torch.empty(0, len(_COLUMNS)))
+
+    def column(self, name: str) -> Tensor:
+        """Return one column: ``"gradient"``, ``"bias_gradient"``, ``"loss"``, ``"input_0"``, ... or ``"rate"``."""
+        if name == "rate":
+            return torch.tensor(self.rates, dtype=torch.float32)
+        return self.signs[:, _COLUMNS.index(name)]
+
+
+class _Plan(NamedTuple):
+    """Which entries of which gradients are read.
+
+    Args:
+        places: Which of the optimizer's parameters.
+        cuts: For each, the stride between entries and the layout for which it holds; None where all are read.
+        weights: How many entries each one read stands for; and the same for the rectifiers' biases, for all others
+            0. Shape ``(2, entries)``.
+    """
+
+    places: tuple[int, ...]
+    cuts: tuple[tuple[int, tuple[int, ...]] | None, ...]
+    weights: Tensor
+
+
+class Vitals:
+    """Note at each step, without waiting for the device, what tells later why units died.
+
+    A row is an optimizer step of the loop: a training batch, or several that accumulate. Of all parameters with more
+    than 256 entries only 256 evenly strided ones are read, each standing for its neighbours; so the norm of the
+    gradients is an estimate, before any clipping. Under FSDP it is of the local shard. Where an optimizer unscales the
+    gradients of mixed precision itself (a fused one), it is of scaled gradients, and ratios alone count.
+
+    Args:
+        rows: How many steps to keep.
+
+    Example:
+        >>> layer = torch.nn.Linear(3, 2)
+        >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        >>> layer(torch.ones(1, 3)).sum().backward()
+        >>> vitals = Vitals(rows=8)
+        >>> vitals.note_gradients(optimizer)
+        >>> vitals.note_batch(torch.tensor(0.5), torch.ones(1, 3))
+        >>> vitals.close(step=7)
+        >>> rows = vitals.read(vitals.ring)
+        >>> rows.steps, rows.rates, rows.column("gradient")
+        ((7,), (0.1,), tensor([2.8284]))
+    """
+
+    def __init__(self, rows: int = 1024) -> None:
+        self._size = rows
+        self._ring: Tensor | None = None
+        self._written = 0
+        self._host: deque[tuple[int, float]] = deque(maxlen=rows)
+        self._plans: dict[tuple[int, tuple[bool, ...]], _Plan] = {}
+        self._biases: frozenset[int] = frozenset()
+        self._open()
+
+    def _open(self) -> None:
+        self._squares: Tensor | None = None
+        self._loss: Tensor | None = None
+        self._inputs: list[Tensor] = []
+        self._rate = math.nan
+
+    @property
+    def ring(self) -> Tensor:
+        """All rows as they lie on the device, shape ``(rows, 6)``; to be handed to :meth:`read`, from the host."""
+        return torch.empty(0, len(_COLUMNS)) if self._ring is None else self._ring
+
+    @property
+    def biases(self) -> AbstractSet[int]:
+        """The ``id`` of each bias that feeds a rectifier."""
+        return self._biases
+
+    @biases.setter
+    def biases(self, ids: AbstractSet[int]) -> None:
+        if ids != self._biases:
+            self._biases = frozenset(ids)
+            self._plans.clear()
+
+    @torch.no_grad()
+    def note_gradients(self, optimizer: Optimizer) -> None:
+        """Estimate the norm of the gradients, before a step and before they are clipped.
+
+        Args:
+            optimizer: Which is about to step; several in one batch add up.
+        """
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients = [p.grad for p in held]
+        key = id(optimizer), tuple([gradient is not None for gradient in gradients])
+        with torch._C.DisableTorchFunction():  # a forward may be watched, which this is no part of
+            plan = self._plans.get(key) or self._planned(key, held, gradients)
+            if plan.places:
+                squares = _squares(plan, gradients)
+                self._squares = squares if self._squares is None else self._squares + squares
+        rates = [group.get("lr") for group in optimizer.param_groups]
+        self._rate = max([self._rate, *(rate for rate in rates if isinstance(rate, (int, float)))], key=_or_lowest)
+
+    def _planned(self, key: Any, held: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> _Plan:
+        if len(self._plans) >= _PLANS:
+            self._plans.clear()
+        plan = self._plans[key] = _planned(held, gradients, self._biases)
+        return plan
+
+    @torch.no_grad()
+    def note_batch(self, loss: Any, batch: Any) -> None:
+        """Note the loss of a batch and its largest input; of batches that accumulate, the last loss counts.
+
+        Args:
+            loss: What the training step returned, if a tensor of one element.
+            batch: What it was given.
+        """
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            self._loss = loss.detach()
+        with torch._C.DisableTorchFunction():
+            inputs = [_largest(x) for x in _floats(batch)]
+        before = self._inputs if len(self._inputs) == len(inputs) else inputs
+        self._inputs = [
+            torch.fmax(old, new) if old is not new else new for old, new in zip(before, inputs, strict=True)
+        ]
+
+    @torch.no_grad()
+    def close(self, step: int) -> None:
+        """End a row.
+
+        Args:
+            step: The training batch, as loggers count.
+        """
+        known = [part for part in (self._squares, self._loss, *self._inputs) if part is not None]
+        if self._ring is None and known:
+            self._ring = torch.full((self._size, len(_COLUMNS)), math.nan, device=known[0].device)
+        if self._ring is not None:
+            self._ring[self._written % self._size] = self._row(self._ring)
+            self._host.append((step, self._rate))
+            self._written += 1
+        self._open()
+
+    def _row(self, like: Tensor) -> Tensor:
+        missing = like.new_full((1,), math.nan)
+        squares = missing.expand(2) if self._squares is None else self._squares
+        cells = [squares, *(_cell(one, like) for one in (self._loss, *self._inputs))]
+        return torch.cat([*cells, *([missing] * (_INPUTS - len(self._inputs)))])
+
+    def read(self, ring: Tensor) -> Rows:
+        """Put rows in order.
+
+        Args:
+            ring: :attr:`ring`, copied to the host.
+        """
+        count = len(self._host)
+        signs = ring.roll(-(self._written % self._size), 0)[len(ring) - count :].clone()
+        signs[:, :2] = signs[:, :2].sqrt()
+        steps, rates = zip(*self._host, strict=True) if count else ((), ())
+        return Rows(tuple(steps), tuple(rates), signs)
+
+    # -- to be continued ---------------------------------------------------------------------------------
+
+    def state_dict(self, ring: Tensor) -> dict[str, Any]:
+        """Return plain values and tensors.
+
+        Args:
+            ring: :attr:`ring`, copied to the host.
+        """
+        rows = ring.roll(-(self._written % self._size), 0)[len(ring) - len(self._host) :].clone()
+        return {"rows": rows, "host": [list(pair) for pair in self._host]}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Go on from what was saved; of more rows than there is room for, keep the latest."""
+        rows = state["rows"][-self._size :]
+        self._host = deque(((step, rate) for step, rate in state["host"]), maxlen=self._size)
+        self._written = len(rows)
+        self._ring = torch.full((self._size, len(_COLUMNS)), math.nan, device=device) if len(rows) else None
+        if self._ring is not None:
+            self._ring[: len(rows)] = rows.to(device)
+
+
+def _or_lowest(number: float) -> float:
+    return -math.inf if math.isnan(number) else number
+
+
+def _cell(value: Tensor | None, like: Tensor) -> Tensor:
+    if value is None or value.device != like.device:  # a copy between devices could wait
+        return like.new_full((1,), math.nan)
+    return value.reshape(1).to(like.dtype)
+
+
+# -- gradients -------------------------------------------------------------------------------------------
+
+
+def _planned(held: Sequence[Tensor], gradients: Sequence[Tensor | None], biases: AbstractSet[int]) -> _Plan:
+    """Choose what is read, of very many parameters an even choice."""
+    readable = [place for place, gradient in enumerate(gradients) if gradient is not None and _is_readable(gradient)]
+    if not readable:
+        return _Plan((), (), torch.empty(2, 0))
+    device = _local(gradients[readable[0]]).device
+    here = [place for place in readable if _local(gradients[place]).device == device]
+    chosen = here[:: -(-len(here) // _PARAMETERS)]
+    parts = [_local(gradients[place]) for place in chosen]
+    cuts = tuple(_cut(part) for part in parts)
+    shares = [
+        part.new_full((len(_entries(part, cut)),), part.numel(), dtype=torch.float32)
+        for part, cut in zip(parts, cuts, strict=True)
+    ]
+    whole = torch.cat([share / max(len(share), 1) for share in shares])
+    mine = torch.cat(
+        [torch.full_like(s, float(id(held[place]) in biases)) for s, place in zip(shares, chosen, strict=True)]
+    )
+    return _Plan(tuple(chosen), cuts, torch.stack([whole, whole * mine]))
+
+
+def _is_readable(gradient: Tensor) -> bool:
+    return gradient.layout == torch.strided and gradient.is_floating_point() and _local(gradient).numel() > 0
+
+
+def _local(gradient: Any) -> Tensor:
+    """Return this rank's part of a sharded tensor."""
+    sharded = type(gradient) is not Tensor and hasattr(gradient, "to_local")
+    return gradient.to_local() if sharded else gradient  # type: ignore[no-any-return]
+
+
+def _cut(gradient: Tensor) -> tuple[int, tuple[int, ...]] | None:
+    """Choose a stride that meets all columns of a matrix: one without a common factor with the size."""
+    if gradient.numel() <= _ENTRIES:
+        return None
+    return coprime(gradient.numel() // _ENTRIES, gradient.numel()), gradient.stride() if _is_dense(gradient) else ()
+
+
+def coprime(stride: int, size: int) -> int:
+    """Return the largest number up to ``stride`` that has no factor in common with ``size``.
+
+    Example:
+        >>> coprime(16, 4096)
+        15
+    """
+    return next(number for number in range(stride, 0, -1) if math.gcd(number, size) == 1)
+
+
+def _is_dense(gradient: Tensor) -> bool:
+    last = gradient.ndim == 4 and gradient.is_contiguous(memory_format=torch.channels_last)
+    return last or gradient.is_contiguous()
+
+
+def _entries(gradient: Tensor, cut: tuple[int, tuple[int, ...]] | None) -> Tensor:
+    if cut is None:
+        return gradient.reshape(-1)
+    stride, layout = cut
+    if gradient.stride() != layout:
+        return gradient.reshape(-1)[::stride][:_ENTRIES]
+    return gradient.as_strided((_ENTRIES,), (stride,))
+
+
+def _squares(plan: _Plan, gradients: Sequence[Tensor | None]) -> Tensor:
+    """Estimate the sums of squares of all gradients and of the rectifiers' biases', shape ``(2,)``: four kernels."""
+    parts = [_entries(_local(gradients[place]), cut) for place, cut in zip(plan.places, plan.cuts, strict=True)]
+    read = torch.cat(parts).float()
+    return (plan.weights * read.square()).sum(1)
+
+
+# -- inputs ----------------------------------------------------------------------------------------------
+
+
+def _floats(batch: Any) -> list[Tensor]:
+    """Find the first float tensors of a batch."""
+    found: list[Tensor] = []
+    for x in _leaves(batch):
+        if len(found) < _INPUTS and type(x) is Tensor and x.is_floating_point() and x.numel():
+            found.append(x)
+    return [x for x in found if x.layout == torch.strided]
+
+
+def _leaves(batch: Any, depth: int = 3) -> Iterator[Any]:
+    inside: Iterable[Any] = ()
+    if isinstance(batch, Mapping):
+        inside = batch.values()
+    elif isinstance(batch, (list, tuple)):
+        inside = batch
+    else:
+        yield batch
+    if depth:
+        for one in list(inside)[:8]:
+            yield from _leaves(one, depth - 1)
+
+
+def _largest(x: Tensor) -> Tensor:
+    """Return the largest absolute value, of a very large tensor that among evenly strided entries."""
+    if x.numel() > _WHOLE and _is_dense(x):
+        step = coprime(-(-x.numel() // _WHOLE), x.numel())
+        x = x.as_strided((x.numel() // step,), (step,))
+    lowest, highest = torch.aminmax(x.detach())
+    return torch.maximum(-lowest, highest)
+
+
+@torch.no_grad()
+def off_centre(batch: Any) -> Tensor | None:
+    """Divide the size of the inputs' mean by that of their deviation from it; None without an input of two rows.
+
+    Args:
+        batch: A batch; its first float tensor is the input, with samples along dim 0.
+
+    Example:
+        >>> off_centre(torch.tensor([[3.0, -3.0], [5.0, -5.0]]))
+        tensor(4.)
+    """
+    x = next((x for x in _floats(batch) if x.ndim > 1 and len(x) > 1), None)
+    if x is None:
+        return None
+    x = x.float()
+    mean = x.mean(0)
+    deviation = (x - mean).square().mean(0).sum().sqrt()
+    return mean.square().sum().sqrt() / deviation
