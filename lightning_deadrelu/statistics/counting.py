@@ -6,7 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from functools import partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +32,7 @@ RELU = Rectifier("relu", plain=True)
 _EXACT_IN_FLOAT32 = 2**24
 _FEW_POSITIONS = 16
 _UNIT_DIM = {"maxima": 1}
+_WIDE = frozenset({torch.float32, torch.float64})
 
 
 class Counts(NamedTuple):
@@ -90,47 +91,65 @@ def count(
     """
     if x.ndim == len(dims):
         x, out = x[None], out[None]
-    over = tuple(dim for dim in range(-x.ndim, 0) if dim not in dims)
-    samples, elements = _sizes(x, dims, over)
-    lowest = x
+    plan = _planned(x.shape, dims, x.device.type == "cpu")
+    samples, elements, lowest = plan.samples, plan.elements, x
     if valid is not None:
         samples = elements = valid.sum()  # type: ignore[assignment]
         padding = ~valid[..., None]
         x, lowest, out = (t.masked_fill(padding, v) for t, v in ((x, -math.inf), (x, math.inf), (out, 0.0)))
     # the output first: it was written last, and may still be in the cache
-    fired, magnitude = _fired(x, out, over, rectifier), _magnitude(out, over, rectifier)
-    peak, trough = _reduced(Tensor.amax, x, over), _reduced(Tensor.amin, lowest, over)
+    fired, magnitude = _fired(x, out, plan, rectifier), _magnitude(out, plan, rectifier)
+    peak, trough = _reduced(Tensor.amax, x, plan), _reduced(Tensor.amin, lowest, plan)
     if rectifier.hinge:
         peak, trough = peak - rectifier.hinge, trough - rectifier.hinge
     return Counts(fired, magnitude, peak, trough, samples, elements)
 
 
-def _reduced(reduction: Callable[..., Tensor], x: Tensor, over: tuple[int, ...]) -> Tensor:
-    """Reduce to one number per unit, positions before images if there are many: several times faster on a CPU."""
-    first_unit = next(dim for dim in range(-x.ndim, 0) if dim not in over)
-    images, positions = [d for d in over if d < first_unit], [d for d in over if d > first_unit]
-    if images and positions:
-        many = math.prod(x.shape[d] for d in positions) > _FEW_POSITIONS
-        x = reduction(x, positions if many else images, keepdim=True)
-        return reduction(x, images if many else positions).flatten()
-    return reduction(x, over).flatten()
+class _Plan(NamedTuple):
+    """How to reduce all inputs of one shape to one number per unit.
+
+    Args:
+        over: The dimensions to reduce, counted from the end.
+        stages: The same, in the order in which they go fastest.
+        samples: Rows where the last dimension holds units, else images.
+        elements: Inputs per unit.
+    """
+
+    over: tuple[int, ...]
+    stages: tuple[tuple[int, ...], ...]
+    samples: int
+    elements: int
 
 
-def _sizes(x: Tensor, dims: tuple[int, ...], over: tuple[int, ...]) -> tuple[int, int]:
-    """Count samples and elements per unit: rows where the last dimension holds units, else images."""
-    elements = math.prod(x.shape[dim] for dim in over)
-    samples = elements if -1 in dims else math.prod(x.shape[dim] for dim in over if dim < min(dims))
-    return samples, elements
+@lru_cache(maxsize=1024)
+def _planned(shape: torch.Size, dims: tuple[int, ...], on_cpu: bool) -> _Plan:
+    """Plan once per shape: for small activations, to plan costs as much as to count."""
+    over = tuple(dim for dim in range(-len(shape), 0) if dim not in dims)
+    images = tuple(dim for dim in over if dim < min(dims))
+    positions = tuple(dim for dim in over if dim > min(dims))
+    elements = math.prod(shape[dim] for dim in over)
+    samples = elements if -1 in dims else math.prod(shape[dim] for dim in images)
+    stages: tuple[tuple[int, ...], ...] = (over,)
+    if on_cpu and images and positions:  # several times faster than both at once
+        many = math.prod(shape[dim] for dim in positions) > _FEW_POSITIONS
+        stages = (positions, images) if many else (images, positions)
+    return _Plan(over, stages, samples, elements)
 
 
-def _fired(x: Tensor, out: Tensor, over: tuple[int, ...], rectifier: Rectifier) -> Tensor:
+def _reduced(reduction: Callable[..., Tensor], x: Tensor, plan: _Plan) -> Tensor:
+    for dims in plan.stages:
+        x = reduction(x, dims, True)
+    return x.flatten()
+
+
+def _fired(x: Tensor, out: Tensor, plan: _Plan, rectifier: Rectifier) -> Tensor:
     """Count who fired; the sum of signs, which are 0 for NaN, is ten times faster than that of booleans."""
     if not rectifier.plain:
-        return (x > rectifier.hinge).sum(over).flatten()
-    if out.device.type == "cpu" and out.dtype == torch.float32 and -out.ndim in over:
-        return _sum_of_signs(out, over)
+        return (x > rectifier.hinge).sum(plan.over).flatten()
+    if out.device.type == "cpu" and out.dtype == torch.float32 and -out.ndim in plan.over:
+        return _sum_of_signs(out, plan)
     exact = out.numel() <= _EXACT_IN_FLOAT32 or out.device.type == "mps"
-    return out.sign().sum(over, dtype=torch.float32 if exact else torch.float64).flatten()
+    return out.sign().sum(plan.over, dtype=torch.float32 if exact else torch.float64).flatten()
 
 
 class _Scratch(threading.local):
@@ -147,19 +166,23 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def _sum_of_signs(out: Tensor, over: tuple[int, ...]) -> Tensor:
+def _sum_of_signs(out: Tensor, plan: _Plan) -> Tensor:
     rows = _scratch.numbers.numel() * len(out) // out.numel()
     dense = out.is_contiguous() or (out.ndim == 4 and out.is_contiguous(memory_format=torch.channels_last))
     if not rows or not dense:
-        return out.sign().sum(over, dtype=torch.float64).flatten()
+        return out.sign().sum(plan.over, dtype=torch.float64).flatten()
     parts = [out] if rows >= len(out) else out.split(rows)
-    sums = [_reduced(Tensor.sum, torch.sign(part, out=_scratch.like(part)), over) for part in parts]
+    sums = [_reduced(Tensor.sum, torch.sign(part, out=_scratch.like(part)), plan) for part in parts]
     return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0, dtype=torch.float64)
 
 
-def _magnitude(out: Tensor, over: tuple[int, ...], rectifier: Rectifier) -> Tensor:
-    dtype = torch.promote_types(out.dtype, torch.float32)
-    return _reduced(partial(Tensor.sum, dtype=dtype), out if rectifier.plain else out.abs(), over)
+def _magnitude(out: Tensor, plan: _Plan, rectifier: Rectifier) -> Tensor:
+    size = out if rectifier.plain else out.abs()
+    return _reduced(Tensor.sum if out.dtype in _WIDE else _sum_in_float32, size, plan)
+
+
+def _sum_in_float32(x: Tensor, dims: tuple[int, ...], keepdim: bool) -> Tensor:
+    return x.sum(dims, keepdim, dtype=torch.float32)
 
 
 class UnitLiveness(Metric):
@@ -204,6 +227,7 @@ class UnitLiveness(Metric):
         self._starts = [0]
         self._observation = 0
         self._pending: dict[int, Counts] = {}  # calls of the present observation by site
+        self._caps: Tensor | None = None  # where outputs end, by unit, if any do
         self.add_state("fired", torch.zeros(0, dtype=torch.int64), "sum")
         self.add_state("magnitude", torch.zeros(0, dtype=dtype), "sum")
         self.add_state("maxima", torch.zeros(6, 0, dtype=dtype), "max")
@@ -237,6 +261,8 @@ class UnitLiveness(Metric):
             fresh = _fresh(name, default, site.units)
             self._defaults[name] = torch.cat([default, fresh], dim=_UNIT_DIM.get(name, 0))
             setattr(self, name, torch.cat([getattr(self, name), fresh], dim=_UNIT_DIM.get(name, 0)))
+        if any(math.isfinite(other.cap) for other in self.sites):
+            self._caps = torch.cat([self.maxima.new_full((other.units,), other.cap) for other in self.sites])
         return len(self.sites) - 1
 
     def place(self, site: int) -> slice:
@@ -278,7 +304,7 @@ class UnitLiveness(Metric):
         if not self._pending:
             return
         parts = [self._pending.get(number) or self._nothing(site.units) for number, site in enumerate(self.sites)]
-        fired = torch.cat([part.fired.to(self.fired.dtype) for part in parts])
+        fired = _joined([part.fired for part in parts], self.fired.dtype)
         self.fired.add_(fired)
         self.magnitude.add_(torch.cat([part.magnitude for part in parts]))
         peak, trough = torch.cat([part.peak for part in parts]), torch.cat([part.trough for part in parts])
@@ -309,16 +335,21 @@ class UnitLiveness(Metric):
         return Counts(zeros, zeros, zeros - math.inf, zeros + math.inf, 0, 0)
 
     def _add_sizes(self) -> None:
-        for number, counts in self._pending.items():  # a number at a time: copying a list would wait for the device
-            self.samples[number, self._observation].add_(counts.samples)
-            self.elements[number].add_(counts.elements)
+        """Add samples and elements; where no mask made them tensors, of all sites at once."""
+        sizes = [(counts.samples, counts.elements) for counts in self._pending.values()]
+        if any(isinstance(number, Tensor) for pair in sizes for number in pair):
+            for number, counts in self._pending.items():
+                self.samples[number, self._observation].add_(counts.samples)
+                self.elements[number].add_(counts.elements)
+            return
+        table = torch.zeros(len(self.sites), 2, dtype=torch.int64, device="cpu")
+        table[list(self._pending)] = torch.tensor(sizes, device="cpu")
+        samples, elements = table.to(self.samples.device, non_blocking=True).unbind(1)  # waits for no device
+        self.samples[:, self._observation].add_(samples)
+        self.elements.add_(elements)
 
     def _capped(self, x: Tensor) -> Tensor:
-        capped = [number for number, site in enumerate(self.sites) if math.isfinite(site.cap)]
-        x = x.clone() if capped else x
-        for number in capped:
-            x[self.place(number)].clamp_(max=self.sites[number].cap)
-        return x
+        return x if self._caps is None else x.minimum(self._caps.to(x.device))
 
     def _constant(self) -> Tensor:
         """Mark units with several elements in this observation: only those can be seen to be constant."""
@@ -358,6 +389,13 @@ class UnitLiveness(Metric):
         super().reset()
         self._pending = {}
         self._observation = 0
+
+
+def _joined(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Concatenate counts; those of different types one by one, because float32 would not hold them all."""
+    if len({part.dtype for part in parts}) > 1:
+        parts = [part.to(dtype) for part in parts]
+    return torch.cat(parts).to(dtype)
 
 
 def _fresh(name: str, like: Tensor, units: int) -> Tensor:
