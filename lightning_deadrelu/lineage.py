@@ -6,8 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -91,11 +90,16 @@ def tensors_in(args: Iterable[Any]) -> list[Tensor]:
         >>> len(tensors_in([torch.zeros(1), 2, [torch.zeros(1)]]))
         2
     """
-    flat = [item for arg in args for item in (arg if isinstance(arg, (list, tuple)) else (arg,))]
-    return [item for item in flat if isinstance(item, Tensor)]
+    found: list[Tensor] = []
+    for arg in args:
+        if isinstance(arg, Tensor):
+            found.append(arg)
+        elif isinstance(arg, (list, tuple)):
+            found += [item for item in arg if isinstance(item, Tensor)]
+    return found
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: one is made for each call of the model, and that would double its cost
 class Call:
     """One call of a torch function that returned ``output``.
 
@@ -112,11 +116,11 @@ class Call:
     kwargs: Mapping[str, Any]
     output: Tensor
     place: int = -1
+    operands: list[Tensor] = field(init=False)
+    """The tensors among the arguments."""
 
-    @cached_property
-    def operands(self) -> list[Tensor]:
-        """The tensors among the arguments."""
-        return tensors_in((*self.args, *self.kwargs.values()))
+    def __post_init__(self) -> None:
+        self.operands = tensors_in((*self.args, *self.kwargs.values()))
 
 
 Known = Sequence[tuple[Tensor, Lineage]]

@@ -102,6 +102,7 @@ class Probe(TorchFunctionMode):
         self.entered: set[str] = set()
         """Paths of the modules whose forward has run while the probe looked."""
         self._sources: dict[tuple[Any, ...], tuple[str, ...]] = {}
+        self._settled: dict[tuple[Any, ...], tuple[Site, Rectifier, tuple[int, ...]]] = {}
         self._frames: list[Frame] = []
         self.unwatched: dict[str, str] = {}
         """Why, by name, a rectifier that ran is not watched."""
@@ -188,6 +189,7 @@ class Probe(TorchFunctionMode):
         """List modules and parameters; what is exchanged later goes by its module until the next look."""
         self._trail.look_at(self._model)
         self._sources.clear()
+        self._settled.clear()
         self._modules = {id(module): (module, clean(name)) for name, module in self._model.named_modules()}
 
     def _forget(self) -> None:
@@ -335,32 +337,45 @@ class Probe(TorchFunctionMode):
             self._hand_over(rectifier, lineage, _plain(values), _plain(output))
 
     def _hand_over(self, rectifier: Rectifier, lineage: Lineage, values: Tensor | None, output: Tensor | None) -> None:
+        key = (*[frame.path for frame in self._frames], lineage, rectifier, None if values is None else values.shape)
+        known = None if output is None else self._settled.get(key)
+        self._met = known or self._settle(key, rectifier, lineage, values, output)
+        if self._met is not None and values is not None and output is not None:
+            site, rectifier, dims = self._met
+            with torch.no_grad(), no_caching_modes():
+                self._sink(site, rectifier, values, output, dims)
+
+    def _settle(
+        self, key: Any, rectifier: Rectifier, lineage: Lineage, values: Tensor | None, output: Tensor | None
+    ) -> tuple[Site, Rectifier, tuple[int, ...]] | None:
+        """Tell the site of a call and its unit dimensions, once for all calls alike; None if it is not watched."""
         place = self._place(lineage)
         if place is None:
-            return
+            return None
         owner, functional, source = place
         name = base_name(owner, functional, rectifier.kind)
         if values is None or output is None:
             self.unwatched.setdefault(name, "its input is not a plain tensor (nested, sparse, or under `vmap`)")
-            return
+            return None
         dims = self._dims(name, lineage, values)
         if dims is None:
             self.unwatched.setdefault(name, "no dimension of its input holds units; name one with `unit_dims`")
-            return
+            return None
         units = count_units(values, dims)
         widths = self._widths.setdefault((owner, functional, rectifier.kind, source), set())
         if len(widths) <= _MOST_WIDTHS:
             widths.add(units)
         if len(widths) > _MOST_WIDTHS:
+            self._settled.clear()
             self.unwatched[name] = (
                 "its number of units changes from call to call; name their dimension with `unit_dims`"
             )
-            return
+            return None
         traced = not source[0].startswith("#")
         site = Site(owner, functional, rectifier.kind, source, units, rectifier.smooth, rectifier.cap, traced)
-        self._met = site, rectifier, dims
-        with torch.no_grad(), no_caching_modes():
-            self._sink(site, rectifier, values, output, dims)
+        if key[:-2] in self._sources:  # else the next call alike may be another site
+            self._settled[key] = site, rectifier, dims
+        return site, rectifier, dims
 
     def _dims(self, name: str, lineage: Lineage, x: Tensor) -> tuple[int, ...] | None:
         for pattern, dim in self._unit_dims.items():
