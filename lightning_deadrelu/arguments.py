@@ -26,6 +26,9 @@ def check(arguments: Mapping[str, Any]) -> None:
     if ladder_of(arguments.get("remedy")) and arguments.get("threshold") == 1:
         why = "no site can have more than all of its units dead, so no remedy would ever act"
         _refuse("threshold", arguments["threshold"], why, "threshold=0.1")
+    if arguments.get("gradient_evidence") is True and arguments.get("mask") is not None:
+        why = "with a `mask`, gradients of padding cannot be told from those of data"
+        _refuse("gradient_evidence", True, why, "gradient_evidence=False")
     for argument, value in arguments.items():
         if argument in _COUNTS:
             _check_count(argument, value)
@@ -42,7 +45,7 @@ def check(arguments: Mapping[str, Any]) -> None:
 _COUNTS = {"every_n_steps": 10, "window": 10, "min_samples": 299}
 _SHARES = {"threshold": 0.1, "tau": 0.025}
 _OTHERS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
-    "gradient_evidence": (lambda value: not value, "this version has forward evidence only", "gradient_evidence=False"),
+    "gradient_evidence": (lambda value: isinstance(value, bool), "it is a switch", "gradient_evidence=True"),
     "mask": (
         lambda value: value is None or callable(value),
         "it is called with each batch",

@@ -53,7 +53,9 @@ class DeadReLUMonitor(Monitoring):
         mask: Called with each observed batch; returns a boolean tensor of shape ``(batch, time)``, True for
             data and False for padding. It applies to activations of shape ``(batch, time, units)`` and
             ``(batch * time, units)``.
-        gradient_evidence: Whether gradients are asked too; this version does not, so False is all it takes.
+        gradient_evidence: At every optimizer step, also look at the gradients of the biases (of the weights where there
+            is no bias): a unit that has one fired somewhere in that batch, and its age falls to zero. Every training
+            sample counts then, not the observed ones alone. See "Gradient evidence" in the README.
         unit_dims: The dimension that holds the units, by pattern over site names, where the layers before a
             rectifier tell it wrongly or not at all.
         prog_bar: Show the dead fraction in the progress bar.
@@ -102,6 +104,7 @@ class DeadReLUMonitor(Monitoring):
         self.exclude = tuple(exclude)
         self.rules = Rules(min_samples, tau)
         self.mask = mask
+        self.gradient_evidence = gradient_evidence
         self.unit_dims = dict(unit_dims or {})
         self.prog_bar = prog_bar
         self.alerts = alerts
@@ -170,11 +173,14 @@ class DeadReLUMonitor(Monitoring):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._disarm()
-        if batch_idx % trainer.accumulate_grad_batches == 0:
+        first = batch_idx % trainer.accumulate_grad_batches == 0
+        if first:
             self._observing = self._is_due(self._batches) and _trains(trainer)
         if self._watch and not self._failure:
             with self._careful():
                 self._repair.begin(self._patient(trainer), self._observing)
+                if self._evidence:
+                    self._evidence.begin(self._watch, pl_module, self._observing, first)
                 if self._observing:
                     self._watch.valid = self._valid(batch)
                     self._watch.liveness.observation = self._observation
@@ -193,6 +199,9 @@ class DeadReLUMonitor(Monitoring):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if pl_module.automatic_optimization and self._watch:  # later closures see the batch at other weights
             self._watch.probe.pause()
+        if self._evidence and not self._failure:
+            with self._careful():
+                self._evidence.note_start()
 
     @override
     def on_before_optimizer_step(
@@ -202,6 +211,9 @@ class DeadReLUMonitor(Monitoring):
         if self._watch and not self._failure:
             with self._careful():
                 self._inquest.before_step(optimizer, pl_module, self._watch.sites)
+                if self._evidence:
+                    begun = self._observation + self._observing
+                    self._evidence.step(optimizer, begun, pl_module.automatic_optimization)
 
     @override
     def on_train_batch_end(

@@ -19,6 +19,7 @@ from typing_extensions import override
 from lightning_deadrelu import ranks
 from lightning_deadrelu.activations import records, rectifiers, reinstate_, restore
 from lightning_deadrelu.attribution import Attributions
+from lightning_deadrelu.gradient_evidence import GradientEvidence
 from lightning_deadrelu.inquest import Inquest, Notes
 from lightning_deadrelu.ladder import Event
 from lightning_deadrelu.postmortem import Wave
@@ -53,6 +54,7 @@ class Monitoring(Callback):
     exclude: tuple[str, ...]
     rules: Rules
     mask: Callable[[Any], Tensor] | None
+    gradient_evidence: bool
     unit_dims: dict[str, int]
     prog_bar: bool
     alerts: bool
@@ -77,11 +79,11 @@ class Monitoring(Callback):
 
     @property
     def attribution(self) -> Attributions | None:
-        """Which parameters feed and read each site, where there is a remedy; prints as a table.
+        """Which parameters feed and read each site, where there is a remedy or gradient evidence; prints as a table.
 
         None before the first observed batch. For a look alone, take ``remedy=Reset(dry_run=True)``.
         """
-        known = self._watch and self._watch.sites and self._repair.ladder.rungs
+        known = self._watch and self._watch.sites and self._repair.traces
         return self._watch.attributions if self._watch and known else None
 
     def _clear(self) -> None:
@@ -90,6 +92,7 @@ class Monitoring(Callback):
         self._history = History.empty()
         self._repair = self._new_repair()
         self._gradients = Gradients()
+        self._evidence = self._new_evidence()
         self._reporter = Reporter(self.name, alerts=self.alerts)
         self._record = Record()
         self._inquest = Inquest(3 * self.every_n_steps * self.window)
@@ -119,7 +122,12 @@ class Monitoring(Callback):
         return Patient(self._watch, model, trainer.optimizers, outer, joint, self._gradients)
 
     def _new_repair(self) -> Repair:
-        return Repair(ladder_of(self.remedy), self.threshold, self.rules.min_samples, self._tell)
+        return Repair(
+            ladder_of(self.remedy), self.threshold, self.rules.min_samples, self._tell, self.gradient_evidence
+        )
+
+    def _new_evidence(self) -> GradientEvidence | None:
+        return GradientEvidence(lambda text: rank_zero_warn(f"{self.name}: {text}")) if self.gradient_evidence else None
 
     def _check_alone(self, trainer: Trainer) -> None:
         """Refuse a second monitor with a remedy: both would edit the same units."""
@@ -249,7 +257,7 @@ class Monitoring(Callback):
         assert self._watch is not None
         sites = self._watch.sites
         report, history = judge(
-            totals,
+            self._evidence.believed(totals, sites) if self._evidence else totals,
             self._history,
             sites,
             self.rules,
@@ -363,6 +371,9 @@ class Monitoring(Callback):
         """
         if self._off:
             return None
+        if self._evidence and self._watch and not self._failure:
+            with self._careful():
+                self._evidence.flush(self._watch)
         losses = self._repair.losses
         if not self._joint or (self._trainer and self._trainer.state.status == "interrupted"):
             return None if self._failure or not self._watch else self._on_host(self._watch.liveness.totals(), losses)
@@ -421,6 +432,7 @@ class Monitoring(Callback):
                 state["totals"] = {key: tensor.clone() for key, tensor in vars(joined[0]).items()}
                 state["history"] = dict(vars(self._history))
                 state["never_trained"] = self._gradients.save(self._trainer.lightning_module)
+                state["evidence"] = self._evidence.state_dict(self._watch.sites) if self._evidence else None
                 state["repair"] = self._repair.state_dict()
                 state["record"] = self._record.state_dict()
                 state["inquest"] = self._inquest.state_dict(joined[2])
@@ -457,6 +469,8 @@ class Monitoring(Callback):
         self._watch.adopt(
             Site._make(tuple(item) if isinstance(item, list) else item for item in site) for site in state["sites"]
         )
+        if self._evidence and state["evidence"]:
+            self._evidence.load_state_dict(state["evidence"], self._watch.sites)
         self._history = History(**state["history"])
         self._inquest.load_state_dict(state["inquest"], pl_module.device)
         totals = Totals(**state["totals"])
@@ -474,7 +488,7 @@ class Monitoring(Callback):
             "_gradients": Gradients(),
             "_reporter": Reporter(self.name, alerts=self.alerts),
         }
-        fresh["_repair"] = self._new_repair()
+        fresh |= {"_repair": self._new_repair(), "_evidence": self._new_evidence()}
         return state | fresh | {"_running": False, "_joint": False}
 
 

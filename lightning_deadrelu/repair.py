@@ -72,12 +72,20 @@ class Repair:
         threshold: A site is treated while more than this share of its units is dead.
         min_samples: What the monitor asks of a verdict.
         tell: Called with each event.
+        trace: Whether the first batches are traced in any case, not only where there is a remedy.
     """
 
     def __init__(
-        self, rungs: Sequence[Remedy], threshold: float, min_samples: int, tell: Callable[[Event], None]
+        self,
+        rungs: Sequence[Remedy],
+        threshold: float,
+        min_samples: int,
+        tell: Callable[[Event], None],
+        trace: bool = False,
     ) -> None:
         self._tell = tell
+        self.traces = trace or bool(rungs)
+        """Whether it is traced what feeds and reads each site."""
         self.ladder = Ladder(rungs, threshold, min_samples)
         self.terms = Terms()
         self.events: deque[Event] = deque()
@@ -101,7 +109,7 @@ class Repair:
     def begin(self, patient: Patient, observed: bool) -> None:
         """Let terms in flight enter the forward; look again at the units asked about, if this batch is observed."""
         watch = patient.watch
-        if observed and self.ladder.rungs and self._traces < _MOST_TRACES:
+        if observed and self.traces and self._traces < _MOST_TRACES:
             self._trace(patient)
         if not self.terms.sites and not self._requests:
             return

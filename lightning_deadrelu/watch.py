@@ -11,6 +11,7 @@ from lightning_deadrelu.attribution import Attributions, Tracer, merged
 from lightning_deadrelu.confirmation import Confirmation
 from lightning_deadrelu.probe import Probe
 from lightning_deadrelu.sites import Rectifier, Site, clean, is_rectifier_module, is_selected, names_of, unmatched
+from lightning_deadrelu.slices import Slice
 from lightning_deadrelu.statistics import Rules, UnitLiveness, count
 
 NOT_TRACED = "it has not run while its layers were traced"
@@ -135,6 +136,15 @@ class Watch:
         known = merged(tracer.attributions(), self.sites, tracer.failure or NOT_TRACED)
         named = zip(names_of(self.sites), self.sites, strict=True)
         return Attributions({name: known[site] for name, site in named if site.units}, tracer.used)
+
+    @property
+    def traces(self) -> int:
+        """Batches traced so far, with one that is under way."""
+        return self._tracer.batches
+
+    def sole_readers(self) -> dict[Site, tuple[Slice, ...]]:
+        """Say, for every site traced, which entries feed its units and nothing else."""
+        return self._tracer.sole_readers()
 
     @property
     def used(self) -> frozenset[str]:

@@ -78,10 +78,12 @@ MAY_IMPORT = {
         "writing",
     },
     "arguments": {"remedies"},
+    "gradient_evidence": {"sites", "slices", "statistics", "watch", "writing"},
     "monitoring": {
         "activations",
         "attribution",
         "drawing",
+        "gradient_evidence",
         "inquest",
         "ladder",
         "page",

@@ -103,6 +103,24 @@ class Ledger:
         outlet, no_outlet = self._outlet(site)
         return Attribution(incoming, outgoing, outlet, no_incoming, no_outgoing, no_outlet)
 
+    def sole_readers(self) -> dict[Site, tuple[Slice, ...]]:
+        """List for every site met what feeds it and nothing else, so that all gradient comes through the site.
+
+        The last bias or shift is enough; where there is none, or it does not feed all units, others are listed too.
+        """
+        return {site: self._read_by(site) for site in self.fed}
+
+    def _read_by(self, site: Site) -> tuple[Slice, ...]:
+        added = [origin for origin in self.fed[site] if origin.role in ("bias", "shift")]
+        multiplied = [origin for origin in self.fed[site] if origin.role in ("weight", "scale")]
+        missing, chosen = torch.ones(site.units, dtype=torch.bool, device="cpu"), []
+        for origin in (*reversed(added), *reversed(multiplied)):
+            units = self.fed[site][origin][:, 1]
+            if missing[units].any() and not self._refusal(site, origin):
+                missing[units] = False
+                chosen.append(origin)
+        return self._slices(site, chosen)
+
     def _incoming(self, site: Site) -> tuple[tuple[Slice, ...], str]:
         fed = [origin for origin in self.fed[site] if origin.role != OUTLET]
         refusals = {origin: self._refusal(site, origin) for origin in fed}

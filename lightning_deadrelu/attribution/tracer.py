@@ -16,7 +16,7 @@ from lightning_deadrelu.attribution.rules import follow, plain
 from lightning_deadrelu.lineage import tensors_in
 from lightning_deadrelu.sharding import is_sharded
 from lightning_deadrelu.sites import Rectifier, Site, clean
-from lightning_deadrelu.slices import Attribution
+from lightning_deadrelu.slices import Attribution, Slice
 
 _ZEROS = frozenset({"zeros", "zeros_like", "new_zeros"})
 _IN_PLACE = frozenset(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "div", "pow", "mod"))
@@ -58,10 +58,13 @@ class Tracer:
         self._memory = Memory()
         self.error: Exception | None = None
         """What went wrong; nothing is attributed from then on."""
+        self.batches = 0
+        """Batches begun so far."""
 
     def begin(self) -> None:
         """Look at the model's tensors before a batch."""
         self.end()
+        self.batches += 1
         try:
             self._name_tensors()
         except Exception as error:
@@ -126,6 +129,10 @@ class Tracer:
         """Say, for every site met so far, which entries feed and read its units."""
         known = self._ledger.attributions()
         return merged({}, known, self.failure) if self.failure else known
+
+    def sole_readers(self) -> dict[Site, tuple[Slice, ...]]:
+        """Say, for every site met so far, which entries feed its units and nothing else."""
+        return {} if self.failure else self._ledger.sole_readers()
 
     @property
     def failure(self) -> str:

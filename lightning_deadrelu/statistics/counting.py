@@ -319,15 +319,14 @@ class UnitLiveness(Metric):
         self._add_sizes()
         self._pending = {}
 
-    def prove(self, proved: Tensor, moved: Tensor) -> None:
-        """Take in what gradients say; see the last two rows of :attr:`Totals.maxima`.
+    def prove(self, found: Tensor) -> None:
+        """Take in what gradients say.
 
         Args:
-            proved: Observations begun when a unit was last seen to have a gradient, or -1, shape ``(units,)``.
-            moved: Whether it had one in an observed batch, shape ``(units,)``.
+            found: The last two rows of :attr:`Totals.maxima`.
         """
         own = self.maxima[-2:]
-        torch.maximum(own, torch.stack([proved.to(own.dtype), moved.to(own.dtype)]), out=own)
+        torch.maximum(own, found.to(own.dtype), out=own)
 
     def _nothing(self, units: int) -> Counts:
         """Make the counts of a site that did not run."""
