@@ -239,11 +239,12 @@ class GradientEvidence:
                 maxima[-2, place] = -1
         return replace(totals, maxima=maxima)
 
-    def state_dict(self, sites: Sequence[Site]) -> dict[str, Any]:
+    def state_dict(self, watch: Watch) -> dict[str, Any]:
         """Return what a resumed run needs, as plain values and tensors; sites go by their number."""
-        known = {number: self._slices[site] for number, site in enumerate(sites) if site in self._slices}
-        slices = {number: [list(vars(one).values()) for one in entries] for number, entries in known.items()}
-        return {"slices": slices, "refuted": [site in self._refuted for site in sites]}
+        known = self._slices | watch.sole_readers()
+        numbered = {number: known[site] for number, site in enumerate(watch.sites) if site in known}
+        slices = {number: [list(vars(one).values()) for one in entries] for number, entries in numbered.items()}
+        return {"slices": slices, "refuted": [site in self._refuted for site in watch.sites]}
 
     def load_state_dict(self, state: Mapping[str, Any], sites: Sequence[Site]) -> None:
         """Go on from what was saved."""

@@ -432,7 +432,7 @@ class Monitoring(Callback):
                 state["totals"] = {key: tensor.clone() for key, tensor in vars(joined[0]).items()}
                 state["history"] = dict(vars(self._history))
                 state["never_trained"] = self._gradients.save(self._trainer.lightning_module)
-                state["evidence"] = self._evidence.state_dict(self._watch.sites) if self._evidence else None
+                state["evidence"] = self._evidence.state_dict(self._watch) if self._evidence else None
                 state["repair"] = self._repair.state_dict()
                 state["record"] = self._record.state_dict()
                 state["inquest"] = self._inquest.state_dict(joined[2])

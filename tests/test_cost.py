@@ -53,10 +53,14 @@ def _from_package(stack: list[inspect.FrameInfo]) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore:dead_relu")
-@pytest.mark.parametrize(("every_n_steps", "remedy"), [(1, None), (2, None), (1, "reset")])
-def test_nothing_is_read_on_the_host_between_windows(every_n_steps, remedy):
+@pytest.mark.parametrize(
+    ("every_n_steps", "remedy", "gradients"),
+    [(1, None, False), (2, None, True), (1, "reset", True)],
+)
+def test_nothing_is_read_on_the_host_between_windows(every_n_steps, remedy, gradients):
     net, batches = Net(), [torch.randn(3, 1, 6, 6)] * 25
-    monitor = DeadReLUMonitor(every_n_steps=every_n_steps, window=5, min_samples=1, remedy=remedy)
+    settings = {"every_n_steps": every_n_steps, "window": 5, "min_samples": 1}
+    monitor = DeadReLUMonitor(**settings, remedy=remedy, gradient_evidence=gradients)
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=1,
