@@ -1,5 +1,4 @@
 import warnings
-from datetime import timedelta
 from unittest import mock
 
 import pytest
@@ -8,7 +7,6 @@ import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from toys import (
     EVERYTHING,
@@ -245,36 +243,3 @@ def test_values_are_the_same_on_all_ranks():
     one, other = on_two_ranks(rows)
     assert one == other
     assert [step for step, _ in one] == [3, 7]
-
-
-class Sharded(Net):
-    """Its weights are spread over both ranks, and gathered for the time of a forward only."""
-
-    def configure_model(self):
-        from torch.distributed.fsdp import fully_shard
-
-        mesh = self.device_mesh["data_parallel"]
-        for layer in self.net:
-            if isinstance(layer, nn.Linear):
-                fully_shard(layer, mesh=mesh)
-        fully_shard(self.net, mesh=mesh)
-
-
-def fit_sharded(rank, folder, ckpt):
-    torch.manual_seed(0)
-    monitor = Verdicts(every_n_steps=1, window=3, min_samples=1)
-    strategy = ModelParallelStrategy(2, 1, process_group_backend="gloo", timeout=timedelta(seconds=30))
-    trainer = ddp_trainer(callbacks=[monitor], strategy=strategy, max_epochs=2 if ckpt else 1)
-    trainer.fit(Sharded(), batches(8, 5 + rank, seed=rank), ckpt_path=ckpt)
-    trainer.save_checkpoint(folder / "sharded.ckpt")
-    return [(report.step, [(s.name, s.trainable, s.samples) for s in report.sites]) for report in monitor.reports]
-
-
-def test_weights_that_are_sharded(tmp_path):
-    def expected(step, samples):
-        return step, [("net.1", True, samples), ("net.3", True, samples)]
-
-    whole = [expected(2, 33), expected(5, 33), expected(7, 22)]
-    assert on_two_ranks(fit_sharded, tmp_path, None) == [whole, whole]
-    resumed = [expected(8, 33), expected(11, 33), expected(14, 33), expected(15, 11)]
-    assert on_two_ranks(fit_sharded, tmp_path / "more", tmp_path / "sharded.ckpt") == [resumed, resumed]

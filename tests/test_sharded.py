@@ -1,20 +1,24 @@
 """Parameters that are split over two ranks, by FSDP2 and by tensor parallelism: watched, repaired, refused."""
 
 import functools
+import warnings
 from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from toys import Net, Verdicts, assert_alike, assert_same, batches, fit, reports_of
+from toys import Loader, Net, Verdicts, assert_alike, assert_same, batches, fit, reports_of
 from two_ranks import ddp_trainer, on_two_ranks, shares
 
 from lightning_deadrelu.remedies import BiasWarming, Reset, Write
 from lightning_deadrelu.sharding import gathered, reshard_
 from lightning_deadrelu.slices import Slice
+from lightning_deadrelu.statistics import History, Rules, judge
+from lightning_deadrelu.watch import Watch
 from lightning_deadrelu.writing import check_writes, laws_of, tensors_of, write_
 
 pytestmark = [
@@ -287,3 +291,144 @@ def test_shards_are_repaired_as_the_whole():
             assert_same(sharded[rank][case], whole[rank][case])
         assert_same(sharded[0][case][1], sharded[1][case][1])
         assert any("refused" not in event for event in whole[0][case][0]), case
+
+
+class Save(Callback):
+    def __init__(self, folder, steps):
+        self.folder, self.steps = folder, steps
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step in self.steps:
+            trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
+
+
+def interrupt_and_resume(rank, folder, steps):
+    runs = []
+    items = list(torch.randn(9, 16 + rank, 4, generator=torch.Generator().manual_seed(rank)))
+    for step in (None, *steps):
+        monitor = Verdicts(every_n_steps=1, window=3, min_samples=1, threshold=0.0, remedy=REMEDIES["ladder"])
+        callbacks = [monitor, *([] if step else [Save(folder, steps)])]
+        trainer, model = fsdp_trainer(callbacks=callbacks, max_epochs=2), Ailing(True)
+        trainer.fit(model, Loader(items), ckpt_path=step and folder / f"{step}.ckpt")
+        runs.append(([*map(str, monitor.events)], state_of(model, trainer.optimizers[0]), reports_of(monitor)[-1]))
+    return runs
+
+
+def test_a_resumed_run_goes_on_in_mid_window_and_mid_anneal(tmp_path):
+    for whole, *resumed in on_two_ranks(interrupt_and_resume, tmp_path, (2, 5, 10, 11)):
+        assert sum(" edited " in event for event in whole[0]) >= 3
+        for one in resumed:
+            assert one[0] == whole[0]
+            assert_same(one, whole)
+
+
+def train_shards(rank, watched):
+    """Train with an odd forward that has no backward, so that some weights stay gathered when the batch ends."""
+
+    class Peeking(Ailing):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.manual_backward(loss)
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+            with torch.no_grad():
+                self(batch)
+            return loss.detach()
+
+    model = Peeking(True)
+    model.automatic_optimization = False
+    monitor = Verdicts(every_n_steps=1, window=3, min_samples=1, threshold=0.0, remedy=REMEDIES["kick"])
+    monitors = {"": [], "watched": [Verdicts(every_n_steps=1, window=3)], "repaired": [monitor]}
+    trainer = fsdp_trainer(callbacks=monitors[watched])
+    trainer.fit(model, batches(9, 16 + rank, seed=rank))
+    trainable = [site.trainable for one in monitors[watched] for site in one.report.sites]
+    return state_of(model, trainer.optimizers[0]), torch.stack(model.losses), torch.get_rng_state(), trainable
+
+
+def test_watching_changes_nothing_and_repairing_lasts_where_weights_stay_gathered():
+    alone, watched, repaired = (on_two_ranks(train_shards, case) for case in ("", "watched", "repaired"))
+    for rank in range(2):
+        assert_same(alone[rank][:3], watched[rank][:3])
+        assert watched[rank][3] == repaired[rank][3] == [True] * 3
+        assert torch.equal(alone[rank][1][:4], repaired[rank][1][:4])
+        assert not torch.equal(alone[rank][1][4:], repaired[rank][1][4:])
+    assert_same(repaired[0][0], repaired[1][0])
+
+
+# -- what is refused -----------------------------------------------------------------------------------------------
+
+
+class Split(Net):
+    """The first layer's units are split over both ranks; some or all of the rest is sharded."""
+
+    def __init__(self, sharded):
+        super().__init__()
+        self.sharded = sharded
+
+    def configure_model(self):
+        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+        plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+        parallelize_module(self.net, self.device_mesh["tensor_parallel"], plan)
+        if self.sharded:
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
+def split_units(rank):
+    found = []
+    for sharded in (False, True):
+        model, monitor = Split(sharded), Verdicts(every_n_steps=1, window=2, min_samples=1, remedy="reset")
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            fsdp_trainer(1, 2, callbacks=[monitor]).fit(model, batches(6, seed=1))
+        why = {str(one.message) for one in told if "watching goes on" in str(one.message)}
+        found.append((len(model.losses), [site.units for site in monitor.report.sites], monitor.report.unwatched, why))
+        found[-1] += (len(monitor.reports), monitor.events)
+    return found
+
+
+def test_units_that_are_split_over_ranks_are_not_judged():
+    why = "tensor parallelism splits `net.0.weight`, so that each rank has other units"
+    for rank, found in enumerate(on_two_ranks(split_units)):
+        for losses, units, unwatched, told, reports, events in found:
+            assert (losses, reports, events) == (6, 3, ())
+            assert not any(units)
+            assert unwatched["net.1"] == why
+            assert set(unwatched) == {"net.1", "net.3"}
+            assert len(told) == (rank == 0)
+            assert all(why in one for one in told)
+
+
+def watch_flat_parameters(rank):
+    """Watch FSDP1, whose parameters are flat pieces; Lightning's strategy for it takes no CPU."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    def flat(module):
+        return FullyShardedDataParallel(module, use_orig_params=original, device_id=torch.device("cpu"))
+
+    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=20))
+    found = []
+    for original in (None, False, True):
+        torch.manual_seed(2)
+        net = Block()
+        if original is not None:
+            net.first, net.second = flat(net.first), flat(net.second)
+            net = flat(net)
+        watch = Watch(net)
+        watch.trace()
+        for x, _ in shares(rank)[:3]:
+            with watch.probe:
+                net(x.clone().requires_grad_()).sum().backward()
+        assert watch.probe.failure is None
+        report, _ = judge(watch.liveness.totals().to_host(), History.empty(), watch.sites, Rules(1))
+        found.append(
+            [{"name": site.name, "age": site.age, "dead": site.dead, "peak": site.peak} for site in report.sites]
+        )
+    return found
+
+
+def test_flat_parameters_are_watched():
+    for whole, *flat in on_two_ranks(watch_flat_parameters):
+        for one in flat:
+            assert_same(one, whole)

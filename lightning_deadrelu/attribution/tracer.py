@@ -221,7 +221,7 @@ class Tracer:
 
     def _look(self, tensor: Tensor, changed: set[int]) -> Flow:
         if (named := self._named.get(id(tensor))) is not None and named[0] is tensor:
-            if named[1].weight and is_sharded(tensor):  # in a forward FSDP2 has gathered it
+            if named[1].weight and is_sharded(tensor) and torch.is_grad_enabled():  # and no optimizer's step
                 self._ledger.sharded.add(named[1].weight.name)
             return named[1]
         entry = self._known.get(id(tensor))
