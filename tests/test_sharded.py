@@ -323,9 +323,14 @@ def test_a_resumed_run_goes_on_in_mid_window_and_mid_anneal(tmp_path):
 
 
 def train_shards(rank, watched):
-    """Train with an odd forward that has no backward, so that some weights stay gathered when the batch ends."""
+    """Train with an odd forward that has no backward, so that all weights are still gathered when the batch ends."""
 
     class Peeking(Ailing):
+        def configure_model(self):
+            from torch.distributed.fsdp import fully_shard
+
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
         def training_step(self, batch, batch_idx):
             loss = super().training_step(batch, batch_idx)
             self.manual_backward(loss)
