@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -15,39 +16,59 @@ _GLOBAL_HOOKS = re.compile(r"Using `torch\.compile\(module\)` when there are glo
 
 
 class EagerCompiler:
-    """Run compiled code eagerly between :meth:`pause` and :meth:`resume`; each may be called again.
+    """Run compiled code eagerly, or with a backend that watches, between :meth:`pause` and :meth:`resume`.
 
-    Several may be paused at a time, in any order; the last to resume goes back to what was before the first.
+    Each may be called again. Several may be paused at a time, in any order: then all run eagerly. The last to resume
+    goes back to what was before the first.
     """
 
-    _stance: ClassVar[AbstractContextManager[None] | None] = None
-    _paused: ClassVar[set[int]] = set()
+    _before: ClassVar[AbstractContextManager[None] | None] = None
+    _paused: ClassVar[dict[int, Callable[[], None]]] = {}
 
     def __init__(self) -> None:
         self._silence: Any = None
 
-    def pause(self) -> None:
-        """Run eagerly what is compiled."""
+    def pause(self, backend: Callable[..., Any] | None = None, displaced: Callable[[], None] = lambda: None) -> bool:
+        """Run eagerly what is compiled, or with a backend, and tell whether it is the backend.
+
+        Args:
+            backend: Compiles in place of every region's own, as long as nobody else is paused.
+            displaced: Called when somebody else is.
+        """
         if "torch._dynamo" not in sys.modules or id(self) in self._paused:
-            return
-        if not self._paused:
-            EagerCompiler._stance = torch.compiler.set_stance("force_eager")
-        self._paused.add(id(self))
+            return False
+        alone = not self._paused
+        for others in self._paused.values():
+            others()
+        forced = backend if alone and _compiles() else None
+        stance = "force_eager" if forced is None else "default"
+        change = torch.compiler.set_stance(stance, force_backend=forced)
+        if alone:
+            EagerCompiler._before = change
+        self._paused[id(self)] = displaced
         # that our hooks see `OptimizedModule` too does no harm: it is not among the model's modules
         # put in by hand, because the official way would let every warning of the program show once more
         self._silence = ("ignore", _GLOBAL_HOOKS, Warning, None, 0)
         warnings.filters.insert(0, self._silence)
+        return forced is not None
 
     def resume(self) -> None:
         """Go back to what was before."""
         if id(self) not in self._paused:
             return
-        self._paused.discard(id(self))
-        if not self._paused and self._stance is not None:
-            self._stance.__exit__(None, None, None)
-            EagerCompiler._stance = None
+        del self._paused[id(self)]
+        if not self._paused and self._before is not None:
+            self._before.__exit__(None, None, None)
+            EagerCompiler._before = None
         if self._silence in warnings.filters:
             warnings.filters.remove(self._silence)
+
+
+def _compiles() -> bool:
+    """Whether nobody has told the compiler to do anything but compile."""
+    from torch._dynamo import eval_frame
+
+    return eval_frame._stance == eval_frame.DynamoStance()
 
 
 def no_caching_modes() -> AbstractContextManager[Any]:

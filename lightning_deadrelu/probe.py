@@ -62,6 +62,19 @@ class Sink(Protocol):
         """Take one call."""
 
 
+class InCompiled(Protocol):
+    """Watches compiled code."""
+
+    def begin(self) -> Callable[..., Any] | None:
+        """Start to look, and tell with which backend; None to run eagerly what is compiled."""
+
+    def displace(self) -> None:
+        """Run eagerly what was begun compiled."""
+
+    def end(self) -> None:
+        """Stop to look."""
+
+
 class Probe(TorchFunctionMode):
     """Hand every rectifier call of a model to a sink, with the site it belongs to.
 
@@ -91,11 +104,15 @@ class Probe(TorchFunctionMode):
         self._standing_in: tuple[nn.Module, Tensor, Tensor] | None = None
         self._model: nn.Module = getattr(model, "_orig_mod", model)
         self._sink = sink
-        self._unit_dims = dict(unit_dims or {})
+        self.unit_dims = dict(unit_dims or {})
+        """The dimension that holds the units, by pattern over site names."""
         self._trail = Trail(self._model)
         self._widths: dict[tuple[Any, ...], set[int]] = {}
         self._handles: list[RemovableHandle] = []
         self._compiler = EagerCompiler()
+        self.compiled: InCompiled | None = None
+        """Watches compiled code where it can; without, observed code runs eagerly."""
+        self._in_compiled = False
         self._modules: dict[int, tuple[nn.Module, str]] = {}
         self._armed_before = 0
         self._thread = 0  # the module hooks are called on every thread, the mode on this one alone
@@ -137,10 +154,14 @@ class Probe(TorchFunctionMode):
         """The first call whose producers could not be followed, which stopped nothing."""
         return self._trail.error
 
+    def name(self, tensor: Any) -> str | None:
+        """Name a parameter of the model; None for any other value."""
+        return self._trail.name(tensor)
+
     @property
     def armed(self) -> bool:
         """Whether the probe is looking now."""
-        return bool(self._handles)
+        return bool(self._handles) or self._in_compiled
 
     def __enter__(self) -> Probe:
         self.arm()
@@ -150,22 +171,33 @@ class Probe(TorchFunctionMode):
         self.disarm()
 
     def arm(self) -> None:
-        """Start to look. Compiled code runs eagerly meanwhile: a compiler would not see what comes later."""
+        """Start to look. Compiled code runs eagerly meanwhile, or in a version that counts."""
         if self.armed or self.failure:
             return
         self._forget()
         if self._armed_before % _ARMS_PER_LOOK == 0:
             self._look_at_model()
         self._armed_before += 1
+        self._thread = threading.get_ident()
+        self._in_compiled = self._compiler.pause(self.compiled.begin() if self.compiled else None, self._displace)
+        if not self._in_compiled:
+            self._look()
+
+    def _look(self) -> None:
         if self.tracer is not None:
             self.tracer.begin()
-        self._thread = threading.get_ident()
         self._handles = [
             register_module_forward_pre_hook(self._enter_module),
             register_module_forward_hook(self._leave_module, always_call=True),
         ]
-        self._compiler.pause()
         _push_mode(self)
+
+    def _displace(self) -> None:
+        """Go on eagerly, because somebody else needs compiled code to run so."""
+        if self._in_compiled and self.compiled:
+            self._in_compiled = False
+            self.compiled.displace()
+            self._look()
 
     def disarm(self) -> None:
         """Stop to look and leave no trace, wherever other modes were entered meanwhile. Harmless when not armed."""
@@ -173,8 +205,11 @@ class Probe(TorchFunctionMode):
         self._compiler.resume()
 
     def pause(self) -> None:
-        """Stop to look, but leave compiled code eager: what was run eagerly has to be recomputed so in backward."""
-        if not self.armed:
+        """Stop to look, but leave compiled code as it is: what ran eagerly has to be recomputed so in backward."""
+        if self.compiled and self.armed:
+            self._guard(self.compiled.end)
+        self._in_compiled = False
+        if not self._handles:
             return
         remove_mode(self)
         for handle in self._handles:
@@ -201,7 +236,7 @@ class Probe(TorchFunctionMode):
         entry = self._modules.get(id(module))
         if entry is not None and threading.get_ident() == self._thread:
             self.entered.add(entry[1])
-            if entry[1] in self.listeners and args and isinstance(args[0], Tensor) and not _recomputes():
+            if entry[1] in self.listeners and args and isinstance(args[0], Tensor) and not recomputes():
                 self._guard(self.listeners[entry[1]], args[0].detach())
             self._frames.append(Frame(entry[1], module))
             if entry[1] in self._judged_as and self._standing_in is None:
@@ -228,7 +263,7 @@ class Probe(TorchFunctionMode):
             self._trail.remember(output, of_module(own, output))
 
     def _enter_substitute(self, path: str, module: nn.Module, args: Any) -> None:
-        if _recomputes():
+        if recomputes():
             return
         if not args or not isinstance(args[0], Tensor):
             self.unwatched[path] = "its substitute was not called with a tensor by position"
@@ -265,7 +300,7 @@ class Probe(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = function_name(func)
-        if name in _IGNORED or self.failure or self._standing_in or _recomputes():
+        if name in _IGNORED or self.failure or self._standing_in or recomputes():
             return func(*args, **kwargs)
         found = self._guard(self._find, name, args, kwargs)
         output = func(*args, **kwargs)
@@ -334,7 +369,17 @@ class Probe(TorchFunctionMode):
         lineage = self._lineage(x) or Lineage()
         self._trail.remember(output, lineage._replace(passed=lineage.passed + 1, weight=False))
         if _holds_data(values):
-            self._hand_over(rectifier, lineage, _plain(values), _plain(output))
+            self._hand_over(rectifier, lineage, self._plain(values), self._plain(output))
+
+    def _plain(self, x: Tensor) -> Tensor | None:
+        """Detach a tensor that is what it seems to be; None for nested, sparse and otherwise wrapped ones."""
+        if x.is_nested or x.layout is not torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(x):
+            return None
+        if type(x) not in (Tensor, nn.Parameter):
+            if type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+                return None
+            x = x.as_subclass(Tensor)
+        return x.detach()
 
     def _hand_over(self, rectifier: Rectifier, lineage: Lineage, values: Tensor | None, output: Tensor | None) -> None:
         key = (*[frame.path for frame in self._frames], lineage, rectifier, None if values is None else values.shape)
@@ -378,7 +423,7 @@ class Probe(TorchFunctionMode):
         return site, rectifier, dims
 
     def _dims(self, name: str, lineage: Lineage, x: Tensor) -> tuple[int, ...] | None:
-        for pattern, dim in self._unit_dims.items():
+        for pattern, dim in self.unit_dims.items():
             if matches(name, pattern):
                 return (dim if dim < 0 else dim - x.ndim,)
         fits = lineage.dims is not None and all(-dim <= x.ndim for dim in lineage.dims)
@@ -395,7 +440,7 @@ class Probe(TorchFunctionMode):
         own = next(
             (names for frame in reversed(frames) if frame.path and (names := frame.owned(lineage.producers))), ()
         )
-        if functional and not own and not (lineage.producers and in_forward(self._model)):
+        if functional and not own and not (lineage.producers and self._in_forward()):
             return None
         home = next((frame for frame in reversed(frames) if frame.has_weights()), None)
         if not lineage.producers or (home and home.is_passed_by(lineage)):
@@ -404,6 +449,9 @@ class Probe(TorchFunctionMode):
         if own:  # else it depends on which forward is running
             self._sources[key] = source
         return owner, functional, source
+
+    def _in_forward(self) -> bool:
+        return in_forward(self._model)
 
     def _lineage(self, tensor: Tensor) -> Lineage | None:
         known = self._trail.lineage(tensor)
@@ -418,8 +466,8 @@ class Probe(TorchFunctionMode):
         return None if name is None else parameter(clean(f"{path}.{name}" if path else name))
 
 
-def _recomputes() -> bool:
-    """Whether this is a forward that is run again within backward."""
+def recomputes() -> bool:
+    """Tell whether this is a forward that is run again within backward."""
     return torch._C._current_graph_task_id() != -1
 
 
@@ -436,14 +484,3 @@ def _tensor_list(output: Any) -> list[Tensor]:
 
 def _holds_data(x: Tensor) -> bool:
     return x.is_floating_point() and x.ndim > 0 and x.device.type != "meta" and (x.is_nested or x.numel() > 0)
-
-
-def _plain(x: Tensor) -> Tensor | None:
-    """Detach a tensor that is what it seems to be; None for nested, sparse and otherwise wrapped ones."""
-    if x.is_nested or x.layout is not torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(x):
-        return None
-    if type(x) not in (Tensor, nn.Parameter):
-        if type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-            return None
-        x = x.as_subclass(Tensor)
-    return x.detach()

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_deadrelu.attribution import Attributions, Tracer, merged
+from lightning_deadrelu.compiled import Compiled, Seen
 from lightning_deadrelu.confirmation import Confirmation
 from lightning_deadrelu.probe import Probe
 from lightning_deadrelu.sites import Rectifier, Site, clean, is_rectifier_module, is_selected, names_of, unmatched
 from lightning_deadrelu.slices import Slice
-from lightning_deadrelu.statistics import Rules, UnitLiveness, count
+from lightning_deadrelu.statistics import Counts, Rules, UnitLiveness, count
 
 NOT_TRACED = "it has not run while its layers were traced"
 
@@ -60,6 +61,8 @@ class Watch:
         self.device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
         self.liveness = self._new_liveness()
         self.probe = Probe(model, self._take, unit_dims, keep_fused)
+        self.compiled = Compiled(self.probe, self._index, self._add_counts, self._name, self._needs_values)
+        self.probe.compiled = self.compiled
         self._tracer = Tracer(self.probe.model)
         self.valid: Tensor | None = None
         """True where the current batch holds data, False where padding; None where all is data."""
@@ -97,6 +100,7 @@ class Watch:
             place = self._places[site] = self._add(site) if left_out is None else left_out
         if not self.sites[place].units:
             return
+        self.compiled.saw(place)
         self.dims[place], self.hinges[place] = dims, rectifier.hinge
         valid = _fit(self.valid, x, dims)
         if place in self.offsets:
@@ -104,6 +108,26 @@ class Watch:
         self.liveness.add(place, count(x, out, dims, rectifier, valid))
         if self.confirmation:
             self.confirmation(place, rectifier, x, dims, valid)
+
+    def _needs_values(self) -> bool:
+        """Whether more is asked of the present batch than to be counted."""
+        probe = self.probe
+        busy = probe.tracer or probe.listeners or probe.judged_as or self.offsets or self.confirmation
+        return bool(busy) or self.valid is not None
+
+    def _index(self, seen: Seen) -> int | None:
+        """Number a site that was met before, and in the same way; -1 if it is left out."""
+        place = self._places.get(seen.site, self._places.get(seen.site._replace(units=0)))
+        if place is None or not self.sites[place].units:
+            return None if place is None else -1
+        known = (self.dims.get(place), self.hinges.get(place))
+        return place if known == (seen.dims, seen.rectifier.hinge) else None
+
+    def _add_counts(self, place: int, counts: Counts) -> None:
+        self.liveness.add(place, counts)
+
+    def _name(self, place: int) -> str:
+        return names_of(self.sites)[place]
 
     def _add(self, site: Site) -> int:
         name = names_of([*self.sites, site])[-1]

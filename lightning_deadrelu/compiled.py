@@ -1,0 +1,303 @@
+"""Count inside compiled code: what :class:`~lightning_deadrelu.probe.Probe` does for eager code.
+
+An observed batch runs a graph of its own, which the user's compiler makes of the region's graph and a few reductions
+behind each rectifier. Where that cannot be done, observed batches run eagerly.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+from lightning_deadrelu.graphs import Additions, Found, Unreadable, find_calls
+from lightning_deadrelu.probe import Probe, recomputes
+from lightning_deadrelu.sites import Rectifier, Site
+from lightning_deadrelu.statistics import Counts
+
+
+class Seen(NamedTuple):
+    """A call of a rectifier in a graph, wherever the graph is run.
+
+    Args:
+        site: Its site.
+        rectifier: What it is.
+        dims: The dimensions of its input that hold the units, counted from the end.
+    """
+
+    site: Site
+    rectifier: Rectifier
+    dims: tuple[int, ...]
+
+
+class Compiled:
+    """Take the counts of compiled regions while a watch observes them.
+
+    The first observed batch runs eagerly, and shows which sites are in compiled regions. If all are, and all regions
+    have the same compiler, later ones run compiled.
+
+    Args:
+        probe: What watches eager code.
+        index: Tells a site's number; None for one that is not known.
+        add: Takes counts of a site, by its number.
+        name: Names a site, by its number.
+        blocked: Tells whether something needs eager code at present.
+    """
+
+    def __init__(
+        self,
+        probe: Probe,
+        index: Callable[[Seen], int | None],
+        add: Callable[[int, Counts], None],
+        name: Callable[[int], str],
+        blocked: Callable[[], bool],
+    ) -> None:
+        self.probe = probe
+        self._index, self._add, self._name, self._blocked = index, add, name, blocked
+        self.refusal = ""
+        """Why observed batches run eagerly for good; empty if they need not."""
+        self._backends: list[Any] | None = []  # of the regions of the present eager batch; None if some call is outside
+        self._backend: Observing | None = None
+        self._expected: set[int] = set()
+        self._met: set[int] = set()
+        self._doubted: set[int] = set()
+        self._proven = False
+        self._counting = False
+
+    def begin(self) -> Observing | None:
+        """Start a batch, and tell with which backend; None to run it eagerly."""
+        self._met, self._backends = set(), []
+        self._counting = self._backend is not None and not self.refusal and not self._blocked()
+        if not self._counting:
+            return None
+        Observing.current = weakref.ref(self)
+        return self._backend
+
+    def saw(self, place: int) -> None:
+        """Note that a site ran in an eager batch."""
+        if "torch._dynamo" not in sys.modules or (self.refusal and not self._doubted):
+            return
+        self._met.add(place)
+        if self._backends is not None:
+            backend = _region()
+            self._backends = None if backend is None else [*self._backends, backend]
+
+    def displace(self) -> None:
+        """Go on eagerly in a batch that was begun compiled."""
+        self._counting = False
+
+    def end(self) -> None:
+        """End a batch's forwards."""
+        if self._counting:
+            self._check()
+        elif self._met:
+            self._settle()
+        self._counting = False
+
+    def _settle(self) -> None:
+        """Learn from an eager batch."""
+        self._expected = self._met
+        backends = self._backends or []
+        same = backends and all(other == backends[0] for other in backends)
+        self._backend = Observing(backends[0]) if same else None
+        if lost := self._doubted & self._met:
+            names = ", ".join(f"`{self._name(place)}`" for place in sorted(lost))
+            warnings.warn(
+                f"An observed batch ran compiled and nothing was counted of {names}, which did run before and after."
+                " Observed batches run eagerly from now on. If the compiler gave up (see `TORCH_LOGS=recompiles`),"
+                " raise `torch._dynamo.config.recompile_limit`.",
+                stacklevel=2,
+            )
+        self._doubted = set()
+
+    def _check(self) -> None:
+        """Hold what was counted against what ran in the last eager batch."""
+        if missing := self._expected - self._met:
+            self.refuse(f"nothing was counted of {', '.join(self._name(place) for place in sorted(missing))}")
+            self._doubted = missing if self._proven else set()
+        self._proven = True
+
+    def refuse(self, reason: str) -> None:
+        """Run observed batches eagerly from the next one on."""
+        self.refusal = self.refusal or reason
+
+    def plan(self, graph: Any, inputs: Sequence[Any]) -> list[Found]:
+        """List the calls to count in a graph.
+
+        Raises:
+            Unreadable: If some cannot be told, or are of no known site.
+        """
+        calls = find_calls(graph, inputs, self.probe, _home())
+        unknown = [call.site for call in calls if self._index(Seen(*call[:3])) is None]
+        if unknown:
+            raise Unreadable(f"eagerly, there was no site {unknown[0]}")
+        return [call for call in calls if (place := self._index(Seen(*call[:3]))) is not None and place >= 0]
+
+    def names(self, inputs: Sequence[Any]) -> tuple[str | None, ...]:
+        """Name the parameters among a region's inputs."""
+        return tuple(self.probe.name(value) for value in inputs)
+
+    def take(self, calls: Sequence[Seen], sizes: Sequence[Any], fired: Tensor, rest: Tensor) -> None:
+        """Add what a graph has counted."""
+        if not self._counting or recomputes():
+            return
+        units = [call.site.units for call in calls]
+        columns = [column.split(units) for column in rest.clone().view(3, -1)]  # a CUDA graph reuses its outputs
+        counted = zip(fired.clone().split(units), *columns, sizes[::2], sizes[1::2], strict=True)
+        for call, counts in zip(calls, counted, strict=True):
+            place = self._index(call)
+            if place is None:
+                self.refuse(f"eagerly, there was no site {call.site}")
+            elif place >= 0:
+                self._met.add(place)
+                self._add(place, Counts(*counts))
+
+
+class Observing:
+    """A compiler's backend that has its graphs count; two are equal if their compilers are.
+
+    Compiled code outlives watches, and one graph may serve several modules of a class: which ones, the parameters tell
+    that it is called with.
+    """
+
+    current: ClassVar[weakref.ref[Compiled] | None] = None
+
+    def __init__(self, backend: Callable[..., Any]) -> None:
+        self.backend = backend
+        self.__name__ = f"observing {getattr(backend, '__name__', type(backend).__name__)}"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Observing) and bool(self.backend == other.backend)
+
+    def __hash__(self) -> int:
+        return hash(Observing)  # backends need not be hashable
+
+    def __call__(self, graph: Any, inputs: Sequence[Any]) -> Any:
+        """Compile a graph that counts; the graph as it is where that fails."""
+        watch = _watching()
+        try:
+            calls = watch.plan(graph, inputs) if watch else []
+            if not watch or not calls:
+                return self.backend(graph, inputs)
+            region = _Region(calls, watch.names(inputs), Additions(graph, calls))
+        except Exception as error:
+            return self._plainly(graph, inputs, watch, error)
+        try:
+            return region.stripped(self.backend(graph, inputs))
+        except Exception as error:
+            region.additions.undo()
+            return self._plainly(graph, inputs, watch, error)
+
+    def _plainly(self, graph: Any, inputs: Sequence[Any], watch: Compiled | None, error: Exception) -> Any:
+        if watch:
+            watch.refuse(f"{type(error).__name__}: {error}")
+        return self.backend(graph, inputs)
+
+
+def _watching() -> Compiled | None:
+    return Observing.current() if Observing.current else None
+
+
+class _Region:
+    """One graph that counts, and what its counts mean for the parameters it is called with."""
+
+    def __init__(self, calls: Sequence[Found], names: tuple[str | None, ...], additions: Additions) -> None:
+        self.additions = additions
+        self._names = names
+        self._calls = {names: [Seen(*call[:3]) for call in calls]}
+
+    def stripped(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        """Hand the counts on, and the outputs to the caller alone."""
+        kept, fixed = self.additions.kept, self.additions.sizes
+
+        def run(*args: Any) -> Any:
+            outputs = compiled(*args)
+            watch = _watching()
+            if watch:
+                try:
+                    fired, rest, *more = outputs[kept:]
+                    told = iter(more)
+                    sizes = [next(told) if size is None else size for size in fixed]
+                    watch.take(self.calls(watch.names(args)), sizes, fired, rest)
+                except Exception as error:
+                    watch.refuse(f"{type(error).__name__}: {error}")
+            return outputs[:kept]
+
+        return run
+
+    def calls(self, names: tuple[str | None, ...]) -> list[Seen]:
+        """List the calls as they are with these parameters; none if they are not the model's."""
+        if names not in self._calls:
+            first = self._calls[self._names]
+            moved = _moved(self._names, names)
+            self._calls[names] = (
+                [] if moved is None else [call._replace(site=_move(call.site, *moved)) for call in first]
+            )
+        return self._calls[names]
+
+
+def _moved(old: Sequence[str | None], new: Sequence[str | None]) -> tuple[str, str] | None:
+    """Tell which module is in another's place, by the names of their parameters.
+
+    Example:
+        >>> _moved(["blocks.0.fc.weight", None], ["blocks.1.fc.weight", None])
+        ('blocks.0', 'blocks.1')
+    """
+    pairs = {_prefixes(*pair) for pair in zip(old, new, strict=True) if pair != (None, None)}
+    return pairs.pop() if len(pairs) == 1 else None
+
+
+def _prefixes(old: str | None, new: str | None) -> tuple[str, str] | None:
+    if old is None or new is None:
+        return None
+    left, right = old.split("."), new.split(".")
+    while left and right and left[-1] == right[-1]:
+        left, right = left[:-1], right[:-1]
+    return ".".join(left), ".".join(right)
+
+
+def _move(site: Site, old: str, new: str) -> Site:
+    def move(name: str) -> str:
+        return new + name[len(old) :] if name == old or name.startswith(f"{old}.") else name
+
+    return site._replace(owner=move(site.owner), source=tuple(map(move, site.source)))
+
+
+def _home() -> nn.Module | None:
+    """The module whose forward is being compiled, if it is one's."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    root = InstructionTranslator.current_tx().output.root_tx
+    code = root.f_code
+    if code.co_name != "forward" and "in_forward_at" not in code.co_name:
+        return None
+    first = root.f_locals.get(code.co_varnames[0]) if code.co_varnames else None
+    return first if isinstance(first, nn.Module) else None
+
+
+def _region() -> Any:
+    """The backend of the compiled region that is running, eagerly at present; None outside and where it is left.
+
+    What is checkpointed inside a region is a graph inside its graph.
+    """
+    from torch._dynamo import eval_frame
+    from torch.utils import checkpoint
+
+    backend, left = None, False
+    frame = sys._getframe(1)
+    while frame is not None:
+        name, file = frame.f_code.co_name, frame.f_code.co_filename
+        if file == checkpoint.__file__:
+            left = True
+        elif file == eval_frame.__file__ and name == "compile_wrapper":
+            if left:
+                return None
+            backend = eval_frame.innermost_backend(frame.f_locals["callback"])
+        elif file == eval_frame.__file__ and name == "_fn":  # not to be compiled
+            return backend
+        frame = frame.f_back  # type: ignore[assignment]
+    return backend
