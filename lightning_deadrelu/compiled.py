@@ -6,6 +6,7 @@ behind each rectifier. Where that cannot be done, observed batches run eagerly.
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 import weakref
@@ -18,6 +19,8 @@ from lightning_deadrelu.graphs import Additions, Found, Unreadable, find_calls
 from lightning_deadrelu.probe import Probe, recomputes
 from lightning_deadrelu.sites import Rectifier, Site
 from lightning_deadrelu.statistics import Counts
+
+_PACKAGE = os.path.dirname(__file__)
 
 
 class Seen(NamedTuple):
@@ -83,8 +86,15 @@ class Compiled:
             return
         self._met.add(place)
         if self._backends is not None:
-            backend = _region()
+            backend = self._region()
             self._backends = None if backend is None else [*self._backends, backend]
+
+    def _region(self) -> Any:
+        try:
+            return _region()
+        except Exception as error:  # it looks into the compiler
+            self.refuse(f"{type(error).__name__}: {error}")
+            return None
 
     def displace(self) -> None:
         """Go on eagerly in a batch that was begun compiled."""
@@ -282,22 +292,25 @@ def _home() -> nn.Module | None:
 def _region() -> Any:
     """The backend of the compiled region that is running, eagerly at present; None outside and where it is left.
 
-    What is checkpointed inside a region is a graph inside its graph.
+    What is checkpointed inside a region is a graph inside its graph, and a region of nothing but torch's own modules
+    may not be compiled at all (`nn.Sequential(...).compile()`).
     """
-    from torch._dynamo import eval_frame
+    from torch._dynamo import eval_frame, trace_rules
     from torch.utils import checkpoint
 
-    backend, left = None, False
+    backend, checkpointed, compilable = None, False, False
     frame = sys._getframe(1)
     while frame is not None:
-        name, file = frame.f_code.co_name, frame.f_code.co_filename
-        if file == checkpoint.__file__:
-            left = True
-        elif file == eval_frame.__file__ and name == "compile_wrapper":
-            if left:
-                return None
+        code = frame.f_code
+        if code.co_filename == checkpoint.__file__:
+            checkpointed = True
+        elif code.co_filename != eval_frame.__file__:
+            compilable = compilable or not (code.co_filename.startswith(_PACKAGE) or trace_rules.check(code))
+        elif code.co_name == "compile_wrapper" and (checkpointed or not compilable):
+            return None
+        elif code.co_name == "compile_wrapper":
             backend = eval_frame.innermost_backend(frame.f_locals["callback"])
-        elif file == eval_frame.__file__ and name == "_fn":  # not to be compiled
+        elif code.co_name == "_fn":  # not to be compiled
             return backend
         frame = frame.f_back  # type: ignore[assignment]
     return backend

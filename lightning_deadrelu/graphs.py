@@ -36,6 +36,7 @@ class Found(NamedTuple):
         x: Where its input comes from.
         in_place: True where the call overwrites its input.
         over: The other dimensions of its input.
+        exact: What to add up in.
         wide: What to give sums and extremes as.
     """
 
@@ -46,6 +47,7 @@ class Found(NamedTuple):
     x: fx.Node
     in_place: bool
     over: tuple[int, ...]
+    exact: torch.dtype
     wide: torch.dtype
 
 
@@ -191,8 +193,9 @@ class _Walk(fx.Interpreter):
         if source is None:
             raise Unreadable(f"the input of `{node}` is not in the graph")
         over = tuple(dim for dim in range(-x.ndim, 0) if dim not in dims)
+        exact = torch.promote_types(out.dtype, torch.float32)
         wide = torch.float32 if out.device.type == "mps" else torch.float64
-        self._replay.found.append(Found(site, rectifier, dims, node, source, in_place, over, wide))
+        self._replay.found.append(Found(site, rectifier, dims, node, source, in_place, over, exact, wide))
 
 
 @contextmanager
@@ -253,7 +256,7 @@ def _add_counts(graph: fx.Graph, call: Found) -> tuple[fx.Node, ...]:
             before, out = before.unsqueeze(0), out.unsqueeze(0)
         over, hinge = call.over or (0,), call.rectifier.hinge
         fired = (before > hinge).sum(over).flatten()
-        magnitude = (out if call.rectifier.plain else out.abs()).sum(over, dtype=call.wide).flatten()
+        magnitude = (out if call.rectifier.plain else out.abs()).sum(over, dtype=call.exact).flatten().to(call.wide)
         peak, trough = before.amax(over).flatten().to(call.wide), before.amin(over).flatten().to(call.wide)
         if hinge:
             peak, trough = peak - hinge, trough - hinge

@@ -41,8 +41,8 @@ class EagerCompiler:
         for others in self._paused.values():
             others()
         forced = backend if alone and _compiles() else None
-        stance = "force_eager" if forced is None else "default"
-        change = torch.compiler.set_stance(stance, force_backend=forced)
+        chosen = {"stance": "force_eager"} if forced is None else {"force_backend": forced}
+        change = torch.compiler.set_stance(**chosen)
         if alone:
             EagerCompiler._before = change
         self._paused[id(self)] = displaced
@@ -68,7 +68,8 @@ def _compiles() -> bool:
     """Whether nobody has told the compiler to do anything but compile."""
     from torch._dynamo import eval_frame
 
-    return eval_frame._stance == eval_frame.DynamoStance()
+    stance = getattr(eval_frame, "_stance", None)
+    return getattr(stance, "stance", "") == "default" and getattr(stance, "backend", "") is None
 
 
 def no_caching_modes() -> AbstractContextManager[Any]:
