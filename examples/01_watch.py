@@ -45,6 +45,7 @@ class Classifier(LightningModule):
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
         self.log("loss", loss)
+        self.log("dead", self.trainer.callback_metrics["dead_relu/dead_fraction"], prog_bar=True, logger=False)
         return loss
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
@@ -116,7 +117,7 @@ def main() -> None:
     data = load(args.data)
     train, held_out = random_split(data, [0.8, 0.2])
     model = Classifier(data[0][0].numel(), args.lr)
-    monitor = Recorder(every_n_steps=2, prog_bar=True)
+    monitor = Recorder(every_n_steps=2)
     logger = make_logger(args.logger, args.out)
     trainer = Trainer(
         max_epochs=args.epochs,

@@ -3,6 +3,8 @@
 from lightning_deadrelu.activations import restore_activations, swap_activations_
 from lightning_deadrelu.audit import find_dead_units
 from lightning_deadrelu.callback import DeadReLUMonitor
+from lightning_deadrelu.checkup import checkup
+from lightning_deadrelu.findings import Finding
 from lightning_deadrelu.prevention import (
     born_dead_bounds,
     decay_groups,
@@ -15,6 +17,7 @@ from lightning_deadrelu.statistics import LivenessReport, SiteReport, UnitLivene
 __all__ = [
     "BiasWarming",
     "DeadReLUMonitor",
+    "Finding",
     "LeakySlope",
     "LivenessReport",
     "Remedy",
@@ -24,6 +27,7 @@ __all__ = [
     "ThermalKick",
     "UnitLiveness",
     "born_dead_bounds",
+    "checkup",
     "decay_groups",
     "find_dead_units",
     "init_for_relu_",

@@ -57,6 +57,7 @@ _OTHERS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
         'unit_dims={"encoder.*": 1}',
     ),
     "alerts": (lambda value: isinstance(value, bool), "it is a switch", "alerts=True"),
+    "checkup": (lambda value: isinstance(value, bool), "it is a switch", "checkup=True"),
     "report_dir": (
         lambda value: value is None or (isinstance(value, (str, PathLike)) and str(value) != ""),
         "it is the path of a folder",

@@ -86,11 +86,35 @@ def trace(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any]
     """
     watch = Watch(model)
     watch.trace()
-    with _as_found(model), torch.enable_grad(), watch.probe:
-        (forward or _forward)(model, _to_device(batch, model))
+    run(watch, model, batch, forward)
+    return watch
+
+
+def run(
+    watch: Watch,
+    model: nn.Module,
+    batch: Any,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    then: Callable[[Any], None] = lambda output: None,
+) -> None:
+    """Run one batch with gradients, watched, and leave the model as it was.
+
+    Args:
+        watch: Counts.
+        model: Any module.
+        batch: As one of those that :func:`find_dead_units` takes.
+        forward: As there.
+        then: Called with what the forward returns, before buffers are put back.
+
+    Raises:
+        RuntimeError: If the watch itself failed.
+    """
+    with _as_found(model), torch.enable_grad():
+        with watch.probe:
+            output = (forward or _forward)(model, _to_device(batch, model))
+        then(output)
     if watch.probe.failure:
         raise RuntimeError("The audit itself failed; the model ran through.") from watch.probe.failure
-    return watch
 
 
 def _forward(model: nn.Module, batch: Any) -> Any:

@@ -58,7 +58,8 @@ class DeadReLUMonitor(Monitoring):
             sample counts then, not the observed ones alone. See "Gradient evidence" in the README.
         unit_dims: The dimension that holds the units, by pattern over site names, where the layers before a
             rectifier tell it wrongly or not at all.
-        prog_bar: Show the dead fraction in the progress bar.
+        checkup: Look, on the first observed batch, for what is going to kill units, as :func:`checkup` does; the
+            findings are told once, and are in ``findings``.
         alerts: Send a W&B alert when a site crosses the threshold; at most one in ten minutes.
         report_dir: A folder for ``report.html`` and ``report.json``, written when training ends, also by an error.
         name: Prefix of the keys; two monitors on one Trainer need two names.
@@ -86,7 +87,7 @@ class DeadReLUMonitor(Monitoring):
         mask: Callable[[Any], Tensor] | None = None,
         gradient_evidence: bool = False,
         unit_dims: Mapping[str, int] | None = None,
-        prog_bar: bool = False,
+        checkup: bool = False,
         alerts: bool = False,
         report_dir: str | None = None,
         name: str = "dead_relu",
@@ -106,7 +107,7 @@ class DeadReLUMonitor(Monitoring):
         self.mask = mask
         self.gradient_evidence = gradient_evidence
         self.unit_dims = dict(unit_dims or {})
-        self.prog_bar = prog_bar
+        self.checkup = checkup
         self.alerts = alerts
         self.report_dir = report_dir
         self.name = name
@@ -184,6 +185,8 @@ class DeadReLUMonitor(Monitoring):
                 if self._observing:
                     self._watch.valid = self._valid(batch)
                     self._watch.liveness.observation = self._observation
+                    if self._examination:
+                        self._examination.begin(self._watch)
                     self._watch.probe.arm()
 
     def _is_due(self, batch: int) -> bool:
@@ -208,6 +211,8 @@ class DeadReLUMonitor(Monitoring):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         self._gradients.note(optimizer)
+        if self._observing and self._examination:
+            self._examination.before_step(pl_module, optimizer)
         if self._watch and not self._failure:
             with self._careful():
                 self._inquest.before_step(optimizer, pl_module, self._watch.sites)

@@ -19,6 +19,8 @@ from typing_extensions import override
 from lightning_deadrelu import ranks
 from lightning_deadrelu.activations import records, rectifiers, reinstate_, restore
 from lightning_deadrelu.attribution import Attributions
+from lightning_deadrelu.checkup import Examination
+from lightning_deadrelu.findings import Finding
 from lightning_deadrelu.gradient_evidence import GradientEvidence
 from lightning_deadrelu.inquest import Inquest, Notes
 from lightning_deadrelu.ladder import Event
@@ -56,7 +58,7 @@ class Monitoring(Callback):
     mask: Callable[[Any], Tensor] | None
     gradient_evidence: bool
     unit_dims: dict[str, int]
-    prog_bar: bool
+    checkup: bool
     alerts: bool
     report_dir: str | None
     name: str
@@ -93,6 +95,9 @@ class Monitoring(Callback):
         self._repair = self._new_repair()
         self._gradients = Gradients()
         self._evidence = self._new_evidence()
+        self._examination = Examination() if self.checkup else None  # until the first observed batch is done
+        self.findings: tuple[Finding, ...] = ()
+        """What the check-up found, the surest first; empty without one, and before the first observed batch."""
         self._reporter = Reporter(self.name, alerts=self.alerts)
         self._record = Record()
         self._inquest = Inquest(3 * self.every_n_steps * self.window)
@@ -214,11 +219,31 @@ class Monitoring(Callback):
         if not self._joint and self._watch and self._watch.sites:
             with self._careful():
                 self._check_sites()
+        if self._examination and self._watch and not self._failure:
+            with self._careful():
+                self._examine(self._examination, self._watch, trainer)
         if self._watch and not self._off:
             with self._careful():
                 self._repair.confirm(self._patient(trainer), self._step, self._failure is not None)
         if self._observation == self.window:
             self._verdict(trainer, pl_module, close=True)
+
+    def _examine(self, examination: Examination, watch: Watch, trainer: Trainer) -> None:
+        """Conclude the check-up, and tell it once."""
+        self._examination = None
+        self.findings = examination.conclude(
+            watch,
+            trainer.lightning_module,
+            trainer.optimizers,
+            clipped=bool(trainer.gradient_clip_val) or not trainer.lightning_module.automatic_optimization,
+            scheduled=bool(trainer.lr_scheduler_configs),
+        )
+        if examination.error:
+            rank_zero_warn(f"{self.name}: the check-up failed; watching goes on. {examination.error!r}")
+        elif self.findings:
+            rank_zero_warn("\n- ".join([f"{self.name}: the check-up found", *map(str, self.findings)]))
+        else:
+            rank_zero_info(f"{self.name}: the check-up found nothing that kills units.")
 
     def _settled(self) -> bool:
         """Make sure that all ranks want the same edits: they do unless one has failed since the counts were merged."""
@@ -344,8 +369,6 @@ class Monitoring(Callback):
 
     def _show(self, trainer: Trainer) -> None:
         trainer.callback_metrics[self._headline] = torch.tensor(self._score)
-        if self.prog_bar:
-            trainer.progress_bar_metrics[self.name] = self._score  # the whole key would not fit
 
     def _check_sites(self) -> None:
         """Refuse patterns that match nothing, and warn about a model with nothing to watch; once."""
@@ -486,6 +509,7 @@ class Monitoring(Callback):
             "_watch": None,
             "_trainer": None,
             "_gradients": Gradients(),
+            "_examination": None,
             "_reporter": Reporter(self.name, alerts=self.alerts),
         }
         fresh |= {"_repair": self._new_repair(), "_evidence": self._new_evidence()}

@@ -175,6 +175,11 @@ class Watch:
         """Names of the parameters and buffers that traced batches have used."""
         return self._tracer.used
 
+    @property
+    def tracer(self) -> Tracer:
+        """Knows who feeds and reads whom, as far as all traced batches tell."""
+        return self._tracer
+
     def unwatched(self) -> dict[str, str]:
         """Say, by name, why a rectifier of the model is not watched."""
         owners = {site.owner for site in self.sites}

@@ -41,6 +41,7 @@ MAY_IMPORT = {
     "watch": {"attribution", "compiled", "confirmation", "probe", "sites", "slices", "statistics"},
     "audit": {"statistics", "watch"},
     "prevention": {"audit", "sites", "slices"},
+    "checkup": {"audit", "findings", "prevention", "sites", "slices", "statistics", "trainable", "watch"},
     "metrics": {"statistics"},
     "raster": {"metrics", "statistics"},
     "story": {"raster", "statistics"},
@@ -84,7 +85,9 @@ MAY_IMPORT = {
     "monitoring": {
         "activations",
         "attribution",
+        "checkup",
         "drawing",
+        "findings",
         "gradient_evidence",
         "inquest",
         "ladder",
@@ -103,7 +106,7 @@ MAY_IMPORT = {
     },
     "callback": {"activations", "arguments", "monitoring", "ranks", "remedies", "statistics"},
     "__main__": {"activations", "audit", "drawing", "page", "statistics"},
-    "__init__": {"activations", "audit", "callback", "prevention", "remedies", "statistics"},
+    "__init__": {"activations", "audit", "callback", "checkup", "findings", "prevention", "remedies", "statistics"},
 }
 ONLY_IN = {
     "lightning": {"callback", "monitoring", "reporting"},

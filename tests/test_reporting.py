@@ -255,20 +255,21 @@ def test_without_a_logger_there_is_one_warning_and_all_else_works():
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_the_progress_bar():
-    monitor, seen = DeadReLUMonitor(prog_bar=True, **EVERYTHING), []
+def test_the_progress_bar_shows_what_the_users_module_logs():
+    monitor, seen = DeadReLUMonitor(**EVERYTHING), []
 
     class Watching(Net):
-        def on_train_batch_end(self, *args):
-            seen.append(self.trainer.progress_bar_metrics.get("dead_relu"))
+        def training_step(self, batch, batch_idx):
+            self.log("dead", self.trainer.callback_metrics[KEY], prog_bar=True)
+            return super().training_step(batch, batch_idx)
 
-    trainer = fit(Watching(), batches(8), monitor, max_epochs=2)
-    assert seen[:3] == [0.0] * 3
-    assert seen[3] >= 3 / 14
-    assert None not in seen
-    assert trainer.progress_bar_metrics["dead_relu"] == monitor.report.dead_fraction
-    trainer = fit(Net(), batches(8), DeadReLUMonitor(**EVERYTHING))
-    assert "dead_relu" not in trainer.progress_bar_metrics
+        def on_train_batch_end(self, *args):
+            seen.append(self.trainer.progress_bar_metrics["dead"])
+
+    fit(Watching(), batches(8), monitor, max_epochs=2)
+    assert seen[:4] == [0.0] * 4
+    assert seen[4] >= 3 / 14
+    assert seen[7] == seen[4]  # until the next verdict
 
 
 class WandbLoggerOfRankOne(Log):

@@ -93,6 +93,16 @@ class Ledger:
         spilt = {one.name for one in self.leaked if isinstance(one, Origin) and one.role != OUTLET}
         return frozenset(self.views) | frozenset(self.odd) | spilt
 
+    @property
+    def order(self) -> tuple[str, ...]:
+        """Names of the parameters and buffers of layers and norms, in the order of their first use."""
+        return tuple(self.views)
+
+    def other_readers(self, name: str) -> frozenset[str]:
+        """Name the functions that read what a layer's weight puts out, where they read it not unit by unit."""
+        mine = (reasons for one, reasons in self.leaked.items() if isinstance(one, Origin) and one.name == name)
+        return frozenset[str]().union(*mine)
+
     def attributions(self) -> dict[Site, Attribution]:
         """Attribute every site met."""
         return {site: self._attribution(site) for site in self.fed}

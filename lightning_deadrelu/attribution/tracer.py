@@ -144,6 +144,15 @@ class Tracer:
         """Names of the parameters and buffers that were seen in use."""
         return self._ledger.used
 
+    @property
+    def order(self) -> tuple[str, ...]:
+        """Names of the parameters and buffers of layers and norms, in the order of their first use."""
+        return self._ledger.order
+
+    def other_readers(self, name: str) -> frozenset[str]:
+        """Name the functions that read what a layer's weight puts out, where they read it not unit by unit."""
+        return self._ledger.other_readers(name)
+
     def _see(
         self,
         name: str,
