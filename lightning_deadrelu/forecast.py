@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_deadrelu.statistics import LivenessReport
+
+Array = np.ndarray[Any, np.dtype[Any]]
 
 _CHANCE = 0.005
 
@@ -100,14 +103,50 @@ def _extended(peaks: Tensor) -> tuple[Tensor, Tensor]:
 
 def _median(values: Tensor) -> Tensor:
     """Take the median over dim 0, with an even number the mean of the middle two."""
-    ordered, count = values.sort(0).values, len(values)
+    ordered, count = torch.from_numpy(np.sort(values.numpy(), 0)), len(values)  # ten times as fast as torch's
     return (ordered[(count - 1) // 2] + ordered[count // 2]) / 2
 
 
-def _at_risk(rings: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Forecast for all sites at once: many small calls cost more than the arithmetic."""
-    masks = forecast(torch.cat(list(rings.values()), 1)).at_risk.split([ring.shape[1] for ring in rings.values()])
-    return dict(zip(rings, masks, strict=True))
+class _Ring:
+    """The last peaks of one site, and how many pairs of them do not rise: kept, so that a window adds only its own."""
+
+    def __init__(self, windows: int, units: int) -> None:
+        self.added = 0
+        self._peaks: Array = np.empty((windows, units), np.float32)
+        self._not_rising: Array = np.zeros(units, np.int8 if math.comb(windows, 2) < 128 else np.int32)
+
+    @property
+    def units(self) -> int:
+        return len(self._not_rising)
+
+    @property
+    def length(self) -> int:
+        return min(self.added, len(self._peaks))
+
+    def add(self, peak: Tensor) -> None:
+        slot = self.added % len(self._peaks)
+        oldest, new = self._peaks[slot], peak.float().numpy()
+        for other in (other for place, other in enumerate(self._peaks[: self.length]) if place != slot):
+            if self.added >= len(self._peaks):
+                self._not_rising -= (other <= oldest).view(np.int8)
+            self._not_rising += (new <= other).view(np.int8)
+        oldest[:] = new
+        self.added += 1
+
+    def suspects(self) -> Array:
+        """Number the units that may be at risk, few as a rule: what fires, and rose in few pairs."""
+        most = _most_rising(self.length)
+        if most < 0:
+            return np.empty(0, np.int64)
+        fires = self._peaks[(self.added - 1) % len(self._peaks)] > 0
+        return np.flatnonzero(fires & (self._not_rising >= math.comb(self.length, 2) - most))
+
+    def of(self, units: Array | slice = slice(None)) -> Tensor:
+        """Return the peaks of some units, shape ``(windows so far, units)``, the latest last."""
+        order = np.arange(self.added - self.length, self.added) % len(self._peaks)
+        return torch.from_numpy(
+            np.stack([self._peaks[place, units] for place in order]) if len(order) else self._peaks[:0]
+        )
 
 
 class Peaks:
@@ -125,7 +164,7 @@ class Peaks:
         if _most_rising(windows) < 0:
             raise ValueError(f"`Peaks(windows={windows})`: too few to tell a trend from chance. Try `windows=8`.")
         self._windows = windows
-        self._rings: dict[str, Tensor] = {}  # by site, shape (windows so far, units), the latest last
+        self._rings: dict[str, _Ring] = {}  # by site
 
     def add(self, report: LivenessReport) -> dict[str, Tensor]:
         """Take in a window, and say which units are at risk.
@@ -137,14 +176,25 @@ class Peaks:
             For each rectifier site that ran, True for the units at risk, shape ``(units,)``. Smooth sites, of
             which no unit dies, are left out.
         """
-        rings: dict[int, dict[str, Tensor]] = {}  # by length
-        for site in report.sites:
-            if site.samples and not site.smooth:
-                ring = self._rings.get(site.name, torch.empty(0, site.units))
-                ring = ring if ring.shape[1] == site.units else torch.empty(0, site.units)
-                ring = self._rings[site.name] = torch.cat([ring, site.peak[None].float()])[-self._windows :]
-                rings.setdefault(len(ring), {})[site.name] = ring
-        return {name: mask for alike in rings.values() for name, mask in _at_risk(alike).items()}
+        ran = {site.name: site for site in report.sites if site.samples and not site.smooth}
+        for name, site in ran.items():
+            if name not in self._rings or self._rings[name].units != site.units:
+                self._rings[name] = _Ring(self._windows, site.units)
+            self._rings[name].add(site.peak)
+        return self._at_risk(ran)
+
+    def _at_risk(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Forecast for the suspects of all sites at once: many small calls cost more than the arithmetic."""
+        suspects = {name: self._rings[name].suspects() for name in names}
+        masks = {name: torch.zeros(self._rings[name].units, dtype=torch.bool) for name in suspects}
+        for length in {self._rings[name].length for name in suspects}:
+            alike = {name: units for name, units in suspects.items() if self._rings[name].length == length}
+            sinking = forecast(torch.cat([self._rings[name].of(units) for name, units in alike.items()], 1)).at_risk
+            for (name, units), at_risk in zip(
+                alike.items(), sinking.split([len(u) for u in alike.values()]), strict=True
+            ):
+                masks[name][torch.from_numpy(units)] = at_risk
+        return masks
 
     @property
     def rings(self) -> Mapping[str, Tensor]:
@@ -153,15 +203,18 @@ class Peaks:
 
     def windows_left(self, site: str) -> Tensor:
         """Forecast in how many windows each unit of a site falls silent; infinite where it does not sink."""
-        return forecast(self._rings[site]).windows_left
+        return forecast(self._rings[site].of()).windows_left
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain values and tensors, as ``torch.load(weights_only=True)`` takes them."""
-        return {"windows": self._windows, "rings": dict(self._rings)}
+        return {"windows": self._windows, "rings": {name: ring.of() for name, ring in self._rings.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state; of a longer memory, keep what fits."""
-        self._rings = {name: ring[-self._windows :].clone() for name, ring in state["rings"].items()}
+        self._rings = {name: _Ring(self._windows, ring.shape[1]) for name, ring in state["rings"].items()}
+        for name, ring in self._rings.items():
+            for peak in state["rings"][name][-self._windows :]:
+                ring.add(peak)
 
 
 def at_risk_fraction(report: LivenessReport, at_risk: Mapping[str, Tensor]) -> float:

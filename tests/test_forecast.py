@@ -105,6 +105,24 @@ def test_the_dead_are_no_longer_at_risk():
     assert not at_risk["relu"].any()
 
 
+@pytest.mark.parametrize("windows", [6, 7, 8])
+def test_only_suspects_are_forecast_and_nobody_is_left_out(windows):
+    generator, kept, peaks = torch.Generator().manual_seed(windows), [], Peaks(windows)
+    site, walk, warned = judged(sinking(0, units=600)).sites[0], torch.full((600,), 4.0), 0
+    for _ in range(40):
+        walk = walk + torch.randn(600, generator=generator)
+        peak = walk.double()
+        peak[::3] = peak[::3].round()  # ties
+        peak[torch.rand(600, generator=generator) < 0.02] = math.nan
+        peak[torch.rand(600, generator=generator) < 0.02] = math.inf
+        kept = [*kept, peak.float()][-windows:]
+        found = peaks.add(LivenessReport((replace(site, peak=peak),)))["relu"]
+        assert torch.equal(found, forecast(torch.stack(kept)).at_risk)
+        assert torch.equal(peaks.state_dict()["rings"]["relu"].nan_to_num(9.9), torch.stack(kept).nan_to_num(9.9))
+        warned += int(found.sum())
+    assert warned > 100
+
+
 def test_memory_is_bounded():
     peaks = Peaks(windows=7)
     for window in range(30):
