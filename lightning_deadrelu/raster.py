@@ -62,23 +62,28 @@ _COLOURS = {
     State.REMEDIED: "#000000",
 }
 
+_STATES = (("always_on", State.ALWAYS_ON), ("rare", State.RARE), ("frozen", State.FROZEN))
+_SMOOTH_STATES = (("dormant", State.DORMANT),)
 
-def states_of(site: SiteReport) -> Tensor:
+
+def states_of(site: SiteReport, rows: Tensor | None = None) -> Tensor:
     """Name the state of each unit, shape ``(units,)``, uint8; a unit is in the most telling state that fits.
 
     Args:
         site: The verdict.
+        rows: Numbers of the units that are asked for; None for all.
     """
-    states = torch.full((site.units,), State.ALIVE, dtype=torch.uint8)
-    if site.smooth:
-        states[site.dormant] = State.DORMANT
-    else:
-        for mask, state in (("always_on", State.ALWAYS_ON), ("rare", State.RARE), ("frozen", State.FROZEN)):
-            states[getattr(site, mask)] = state
-    states[~site.judged if not site.smooth else torch.full_like(site.dead, not site.samples)] = State.NOT_JUDGED
-    states[site.nonfinite] = State.NOT_FINITE
-    states[site.dead] = State.DEAD
-    return states
+
+    def shown(mask: Tensor) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        return mask.numpy() if rows is None else mask.numpy()[rows.numpy()]
+
+    states = np.full(site.units if rows is None else len(rows), State.ALIVE, np.uint8)
+    for name, state in _SMOOTH_STATES if site.smooth else _STATES:
+        states[shown(getattr(site, name))] = state
+    states[not site.samples if site.smooth else ~shown(site.judged)] = State.NOT_JUDGED
+    states[shown(site.nonfinite)] = State.NOT_FINITE
+    states[shown(site.dead)] = State.DEAD
+    return torch.from_numpy(states)
 
 
 def rows_of(units: int) -> Tensor:
@@ -228,10 +233,11 @@ class Raster:
         if track is None or track.units != site.units:  # another layer took the name
             track = self._tracks[site.name] = _Track.of(site.kind, site.units)
         track.kind = site.kind
-        states = states_of(site)
-        states[torch.tensor(list(edited), dtype=torch.int64)] = State.REMEDIED
+        states = states_of(site, track.rows)
+        if edited:
+            states[torch.isin(track.rows, torch.tensor(list(edited)))] = State.REMEDIED
         column = track.columns[len(self._steps) - 1]
-        torch.maximum(column, states[track.rows], out=column)
+        torch.maximum(column, states, out=column)
 
     def _follow(self, curves: dict[str, list[float]], values: Mapping[str, float]) -> None:
         """Put values into the last column; what has none there gets NaN."""
