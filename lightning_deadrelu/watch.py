@@ -77,7 +77,9 @@ class Watch:
 
     def _new_liveness(self) -> UnitLiveness:
         dtype = torch.float32 if self.device.type == "mps" else torch.float64  # MPS has no float64
-        return UnitLiveness(window=self._window, rules=self._rules, dtype=dtype).to(self.device)
+        precise = any(parameter.dtype == torch.float64 for parameter in self._model.parameters())
+        peak_dtype = dtype if precise else torch.float32
+        return UnitLiveness(window=self._window, rules=self._rules, dtype=dtype, peak_dtype=peak_dtype).to(self.device)
 
     @property
     def judged_as(self) -> Mapping[str, Rectifier]:

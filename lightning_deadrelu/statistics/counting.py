@@ -33,6 +33,7 @@ _EXACT_IN_FLOAT32 = 2**24
 _FEW_POSITIONS = 16
 _UNIT_DIM = {"maxima": 1}
 _WIDE = frozenset({torch.float32, torch.float64})
+_NOTHING = (-math.inf, -1.0, UNKNOWN, FINITE, -1.0, 0.0)  # by row of the maxima
 
 
 class Counts(NamedTuple):
@@ -195,7 +196,8 @@ class UnitLiveness(Metric):
         sites: Number of units by name, where they are known.
         window: How many observations fit in before :meth:`reset`; ``observation`` numbers the current one.
         rules: What a verdict asks for.
-        dtype: Of the sums and maxima that are no counts; float32 where a device has no float64.
+        dtype: Of the sums that are no counts; float32 where a device has no float64.
+        peak_dtype: Of the maxima; float32 is exact unless a model computes in float64. By default as ``dtype``.
         **kwargs: See :class:`torchmetrics.Metric`.
 
     Example:
@@ -219,6 +221,7 @@ class UnitLiveness(Metric):
         window: int = 1,
         rules: Rules = Rules(),
         dtype: torch.dtype = torch.float64,
+        peak_dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**{"compute_with_cache": False, **kwargs})
@@ -230,7 +233,7 @@ class UnitLiveness(Metric):
         self._caps: Tensor | None = None  # where outputs end, by unit, if any do
         self.add_state("fired", torch.zeros(0, dtype=torch.int64), "sum")
         self.add_state("magnitude", torch.zeros(0, dtype=dtype), "sum")
-        self.add_state("maxima", torch.zeros(6, 0, dtype=dtype), "max")
+        self.add_state("maxima", torch.zeros(len(_NOTHING), 0, dtype=peak_dtype or dtype), "max")
         self.add_state("samples", torch.zeros(0, window, dtype=torch.int64), "sum")
         self.add_state("elements", torch.zeros(0, dtype=torch.int64), "sum")
         for name, units in (sites or {}).items():
@@ -258,8 +261,7 @@ class UnitLiveness(Metric):
         self._starts.append(self.units + site.units)
         for name, default in self._defaults.items():
             assert isinstance(default, Tensor)
-            fresh = _fresh(name, default, site.units)
-            self._defaults[name] = torch.cat([default, fresh], dim=_UNIT_DIM.get(name, 0))
+            fresh = _fresh(name, default, site.units)  # the defaults stay empty: they would double the memory
             setattr(self, name, torch.cat([getattr(self, name), fresh], dim=_UNIT_DIM.get(name, 0)))
         if any(math.isfinite(other.cap) for other in self.sites):
             self._caps = torch.cat([self.maxima.new_full((other.units,), other.cap) for other in self.sites])
@@ -384,8 +386,11 @@ class UnitLiveness(Metric):
             getattr(self, f.name).copy_(getattr(totals, f.name))
 
     def reset(self) -> None:
-        """Forget all counts and start at observation 0; the sites stay."""
+        """Forget all counts, in place, and start at observation 0; the sites stay."""
+        states = {name: getattr(self, name) for name in self._defaults}
         super().reset()
+        for name, state in states.items():
+            setattr(self, name, _cleared(name, state))
         self._pending = {}
         self._observation = 0
 
@@ -398,8 +403,15 @@ def _joined(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _fresh(name: str, like: Tensor, units: int) -> Tensor:
-    """Make the entries of a new site: what changes nothing when it is merged."""
+    """Make the entries of a new site."""
+    shapes = {"maxima": (len(like), units), "samples": (1, *like.shape[1:]), "elements": (1,)}
+    return _cleared(name, like.new_empty(shapes.get(name, (units,))))
+
+
+def _cleared(name: str, state: Tensor) -> Tensor:
+    """Put in what changes nothing when it is merged."""
+    state.zero_()
     if name == "maxima":
-        rows = (-math.inf, -1.0, UNKNOWN, FINITE, -1.0, 0.0)
-        return torch.stack([like.new_full((units,), value) for value in rows])  # copying a list would wait for a device
-    return like.new_zeros({"samples": (1, *like.shape[1:]), "elements": (1,)}.get(name, (units,)))
+        for row, value in zip(state, _NOTHING, strict=True):
+            row.fill_(value)
+    return state

@@ -380,7 +380,7 @@ def _units(
     units = {key: torch.from_numpy(values) for key, values in found.items()}
     flags = [torch.from_numpy(mask) for mask in (ever | shown, dead | (was_dead & ~lives), returned | revived)]
     fired = before.fired + totals.fired
-    units |= {"peak": totals.maxima[0].clone(), "usual_rate": fired / seen.clamp(min=1)}
+    units |= {"peak": totals.maxima[0].to(totals.magnitude.dtype, copy=True), "usual_rate": fired / seen.clamp(min=1)}
     return units, History(units["age"], flags[0], flags[1], flags[2], fired, seen, units["last_fired"])
 
 
