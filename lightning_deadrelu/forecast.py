@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -149,8 +149,8 @@ class _Ring:
         )
 
 
-class Peaks:
-    """The peaks of the last windows: a few numbers for each unit, whatever the length of the run.
+class Peaks(Mapping[str, Tensor]):
+    """The peaks of the last windows by site, shape ``(windows, units)``, the latest last, whatever the run's length.
 
     Args:
         windows: How many to keep, 6 or more.
@@ -196,18 +196,22 @@ class Peaks:
                 masks[name][torch.from_numpy(units)] = at_risk
         return masks
 
-    @property
-    def rings(self) -> Mapping[str, Tensor]:
-        """What is remembered, by site, shape ``(windows, units)``, the latest last."""
-        return self._rings
+    def __getitem__(self, site: str) -> Tensor:
+        return self._rings[site].of()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rings)
+
+    def __len__(self) -> int:
+        return len(self._rings)
 
     def windows_left(self, site: str) -> Tensor:
         """Forecast in how many windows each unit of a site falls silent; infinite where it does not sink."""
-        return forecast(self._rings[site].of()).windows_left
+        return forecast(self[site]).windows_left
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain values and tensors, as ``torch.load(weights_only=True)`` takes them."""
-        return {"windows": self._windows, "rings": {name: ring.of() for name, ring in self._rings.items()}}
+        return {"windows": self._windows, "rings": dict(self)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state; of a longer memory, keep what fits."""

@@ -32,7 +32,7 @@ class Record:
     @property
     def peaks(self) -> Mapping[str, Tensor]:
         """Largest inputs of the last windows by site, shape ``(windows, units)``, the latest last."""
-        return self._peaks.rings
+        return self._peaks
 
     def close(self, report: LivenessReport, edited: Mapping[str, Sequence[int]]) -> None:
         """Take in a window that has ended.
