@@ -720,15 +720,14 @@ def test_state_for_many_entries_at_once_is_left_alone_and_that_is_said():
     assert "`Adafactor` keeps `row_var`, `col_var` for many entries at once" in monitor.events[0].reason
 
 
-def test_strategies_that_shard_are_watched_and_not_repaired():
+@pytest.mark.parametrize("strategy", ["FSDPStrategy", "DeepSpeedStrategy"])
+def test_strategies_that_shard_are_watched_and_not_repaired(strategy):
     torch.manual_seed(0)
     monitor = DeadReLUMonitor(remedy="reset", **EAGER)
 
-    class FSDPStrategy(SingleDeviceStrategy):
-        strategy_name = "fsdp_like"
-
-    with pytest.warns(UserWarning, match="`FSDPStrategy` shards parameters .*; watching goes on"):
-        fit(Net(mlp(3)), batches(20, 8), monitor, strategy=FSDPStrategy("cpu"))
+    sharding = type(strategy, (SingleDeviceStrategy,), {"strategy_name": "like_another"})
+    with pytest.warns(UserWarning, match=f"`{strategy}` shards parameters .*; watching goes on"):
+        fit(Net(mlp(3)), batches(20, 8), monitor, strategy=sharding("cpu"))
     assert monitor.events == ()
     assert monitor.report.dead_units >= 3
 

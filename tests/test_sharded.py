@@ -15,7 +15,7 @@ from toys import Loader, Net, Verdicts, assert_alike, assert_same, batches, fit,
 from two_ranks import ddp_trainer, on_two_ranks, shares
 
 from lightning_deadrelu.remedies import BiasWarming, Reset, Write
-from lightning_deadrelu.sharding import gathered, reshard_
+from lightning_deadrelu.sharding import gathered, reshard_, split_layer
 from lightning_deadrelu.slices import Slice
 from lightning_deadrelu.statistics import History, Rules, judge
 from lightning_deadrelu.watch import Watch
@@ -245,6 +245,59 @@ def test_writing_to_shards_is_writing_to_the_whole():
             assert not torch.equal(before["2.bias"][0], after["2.bias"][0])
             assert torch.equal(output, net(torch.ones(2, 4)))
             assert parts == [[4, 4, 1, 1, 2, 2], [3, 3, 0, 0, 2, 2]][rank]
+
+
+def ways_of_sharding():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+    from torch.distributed.tensor import Shard
+
+    line = init_device_mesh("cpu", (2,))
+    names = ("replicate", "shard")
+    return {
+        "in half precision": {"mesh": line, "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)},
+        "kept after forward": {"mesh": line, "reshard_after_forward": False},
+        "replicated": {"mesh": init_device_mesh("cpu", (2, 1), mesh_dim_names=names)},
+        "kept in part": {"mesh": init_device_mesh("cpu", (1, 2), mesh_dim_names=names), "reshard_after_forward": 2},
+        "offloaded": {"mesh": line, "offload_policy": CPUOffloadPolicy(pin_memory=False)},
+        "by columns": {"mesh": line, "shard_placement_fn": lambda p: Shard(1) if p.shape[1:] == (4,) else None},
+    }
+
+
+def shard_in_all_ways(rank):
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=20))
+    reader = rows("second.0.weight", "reader", [6], (1,))
+    writes = [Write(rows("first.0.weight", "weight", [6]), 3.0), Write(reader, 0.0)]
+    found = {}
+    for case, way in {"not at all": None, **ways_of_sharding()}.items():
+        torch.manual_seed(2)
+        net = Block()
+        for module in (*net.first, *net.second, net.last, net) if way else ():
+            fully_shard(module, **way)
+        watch, optimizer = Watch(net), torch.optim.Adam(net.parameters(), 0.0)
+        watch.trace()
+        with watch.probe:
+            loss = net(torch.randn(5, 4)).sum()
+        loss.backward()
+        optimizer.step()
+        assert split_layer(net) == ""
+        write_(writes, net, [optimizer])
+        net(torch.randn(5, 4)).sum().backward()
+        weights = {name: parts[0] for name, parts in state_of(net, optimizer).items()}
+        found[case] = str(watch.attributions), weights
+    return found
+
+
+def test_all_ways_of_sharding_are_followed_and_written_to():
+    for found in on_two_ranks(shard_in_all_ways):
+        attribution, weights = found.pop("not at all")
+        assert "first.1.weight" in attribution
+        assert (weights["first.0.weight"][6] == 3).all()
+        for case, (same, values) in found.items():
+            assert same == attribution, case
+            assert_same(values, weights)
 
 
 # -- repairing -----------------------------------------------------------------------------------------------------
