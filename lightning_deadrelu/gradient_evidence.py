@@ -118,6 +118,7 @@ class Plan:
         self._moved.zero_()
         return found.new_full((2, units), -1.0).scatter_reduce_(1, self._unit.expand(2, -1), found, "amax")
 
+    @torch.no_grad()  # a gradient may have a graph of its own
     def _read(self, held: Sequence[bool]) -> Tensor | None:
         """Lay the rows of all gradients end to end; None where there are none."""
         gradients = [source.gradient if own else None for source, own in zip(self._sources, held, strict=True)]
@@ -160,6 +161,7 @@ class GradientEvidence:
         self._slices: dict[Site, tuple[Slice, ...]] = {}
         self._refuted: set[Site] = set()
         self._observed = self._stepped = False  # in the present batch
+        self._told = False  # whether it was said that there is nobody to ask
 
     def begin(self, watch: Watch, model: nn.Module, observed: bool, first: bool) -> None:
         """Start a batch: go on with what is traced by now.
@@ -189,8 +191,12 @@ class GradientEvidence:
             if site in self._refuted or site.owner in watch.judged_as or number in watch.offsets:
                 continue
             for one in self._slices.get(site, ()) if site.kind in KINDS and site.units else ():
-                if _is_plain(tensors[one.name], watch.device):
-                    parts.append((Source.of(tensors[one.name], one.dims, one.shape), one, places[number].start))
+                tensor = tensors.get(one.name)
+                if tensor is not None and _is_plain(tensor, watch.device):
+                    parts.append((Source.of(tensor, one.dims, one.shape), one, places[number].start))
+        if self._slices and not parts and not self._refuted and not self._told:
+            self._told = True
+            self._tell(_NOBODY)
         return Plan(parts, watch.device) if parts else None
 
     def note_start(self) -> None:
@@ -253,6 +259,10 @@ class GradientEvidence:
         self._key = None
 
 
+_NOBODY = (
+    "`gradient_evidence=True` changes nothing: there is no site whose gradients prove life. It takes a `relu`, `relu6`,"
+    " `hardtanh` or `threshold` that alone reads what its parameters feed, and parameters that are not sharded."
+)
 _REFUTED = (
     "gradients contradict the forward at {}: units that fired on no sample of a training batch have one all the same."
     " Something in the loss reads their parameters (an L2 or L1 term, for instance), or something adds to gradients."

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_deadrelu.gradient_evidence import GradientEvidence
 from lightning_deadrelu.statistics import History, Rules, judge
 from lightning_deadrelu.watch import Watch
 
@@ -57,3 +58,27 @@ def test_nothing_waits_for_the_device_between_windows(autocast):
             torch.cuda.set_sync_debug_mode("default")
     assert watch.probe.failure is None
     assert watch.liveness.totals().to_host().samples[0].sum() == 40
+
+
+def test_gradients_are_asked_without_waiting_for_the_device():
+    model = net().cuda()
+    batch, optimizer = torch.randn(8, 3, 12, 12, device="cuda"), torch.optim.SGD(model.parameters(), lr=0.0)
+    watch, evidence = Watch(model, rules=Rules(1), window=10), GradientEvidence(print)
+    watch.trace()
+    for number in range(5):
+        watch.liveness.observation = number
+        torch.cuda.set_sync_debug_mode("error" if number else "default")  # the first allocates the layout
+        try:
+            optimizer.zero_grad()
+            evidence.begin(watch, model, True, True)
+            with watch.probe:
+                loss = model(batch).square().mean()
+            evidence.note_start()
+            loss.backward()
+            evidence.step(optimizer, number + 1, True)
+            evidence.flush(watch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    last, proved = watch.liveness.totals().to_host().maxima[[1, 4]]
+    assert (proved >= 0).any()
+    assert (last[proved >= 0] >= 0).all()
