@@ -18,7 +18,7 @@ from lightning_deadrelu.statistics.verdicts import CONSTANT
 from lightning_deadrelu.vitals import Vitals, coprime, off_centre
 
 _LEAST_ROWS, _MOST_ROWS = 1024, 8192
-_WEIGHTS = 32  # of a unit, which tell their size
+_WEIGHTS, _READ = 32, 30_000  # of a unit, which tell their size; and of a layer, which one thread reads
 _WAVES = 100
 _ADAPTIVE = frozenset({"betas", "alpha", "lr_decay", "rho", "beta2_decay"})
 
@@ -315,8 +315,9 @@ def fed(source: Source, units: int) -> Tensor:
     if source.weight is None or not units:
         return torch.stack([bias, missing, missing])
     rows = source.weight.detach().reshape(units, -1)
-    stride = coprime(max(rows.shape[1] // _WEIGHTS, 1), rows.shape[1])
-    sample = rows[:, ::stride].float()
+    columns = max(min(_WEIGHTS, _READ // units), 4)
+    stride = coprime(max(rows.shape[1] // columns, 1), rows.shape[1])
+    sample = rows[:, ::stride][:, :columns].float()
     return torch.stack([bias, sample.square().mean(1), sample.mean(1)])
 
 

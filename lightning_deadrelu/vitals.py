@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-_ENTRIES = 256  # of one parameter's gradient: 10 million in all would cost 4 % of a step on a CPU
-_PARAMETERS = 64
+# PyTorch parts work on 32,768 entries or more among the threads of a CPU, which costs more than the work
+_ENTRIES, _READ = 256, 16_000  # of one gradient and of all: to read 10 million takes 4 % of a step on a CPU
+_PARAMETERS = 128
+_RUN, _RUNS = 16, 2_000  # entries side by side, of an input
 _INPUTS = 3
-_WHOLE = 2**20
 _COLUMNS = ("gradient", "bias_gradient", "loss", *(f"input_{number}" for number in range(_INPUTS)))
 _PLANS = 8
 
@@ -52,23 +53,24 @@ class _Plan(NamedTuple):
 
     Args:
         places: Which of the optimizer's parameters.
-        cuts: For each, the stride between entries and the layout for which it holds; None where all are read.
+        cuts: For each, which entries; None for all.
         weights: How many entries each one read stands for; and the same for the rectifiers' biases, for all others
             0. Shape ``(2, entries)``.
     """
 
     places: tuple[int, ...]
-    cuts: tuple[tuple[int, tuple[int, ...]] | None, ...]
+    cuts: tuple[_Cut | None, ...]
     weights: Tensor
 
 
 class Vitals:
     """Note at each step, without waiting for the device, what tells later why units died.
 
-    A row is an optimizer step of the loop: a training batch, or several that accumulate. Of all parameters with more
-    than 256 entries only 256 evenly strided ones are read, each standing for its neighbours; so the norm of the
-    gradients is an estimate, before any clipping. Under FSDP it is of the local shard. Where an optimizer unscales the
-    gradients of mixed precision itself (a fused one), it is of scaled gradients, and ratios alone count.
+    A row is an optimizer step of the loop: a training batch, or several that accumulate. Of a parameter with more than
+    256 entries only 256 evenly strided ones are read, each standing for its neighbours, and of more than 128 parameters
+    an even choice; so the norm of the gradients is an estimate. It is taken before any clipping. Under FSDP it is of
+    the local shard. Where an optimizer unscales the gradients of mixed precision itself (a fused one), it is of scaled
+    gradients, and ratios alone count.
 
     Args:
         rows: How many steps to keep.
@@ -235,7 +237,7 @@ def _planned(held: Sequence[Tensor], gradients: Sequence[Tensor | None], biases:
     here = [place for place in readable if _local(gradients[place]).device == device]
     chosen = here[:: -(-len(here) // _PARAMETERS)]
     parts = [_local(gradients[place]) for place in chosen]
-    cuts = tuple(_cut(part) for part in parts)
+    cuts = tuple(_cut(part, min(_ENTRIES, _READ // len(chosen))) for part in parts)
     shares = [
         part.new_full((len(_entries(part, cut)),), part.numel(), dtype=torch.float32)
         for part, cut in zip(parts, cuts, strict=True)
@@ -257,11 +259,25 @@ def _local(gradient: Any) -> Tensor:
     return gradient.to_local() if sharded else gradient  # type: ignore[no-any-return]
 
 
-def _cut(gradient: Tensor) -> tuple[int, tuple[int, ...]] | None:
-    """Choose a stride that meets all columns of a matrix: one without a common factor with the size."""
-    if gradient.numel() <= _ENTRIES:
+class _Cut(NamedTuple):
+    """Some evenly strided entries.
+
+    Args:
+        number: How many.
+        stride: Without a common factor with the size, so that all columns of a matrix are met.
+        layout: The strides of a tensor that lies in one piece; empty for any other.
+    """
+
+    number: int
+    stride: int
+    layout: tuple[int, ...]
+
+
+def _cut(gradient: Tensor, entries: int) -> _Cut | None:
+    size = gradient.numel()
+    if size <= entries:
         return None
-    return coprime(gradient.numel() // _ENTRIES, gradient.numel()), gradient.stride() if _is_dense(gradient) else ()
+    return _Cut(entries, coprime(size // entries, size), gradient.stride() if _is_dense(gradient) else ())
 
 
 def coprime(stride: int, size: int) -> int:
@@ -279,13 +295,12 @@ def _is_dense(gradient: Tensor) -> bool:
     return last or gradient.is_contiguous()
 
 
-def _entries(gradient: Tensor, cut: tuple[int, tuple[int, ...]] | None) -> Tensor:
+def _entries(gradient: Tensor, cut: _Cut | None) -> Tensor:
     if cut is None:
         return gradient.reshape(-1)
-    stride, layout = cut
-    if gradient.stride() != layout:
-        return gradient.reshape(-1)[::stride][:_ENTRIES]
-    return gradient.as_strided((_ENTRIES,), (stride,))
+    if gradient.stride() != cut.layout:
+        return gradient.reshape(-1)[:: cut.stride][: cut.number]
+    return gradient.as_strided((cut.number,), (cut.stride,))
 
 
 def _squares(plan: _Plan, gradients: Sequence[Tensor | None]) -> Tensor:
@@ -321,10 +336,9 @@ def _leaves(batch: Any, depth: int = 3) -> Iterator[Any]:
 
 
 def _largest(x: Tensor) -> Tensor:
-    """Return the largest absolute value, of a very large tensor that among evenly strided entries."""
-    if x.numel() > _WHOLE and _is_dense(x):
-        step = coprime(-(-x.numel() // _WHOLE), x.numel())
-        x = x.as_strided((x.numel() // step,), (step,))
+    """Return the largest absolute value, of a large tensor that among 2,000 evenly spread runs of 16 entries."""
+    if x.numel() > _RUN * _RUNS and _is_dense(x):
+        x = x.as_strided((_RUNS, _RUN), (coprime((x.numel() - _RUN) // _RUNS, x.numel()), 1))
     lowest, highest = torch.aminmax(x.detach())
     return torch.maximum(-lowest, highest)
 
