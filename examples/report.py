@@ -67,7 +67,7 @@ def main() -> None:
     trainer.fit(Classifier(lr=0.2), Digits())
     assert monitor.report is not None
     print(summary(monitor.report, monitor.raster, monitor.events))
-    _, html = page.write(monitor.report, monitor.raster, monitor.events, monitor.attribution, args.out)
+    _, html = page.write(monitor.report, monitor.raster, monitor.events, monitor.attribution, args.out, monitor.deaths)
     print(f"Page: {html}")
     if args.picture:
         photograph(html, args.picture)

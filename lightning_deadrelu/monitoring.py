@@ -24,7 +24,7 @@ from lightning_deadrelu.findings import Finding
 from lightning_deadrelu.gradient_evidence import GradientEvidence
 from lightning_deadrelu.inquest import Inquest, Notes
 from lightning_deadrelu.ladder import Event
-from lightning_deadrelu.postmortem import Wave
+from lightning_deadrelu.postmortem import Wave, told
 from lightning_deadrelu.record import Record
 from lightning_deadrelu.remedies import Remedy, ladder_of
 from lightning_deadrelu.repair import Diverged, Patient, Repair
@@ -337,13 +337,14 @@ class Monitoring(Callback):
         if self.report_dir and self.report:
             from lightning_deadrelu.page import write
 
-            write(self.report, self._raster, self.events, self.attribution, self.report_dir)
+            write(self.report, self._raster, self.events, self.attribution, self.report_dir, self.deaths)
 
     def summary(self) -> str:
         """Tell what became of each site over the run, in the order of execution, under a sentence that says it all."""
         from lightning_deadrelu.drawing import summary
 
-        return summary(self.report or LivenessReport(()), self._raster, self.events)
+        lines = [summary(self.report or LivenessReport(()), self._raster, self.events), told(self.deaths)]
+        return "\n".join(line for line in lines if line)
 
     def plot(self) -> tuple[Figure, tuple[Axes, ...]]:
         """Draw the run: dead units over time, and what became of the units of the worst sites; needs matplotlib.

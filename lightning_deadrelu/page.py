@@ -29,6 +29,7 @@ from lightning_deadrelu.story import (
 
 if TYPE_CHECKING:
     from lightning_deadrelu.ladder import Event
+    from lightning_deadrelu.postmortem import Wave
     from lightning_deadrelu.slices import Attribution
 
 _LINES = {"dead_fraction": "dead", "rare_fraction": "rare", "always_on_fraction": "always on"}
@@ -43,6 +44,7 @@ def write(
     events: Iterable[Event],
     attribution: Mapping[str, Attribution] | None,
     folder: str | Path,
+    deaths: Iterable[Wave] = (),
 ) -> tuple[Path, Path]:
     """Write ``report.json`` and ``report.html``.
 
@@ -52,15 +54,16 @@ def write(
         events: What was done.
         attribution: What is known of what feeds and reads each site.
         folder: Where to; made if it is not there.
+        deaths: When units died, and why.
 
     Returns:
         The paths of both.
     """
-    folder, events = Path(folder), list(events)
+    folder, events, deaths = Path(folder), list(events), list(deaths)
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / "report.json", folder / "report.html"
     for path, content in zip(paths, (to_json, to_html), strict=True):
-        path.write_text(content(report, raster, events, attribution), encoding="utf-8")
+        path.write_text(content(report, raster, events, attribution, deaths), encoding="utf-8")
     return paths
 
 
@@ -72,6 +75,7 @@ def to_json(
     raster: Raster | None = None,
     events: Iterable[Event] = (),
     attribution: Mapping[str, Attribution] | None = None,
+    deaths: Iterable[Wave] = (),
 ) -> str:
     """Write verdicts, curves, events and refusals as strict JSON; what is not finite becomes null.
 
@@ -80,6 +84,7 @@ def to_json(
         raster: The history; None after an audit.
         events: What was done.
         attribution: What is known of what feeds and reads each site.
+        deaths: When units died, and why.
 
     Example:
         >>> json.loads(to_json(LivenessReport(())))["conclusion"]
@@ -91,6 +96,7 @@ def to_json(
         **report.to_dict(),
         "run": [_run_of(story) for story in stories(report, raster, events)],
         "curves": _curves_of(raster),
+        "deaths": [wave.to_dict() for wave in deaths],
         "events": [event._asdict() for event in events],
         "refused": refused(report, events, attribution or {}),
     }
@@ -123,6 +129,7 @@ def to_html(
     raster: Raster | None = None,
     events: Iterable[Event] = (),
     attribution: Mapping[str, Attribution] | None = None,
+    deaths: Iterable[Wave] = (),
 ) -> str:
     """Write a page that stands alone: pictures are in it, and it asks for nothing.
 
@@ -131,6 +138,7 @@ def to_html(
         raster: The history; None after an audit.
         events: What was done.
         attribution: What is known of what feeds and reads each site.
+        deaths: When units died, and why.
 
     Example:
         >>> to_html(LivenessReport(())).startswith("<!DOCTYPE html>")
@@ -139,7 +147,8 @@ def to_html(
     events = list(events)
     told = stories(report, raster, events)
     history = raster if raster and raster.steps else None
-    parts = [_tiles(report, history, told), _over_time(history, events) if history else "", _depth(told)]
+    parts = [_tiles(report, history, told), _over_time(history, events) if history else ""]
+    parts += [_deaths(list(deaths)), _depth(told)]
     parts += [_heat(history) if history else "", _table(told), _rasters(history, told) if history else ""]
     parts += [_events(events), _refusals(refused(report, events, attribution or {}))]
     return Template(_beside("page.html")).substitute(
@@ -282,6 +291,22 @@ def _raster(site: SiteRaster, story: Story, is_open: bool) -> str:
     ends = f'<div class="ends"><span>{first}</span><span>{last}</span></div>'
     opened = " open" if is_open else ""
     return f'<details{opened}><summary>{title}</summary><div class="raster">{image}{ends}</div></details>'
+
+
+def _deaths(deaths: Sequence[Wave]) -> str:
+    if not deaths:
+        return ""
+    rows = (f"<td>{_coded(str(wave))}.</td>{_cause(wave)}" for wave in sorted(deaths, key=lambda wave: wave.first_step))
+    note = "The steps are the last at which a unit was seen to fire, and the first from which on all were silent."
+    return f'<h2>When units died, and why</h2><p class="note">{note}</p>{_grid(("what", "cause", "try"), rows)}'
+
+
+def _cause(wave: Wave) -> str:
+    found = wave.finding
+    if found is None:
+        return "<td>unknown</td><td></td>"
+    cause = f"<td><code>{escape(found.cause)}</code><br>{found.confidence}</td>"
+    return f'{cause}<td><code>{escape(found.edit)}</code><br><span class="note">{escape(found.source)}</span></td>'
 
 
 def _events(events: Sequence[Event]) -> str:

@@ -22,6 +22,7 @@ _SPIKE = 8.0  # gradients of healthy runs reach 3 to 5 times their median
 _INPUT_SPIKE = 5.0  # normalised inputs hardly leave twice their usual range
 _RATE_SPIKE = 3.0  # above all rates before, so that neither warm-up nor a warm restart counts
 _IDLE = 0.1  # a model that hardly learns any more has gradients near 0: they count by what was usual before
+_ANEW = 0.5  # of the largest before: what is less than that follows from it
 _DEVIATIONS = 6.0  # of the logarithm, by the median absolute deviation
 _SHARE, _UNITS = 0.05, 3  # of a site: what dies beside is told without a cause
 _DRIFT_WINDOWS = 4
@@ -150,7 +151,7 @@ class Wave:
     @property
     def is_large(self) -> bool:
         """Whether it is worth a line of its own."""
-        return sum(self.units) >= _UNITS * 2 or self.finding is not None
+        return sum(self.units) >= (_UNITS if self.finding else 2 * _UNITS)
 
     @property
     def _where(self) -> str:
@@ -247,6 +248,33 @@ def _one(group: Sequence[Wave]) -> Wave:
     )
 
 
+def told(waves: Sequence[Wave], most: int = 5) -> str:
+    """Tell of the largest waves, with what mends their causes, in the order of time; empty if there were none.
+
+    Args:
+        waves: All of them.
+        most: How many to tell of.
+
+    Example:
+        >>> told(())
+        ''
+    """
+    large = sorted((wave for wave in waves if wave.is_large), key=lambda wave: (wave.finding is None, -sum(wave.units)))
+    shown = sorted(large[:most], key=lambda wave: wave.first_step)
+    lines: list[str] = []
+    for wave in shown:
+        lines += [f"{wave}.", *(advice for advice in _advice(wave) if advice not in lines)]
+    left = sum(sum(wave.units) for wave in waves if wave not in shown)
+    if left:
+        lines.append(f"{left:,} more unit{'s' * (left > 1)} died; see `monitor.deaths`.")
+    return "\n".join(lines)
+
+
+def _advice(wave: Wave) -> list[str]:
+    found = wave.finding
+    return [f"  {found.cause} ({found.confidence}): try `{found.edit}` [{found.source}]"] if found else []
+
+
 # -- what kind of death ----------------------------------------------------------------------------------
 
 
@@ -325,7 +353,7 @@ def _upstream(victims: Victims) -> Wave:
     born = bool(victims.born.all())
     evidence = f"{'never fired, ' if born else ''}their input being constant since `{victims.upstream}` is dead"
     source = "a layer without a live unit puts out its next layer's bias, whatever the input"
-    cause = _Cause("upstream_death", evidence, "certain", f"mend `{victims.upstream}` first", source)
+    cause = _Cause("upstream_death", evidence, "certain", 'DeadReLUMonitor(remedy="reset")', source)
     return _wave("born dead" if born else "upstream", victims, cause, moved=False, where=victims.upstream)
 
 
@@ -381,7 +409,7 @@ def _spiked(victims: Victims, rows: Rows) -> _Cause | None:
     largest = max((spike for spike in inputs if spike), key=lambda spike: spike.ratio, default=None)
     if rate and not (gradient and gradient.step < rate.step):
         evidence = f"{_told('the learning rate', rate, first)}, from {rate.usual:.2g} to {rate.value:.2g}"
-        edit = f"keep the learning rate near {rate.usual:.2g}, or warm up over some hundred steps"
+        edit = f"lr={rate.usual:.2g}"
         return _Cause("learning_rate_spike", evidence, "likely", edit, "Goyal et al. 2017, arXiv 1706.02677")
     if largest and not (gradient and gradient.step < largest.step):
         evidence = f"{_told('the largest input', largest, first)}, to {largest.value:.2g}"
@@ -398,8 +426,12 @@ def _spiked(victims: Victims, rows: Rows) -> _Cause | None:
 def _told(what: str, spike: _Spike, first: int) -> str:
     ago = first - spike.step
     if ago > 0:
-        return f"{ago} step{'s' * (ago != 1)} after {what} rose {spike.ratio:,.0f}-fold"
-    return f"when {what} rose {spike.ratio:,.0f}-fold at step {spike.step:,}"
+        return f"{ago} step{'s' * (ago != 1)} after {what} rose {_fold(spike)}"
+    return f"when {what} rose {_fold(spike)} at step {spike.step:,}"
+
+
+def _fold(spike: _Spike) -> str:
+    return f"{spike.ratio:,.0f}-fold" if spike.ratio < 1e6 else "more than a million-fold"
 
 
 def _spike(rows: Rows, name: str, first: int, end: int) -> _Spike | None:
@@ -420,7 +452,8 @@ def _spike(rows: Rows, name: str, first: int, end: int) -> _Spike | None:
     least = _INPUT_SPIKE if name.startswith("input") else _SPIKE
     logs = before.log()
     deviation = 1.4826 * float((logs - logs.median()).abs().median())
-    return spike if spike.ratio >= max(least, math.exp(_DEVIATIONS * deviation)) else None
+    least = max(least, math.exp(_DEVIATIONS * deviation), _ANEW * float(before.max()) / usual)
+    return spike if spike.ratio >= least else None
 
 
 def _large_steps(victims: Victims, rows: Rows, sunk: str = "") -> _Cause | None:
@@ -475,8 +508,13 @@ def _negative_bias(victims: Victims) -> _Cause | None:
     if not (_median(bias) < -usual and (bias < 0).float().mean() >= 0.8 and fires_without.float().mean() >= 0.5):
         return None
     evidence = f"their biases, {_median(now):.2g} in the median, exceed the largest of their weighted inputs"
-    edit = f"torch.nn.init.zeros_({victims.bias or 'bias'})"
-    return _Cause("negative_bias", evidence, "certain", edit, "the input of a unit is w.x + b: it never exceeds 0")
+    return _Cause(
+        "negative_bias",
+        evidence,
+        "certain",
+        "init_for_relu_(model)",
+        "the input of a unit is w.x + b: it never exceeds 0",
+    )
 
 
 def _bad_init(victims: Victims) -> _Cause | None:
@@ -486,7 +524,7 @@ def _bad_init(victims: Victims) -> _Cause | None:
     lean = float(start.mean.mean()) / size if size else 0.0
     gain = size * victims.fan_in**0.5
     source = "He et al. 2015, arXiv 1502.01852: standard deviation (2 / fan_in) ** 0.5, mean 0"
-    edit = 'torch.nn.init.kaiming_normal_(weight, nonlinearity="relu")'
+    edit = "init_for_relu_(model)"
     if lean <= -0.3:
         return _Cause(
             "bad_init", f"their weights lean to the negative, by {-lean:.1f} of their size", "likely", edit, source
@@ -511,9 +549,7 @@ def _narrow(victims: Victims, sites: int) -> _Cause | None:
         f"{sites} layers with no more than {victims.size} units: all of one are dead with chance 2^-{victims.size}"
     )
     source = "Lu et al. 2019, arXiv 1903.06733, theorem 3.2"
-    return _Cause(
-        "narrow_and_deep", evidence, "likely", "widen the layers, or add BatchNorm or skip connections", source
-    )
+    return _Cause("narrow_and_deep", evidence, "likely", "randomized_asymmetric_init_(model)", source)
 
 
 def _median(values: Tensor) -> float:

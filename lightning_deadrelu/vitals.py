@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 # PyTorch parts work on 32,768 entries or more among the threads of a CPU, which costs more than the work
 _ENTRIES, _READ = 256, 16_000  # of one gradient and of all: to read 10 million takes 4 % of a step on a CPU
 _PARAMETERS = 128
-_RUN, _RUNS = 16, 2_000  # entries side by side, of an input
+_RUN, _RUNS = 16, 1_000  # entries side by side, of an input
 _INPUTS = 3
 _COLUMNS = ("gradient", "bias_gradient", "loss", *(f"input_{number}" for number in range(_INPUTS)))
 _PLANS = 8
@@ -336,7 +336,7 @@ def _leaves(batch: Any, depth: int = 3) -> Iterator[Any]:
 
 
 def _largest(x: Tensor) -> Tensor:
-    """Return the largest absolute value, of a large tensor that among 2,000 evenly spread runs of 16 entries."""
+    """Return the largest absolute value, of a large tensor that among 1,000 evenly spread runs of 16 entries."""
     if x.numel() > _RUN * _RUNS and _is_dense(x):
         x = x.as_strided((_RUNS, _RUN), (coprime((x.numel() - _RUN) // _RUNS, x.numel()), 1))
     lowest, highest = torch.aminmax(x.detach())

@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "postmortem": {"findings", "vitals"},
     "inquest": {"postmortem", "sites", "statistics", "vitals"},
     "svg": set(),
-    "page": {"raster", "statistics", "story", "svg"},
+    "page": {"postmortem", "raster", "statistics", "story", "svg"},
     "reporting": {"metrics", "raster", "statistics"},
     "ranks": {"confirmation", "sites", "statistics", "watch"},
     "optimizer_state": {"sharding", "slices"},
