@@ -296,9 +296,19 @@ def _raster(site: SiteRaster, story: Story, is_open: bool) -> str:
 def _deaths(deaths: Sequence[Wave]) -> str:
     if not deaths:
         return ""
-    rows = (f"<td>{_coded(str(wave))}.</td>{_cause(wave)}" for wave in sorted(deaths, key=lambda wave: wave.first_step))
+    rows = {wave: f"<td>{_coded(str(wave))}.</td>{_cause(wave)}" for wave in sorted(deaths, key=_first_step)}
+    columns = ("what", "cause", "try")
+    large = [row for wave, row in rows.items() if wave.is_large]
+    short = _grid(columns, large) if large else ""
+    whole = (
+        "" if len(large) == len(rows) else _hidden(f"All {len(rows)}, also of few units", _grid(columns, rows.values()))
+    )
     note = "The steps are the last at which a unit was seen to fire, and the first from which on all were silent."
-    return f'<h2>When units died, and why</h2><p class="note">{note}</p>{_grid(("what", "cause", "try"), rows)}'
+    return f'<h2>When units died, and why</h2><p class="note">{note}</p>{short}{whole}'
+
+
+def _first_step(wave: Wave) -> int:
+    return wave.first_step
 
 
 def _cause(wave: Wave) -> str:
