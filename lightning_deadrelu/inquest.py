@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_deadrelu.postmortem import Feed, Victims, Wave, explain
+from lightning_deadrelu.postmortem import Feed, Victims, Wave, explain, joined
 from lightning_deadrelu.sites import Site, clean, names_of
 from lightning_deadrelu.statistics import LivenessReport, SiteReport, Totals
 from lightning_deadrelu.statistics.verdicts import CONSTANT
@@ -30,16 +30,20 @@ class Source(NamedTuple):
         name: Of the bias, or of BatchNorm's beta; empty if there is none.
         bias: It.
         weight: The matrix or kernel whose rows are the units'; without one, BatchNorm's gamma.
+        normed: Whether a norm follows, which takes the size of the weights out again.
     """
 
     name: str = ""
     bias: Tensor | None = None
     weight: Tensor | None = None
+    normed: bool = False
 
     @property
     def fan_in(self) -> int:
-        """Weights per unit; 0 where it is not known."""
-        return self.weight[0].numel() if self.weight is not None and self.weight.ndim > 1 else 0
+        """Weights per unit; 0 where it is not known, or says nothing."""
+        if self.weight is None or self.weight.ndim < 2 or self.normed:
+            return 0
+        return self.weight[0].numel()
 
 
 class Notes(NamedTuple):
@@ -174,7 +178,7 @@ class Inquest:
             if site.in_headline and site.newly_dead.any():
                 of = self._victims(site, place, notes, peaks.get(site.name), constant[place])
                 upstream = next((name for name, root in reversed(dead) if root), dead[-1][0] if dead else "")
-                trained = _trained(sources[site.name], optimizers)
+                trained = _trained(sources[site.name], optimizers, self.vitals.travelled)
                 victims.append(of._replace(first=number == 0, upstream=upstream, **trained))
             if bool(site.dead.all()):
                 dead.append((site.name, not bool(constant[place].all())))
@@ -227,7 +231,7 @@ class Inquest:
         self._alive = torch.where(totals.maxima[1] >= 0, self._before, self._alive)
         self._before = notes.now
         self._first.clear()
-        self._closed.extend(waves)
+        self._closed = deque(joined([*self._closed, *waves]), maxlen=_WAVES)
         self._open = ()
 
     def keep_open(self, waves: Sequence[Wave]) -> None:
@@ -298,7 +302,7 @@ def _source(site: Site, named: Mapping[str, Tensor]) -> Source:
         biases = [name for name in biases if name.rpartition(".")[0] in norms]
     weights = [p for p in mine.values() if p.ndim > 1] or [mine[name] for name in scales]
     name = biases[0] if len(biases) == 1 else ""
-    return Source(name, mine.get(name), weights[0] if len(weights) == 1 else None)
+    return Source(name, mine.get(name), weights[0] if len(weights) == 1 else None, bool(norms))
 
 
 @torch.no_grad()
@@ -321,12 +325,20 @@ def fed(source: Source, units: int) -> Tensor:
     return torch.stack([bias, sample.square().mean(1), sample.mean(1)])
 
 
-def _trained(source: Source, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
+def _trained(source: Source, optimizers: Sequence[Optimizer], travelled: float) -> dict[str, Any]:
     """Tell how the parameters of a site are optimized."""
     held = source.weight if source.bias is None else source.bias
-    groups = (group for optimizer in optimizers for group in optimizer.param_groups)
-    group = next((group for group in groups if any(p is held for p in group["params"])), {})
-    decay, momentum = (group.get(key, 0.0) for key in ("weight_decay", "momentum"))
-    known = {"fan_in": source.fan_in, "bias": source.name, "adaptive": bool(_ADAPTIVE & group.keys())}
-    numbers = {"decay": decay if source.bias is not None else 0.0, "momentum": momentum}
-    return known | {key: float(value) for key, value in numbers.items() if isinstance(value, (int, float))}
+    groups = ((group, one) for one in optimizers for group in one.param_groups)
+    none: tuple[dict[str, Any], Any] = ({}, None)
+    group, optimizer = next((pair for pair in groups if any(p is held for p in pair[0]["params"])), none)
+    decay, momentum = (_number(group.get(key)) for key in ("weight_decay", "momentum"))
+    adaptive = bool(_ADAPTIVE & group.keys())
+    decoupled = group.get("decoupled_weight_decay", type(optimizer).__name__.endswith("W"))
+    left = math.exp(-decay * travelled / (1 - min(momentum, 0.99)))
+    if adaptive and decay and not decoupled:  # Adam divides it by the gradients' size
+        left = 0.0
+    return {"fan_in": source.fan_in, "adaptive": adaptive, "momentum": momentum, "decay": decay, "left": left}
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) else 0.0

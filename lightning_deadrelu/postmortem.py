@@ -27,7 +27,11 @@ _DEVIATIONS = 6.0  # of the logarithm, by the median absolute deviation
 _SHARE, _UNITS = 0.05, 3  # of a site: what dies beside is told without a cause
 _DRIFT_WINDOWS = 4
 _BIG_STEP = {"adaptive": 0.3, "plain": 0.1}  # of the size of the weights, at one step; 0.001 to 0.01 is usual
-_OFF_CENTRE = 2.0
+_OFF_CENTRE = 1.2  # raw images in 0 to 1 have 1.5 to 2, normalised ones 0
+_SHIFT = 3.0
+_EARLY = 100  # steps
+_LEAN, _ERRORS = 0.3, 5.0  # of the weights' size; and in standard errors
+_SMALL, _LARGE = 0.1, 3.0  # times He's size; PyTorch's own draws have 0.4
 _NARROW, _DEEP = 16, 5
 
 
@@ -67,8 +71,8 @@ class Victims(NamedTuple):
         start: What fed all units of the site at the start, shape ``(size,)`` each.
         units: Which units they are.
         fan_in: Weights per unit; 0 where it is not known.
-        bias: Name of the bias; empty where it is not known.
         decay: Weight decay of the bias.
+        left: What decay alone would have left of a bias since the start, 0 to 1.
         adaptive: Whether the optimizer divides by the size of past gradients, as Adam does.
         momentum: Of an optimizer that does not.
     """
@@ -87,8 +91,8 @@ class Victims(NamedTuple):
     now: Feed
     start: Feed
     fan_in: int = 0
-    bias: str = ""
     decay: float = 0.0
+    left: float = 1.0
     adaptive: bool = False
     momentum: float = 0.0
 
@@ -193,19 +197,29 @@ def explain(
     for one in victims:
         upstream = one.constant & bool(one.upstream)
         born = one.born & ~upstream
-        drifted = _drifted(one.peaks) & ~born & ~upstream
+        decayed = _decayed(one) & ~born & ~upstream
+        drifted = _drifted(one.peaks) & ~born & ~upstream & ~decayed
         waves += [_upstream(one.of(part)) for part in (upstream & one.born, upstream & ~one.born) if part.any()]
         waves += [_born(one.of(born), off_centre, sites)] if born.any() else []
+        waves += [_decay(one.of(decayed))] if decayed.any() else []
         waves += [_drift(one.of(drifted), rows)] if drifted.any() else []
-        waves += [_shock(part, rows) for part in _together(one.of(~(upstream | born | drifted)))]
-    return tuple(sorted(_joined(waves), key=lambda wave: (wave.first_step, wave.cause == "upstream_death")))
+        rest = one.of(~(upstream | born | drifted | decayed))
+        waves += [_shock(part, rows, off_centre) for part in _together(rest)]
+    return tuple(joined(waves))
 
 
 _UNNAMED = ("unknown", "born_dead")
 
 
-def _joined(waves: Sequence[Wave]) -> list[Wave]:
-    """Join what is alike in kind and cause, and goes on in time."""
+def joined(waves: Sequence[Wave]) -> list[Wave]:
+    """Join what is alike in kind and cause, and goes on in time.
+
+    Args:
+        waves: In any order.
+
+    Returns:
+        Waves in the order of their first step; of the same step, those that others follow from come first.
+    """
     groups: list[list[Wave]] = []
     for wave in sorted((_adopted(wave, waves) for wave in waves), key=lambda wave: wave.first_step):
         alike = (group for group in groups if (group[0].kind, group[0].cause) == (wave.kind, wave.cause))
@@ -214,7 +228,7 @@ def _joined(waves: Sequence[Wave]) -> list[Wave]:
             groups.append([wave])
         else:
             group.append(wave)
-    return [_one(group) for group in groups]
+    return sorted(map(_one, groups), key=lambda wave: (wave.first_step, wave.cause == "upstream_death"))
 
 
 def _adopted(wave: Wave, others: Sequence[Wave]) -> Wave:
@@ -232,7 +246,8 @@ def _overlap(one: Wave, other: Wave) -> bool:
 
 
 def _go_on(group: Sequence[Wave], wave: Wave) -> bool:
-    return wave.kind == "born dead" or wave.first_step <= max(one.last_step for one in group)
+    lasting = wave.kind == "born dead" or wave.cause == "bias_decay"
+    return lasting or wave.first_step <= max(one.last_step for one in group)
 
 
 def _one(group: Sequence[Wave]) -> Wave:
@@ -363,24 +378,24 @@ def _drift(victims: Victims, rows: Rows) -> Wave:
     )
     cause = _UNKNOWN._replace(evidence=sunk)
     if _are_many(victims):
-        cause = _decay(victims, sunk) or _large_steps(victims, rows, sunk) or cause
+        cause = _large_steps(victims, rows, sunk) or cause
     return _wave("drift", victims, cause)
 
 
-def _decay(victims: Victims, sunk: str) -> _Cause | None:
-    """Blame decay where it took from the biases what the units lack."""
-    start = victims.start.bias[victims.units]
-    lost = start - victims.now.bias
-    fires_without = victims.peaks[-1] + lost > 0
-    shrunk = (start > 0) & (victims.now.bias < 0.7 * start) & fires_without
-    if not victims.decay or not shrunk.float().mean() >= 0.5:
-        return None
-    evidence = (
-        f"{sunk}, while a weight decay of {victims.decay:g} took the biases from {_median(start):.2g} to"
-        f" {_median(victims.now.bias):.2g}"
-    )
+def _decayed(victims: Victims) -> Tensor:
+    """Tell who would fire with its first bias, of which decay has taken a good part."""
+    lost = victims.start.bias[victims.units] - victims.now.bias
+    sunk = victims.peaks.amax(0) - victims.peaks[-1]
+    shrunk = (victims.now.bias < 0.7 * victims.start.bias[victims.units]) & (victims.now.bias > -0.1 * lost)
+    return shrunk & (victims.peaks[-1] + lost > 0) & (lost >= sunk / 2) & (victims.left <= 0.8)
+
+
+def _decay(victims: Victims) -> Wave:
+    start, now = _median(victims.start.bias[victims.units]), _median(victims.now.bias)
+    evidence = f"while a weight decay of {victims.decay:g} took their biases from {start:.2g} to {now:.2g}"
     edit = f"AdamW(decay_groups(model, {victims.decay:g}))"
-    return _Cause("bias_decay", evidence, "likely", edit, "He et al. 2019, arXiv 1812.01187: no decay of biases")
+    source = "He et al. 2019, arXiv 1812.01187: no decay of biases"
+    return _wave("drift", victims, _Cause("bias_decay", evidence, "likely", edit, source), moved=False)
 
 
 # -- shocks ----------------------------------------------------------------------------------------------
@@ -393,11 +408,35 @@ class _Spike(NamedTuple):
     value: float
 
 
-def _shock(victims: Victims, rows: Rows) -> Wave:
+def _shock(victims: Victims, rows: Rows, off_centre: float) -> Wave:
     cause = _UNKNOWN
     if _are_many(victims):
-        cause = _spiked(victims, rows) or _large_steps(victims, rows) or cause
+        early = int(victims.last_fired.min()) < _EARLY
+        cause = (
+            _spiked(victims, rows)
+            or (_bad_init(victims) if early else None)
+            or _shifted(victims, rows)
+            or _large_steps(victims, rows)
+            or (_uncentred(victims, off_centre) if early else None)
+            or cause
+        )
     return _wave("shock", victims, cause)
+
+
+def _shifted(victims: Victims, rows: Rows) -> _Cause | None:
+    """Find a step at which the loss jumped to about that of the untrained model, and stayed: the work is another."""
+    first, ended = int(victims.last_fired.min()), int(victims.silent_from.median())
+    loss, steps = rows.column("loss"), torch.tensor(rows.steps, dtype=torch.int64)
+    for place in ((steps >= first - LAG) & (steps < ended)).nonzero().flatten().tolist():
+        before, after = loss[max(0, place - _LEAST) : place], loss[place : place + _LEAST]
+        if len(before) < _LEAST or not loss[place] >= _SHIFT * before.max():
+            continue
+        if after.median() >= loss[place] / 3 and loss[place] <= 3 * loss[:_LEAST].max():
+            rose = f"{_median(before):.2g} to {float(loss[place]):.2g} at step {int(steps[place]):,}"
+            evidence = f"when the loss rose from {rose}, and stayed high"
+            edit = 'DeadReLUMonitor(remedy="reset")'
+            return _Cause("distribution_shift", evidence, "possible", edit, "Dohare et al. 2024, Nature 632:768")
+    return None
 
 
 def _spiked(victims: Victims, rows: Rows) -> _Cause | None:
@@ -519,19 +558,19 @@ def _negative_bias(victims: Victims) -> _Cause | None:
 
 def _bad_init(victims: Victims) -> _Cause | None:
     """Blame weights whose mean is negative, or whose size is far from He's."""
-    start = victims.start
+    start, read = victims.start, victims.size * min(victims.fan_in, _LEAST)
     size = float(start.square.mean()) ** 0.5
-    lean = float(start.mean.mean()) / size if size else 0.0
-    gain = size * victims.fan_in**0.5
+    if not size or not victims.fan_in:
+        return None
+    lean, times = -float(start.mean.mean()) / size, size * (victims.fan_in / 2) ** 0.5
     source = "He et al. 2015, arXiv 1502.01852: standard deviation (2 / fan_in) ** 0.5, mean 0"
-    edit = "init_for_relu_(model)"
-    if lean <= -0.3:
-        return _Cause(
-            "bad_init", f"their weights lean to the negative, by {-lean:.1f} of their size", "likely", edit, source
-        )
-    if gain and not 0.1 <= gain <= 10:
-        return _Cause("bad_init", f"their weights are {gain / 2**0.5:.2g} times He's size", "likely", edit, source)
-    return None
+    if lean >= max(_LEAN, _ERRORS * read**-0.5):
+        evidence = f"their weights leaning to the negative, by {lean:.1f} of their size"
+    elif not _SMALL <= times <= _LARGE:
+        evidence = f"their weights being {times:.2g} times He's size"
+    else:
+        return None
+    return _Cause("bad_init", evidence, "likely", "init_for_relu_(model)", source)
 
 
 def _uncentred(victims: Victims, off_centre: float) -> _Cause | None:

@@ -93,6 +93,8 @@ class Vitals:
         self._ring: Tensor | None = None
         self._written = 0
         self._host: deque[tuple[int, float]] = deque(maxlen=rows)
+        self.travelled = 0.0
+        """Sum of the learning rates of all steps so far, the times that decay has acted, as it were."""
         self._plans: dict[tuple[int, tuple[bool, ...]], _Plan] = {}
         self._biases: frozenset[int] = frozenset()
         self._open()
@@ -174,6 +176,7 @@ class Vitals:
             self._ring[self._written % self._size] = self._row(self._ring)
             self._host.append((step, self._rate))
             self._written += 1
+            self.travelled += 0.0 if math.isnan(self._rate) else self._rate
         self._open()
 
     def _row(self, like: Tensor) -> Tensor:
@@ -203,11 +206,12 @@ class Vitals:
             ring: :attr:`ring`, copied to the host.
         """
         rows = ring.roll(-(self._written % self._size), 0)[len(ring) - len(self._host) :].clone()
-        return {"rows": rows, "host": [list(pair) for pair in self._host]}
+        return {"rows": rows, "host": [list(pair) for pair in self._host], "travelled": self.travelled}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Go on from what was saved; of more rows than there is room for, keep the latest."""
         rows = state["rows"][-self._size :]
+        self.travelled = state["travelled"]
         self._host = deque(((step, rate) for step, rate in state["host"]), maxlen=self._size)
         self._written = len(rows)
         self._ring = torch.full((self._size, len(_COLUMNS)), math.nan, device=device) if len(rows) else None
