@@ -52,6 +52,7 @@ class Tracer:
         self._model = model
         self._ledger = Ledger()
         self._named: dict[int, tuple[Tensor, Flow]] = {}
+        self._sharded = False
         self._known: dict[int, tuple[weakref.ref[Tensor], Flow, int, bool]] = {}
         self._stored: dict[int, list[tuple[weakref.ref[Tensor], Flow]]] = {}
         self._nodes: dict[int, list[Flow]] = {}
@@ -75,6 +76,7 @@ class Tracer:
             self._named.setdefault(id(buffer), (buffer, Flow(constant=True, buffer=clean(name))))
             self._memory.add(clean(name), buffer)
         self._name_parameters()
+        self._sharded = any(is_sharded(tensor) for tensor, _ in self._named.values())
 
     def _name_parameters(self) -> None:
         for name, tensor in self._model.named_parameters(remove_duplicate=False):
@@ -254,7 +256,7 @@ class Tracer:
     def _found(self, tensor: Tensor) -> Flow:
         """Meet a tensor that no seen function returned: an input, or the work of code out of sight."""
         node = tensor.grad_fn
-        if node is None and isinstance(tensor, nn.Parameter):
+        if self._sharded and isinstance(tensor, nn.Parameter):
             self._name_parameters()  # it was gathered for this forward
             if id(tensor) in self._named:
                 return self._named[id(tensor)][1]
