@@ -131,6 +131,10 @@ class Compiled:
             self._doubted = missing if self._proven else set()
         self._proven = True
 
+    def forget(self) -> None:
+        """Learn anew from the next eager batch, because sites have other numbers."""
+        self._backend, self._expected, self._doubted = None, set(), set()
+
     def refuse(self, reason: str) -> None:
         """Run observed batches eagerly from the next one on."""
         self.refusal = self.refusal or reason

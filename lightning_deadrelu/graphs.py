@@ -158,7 +158,7 @@ class _Walk(fx.Interpreter):
             return value
         if type(value) not in (Tensor, nn.Parameter):
             raise Unreadable(f"an input is a {type(value).__name__}")
-        other = mode.from_tensor(value, static_shapes=True)
+        other = mode.from_tensor(value.detach(), static_shapes=True)  # autograd, and its hooks, have no part in this
         self._replay.stand_in(value, other)
         return other
 

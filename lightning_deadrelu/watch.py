@@ -150,6 +150,9 @@ class Watch:
             if site in old.sites:
                 self.liveness.copy_site(old, old.sites.index(site), place)
         self._places = {site: place for place, site in enumerate(self.sites)}
+        self.dims = {self._places[old.sites[place]]: dims for place, dims in self.dims.items()}
+        self.hinges = {self._places[old.sites[place]]: hinge for place, hinge in self.hinges.items()}
+        self.compiled.forget()
 
     def trace(self) -> None:
         """Follow the next observed batch from layers to sites and on; what was known before is added to."""
