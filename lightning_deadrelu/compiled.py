@@ -6,12 +6,13 @@ behind each rectifier. Where that cannot be done, observed batches run eagerly.
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -286,11 +287,12 @@ def _home() -> nn.Module | None:
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     root = InstructionTranslator.current_tx().output.root_tx
-    code = root.f_code
-    if code.co_name != "forward" and "in_forward_at" not in code.co_name:
-        return None
-    first = root.f_locals.get(code.co_varnames[0]) if code.co_varnames else None
-    return first if isinstance(first, nn.Module) else None
+    resumed = "in_forward_at" in root.f_code.co_name  # behind a break
+    for value in root.f_locals.values():
+        own = getattr(inspect.unwrap(type(value).forward), "__code__", None) if isinstance(value, nn.Module) else None
+        if own is root.f_code or (resumed and own is not None and own.co_filename == root.f_code.co_filename):
+            return cast(nn.Module, value)
+    return None
 
 
 def _region() -> Any:
