@@ -52,7 +52,8 @@ class Notes(NamedTuple):
     Args:
         ring: See :attr:`~lightning_deadrelu.vitals.Vitals.ring`.
         now: What feeds all units, shape ``(3, units)``: see :class:`~lightning_deadrelu.postmortem.Feed`.
-        start: The same before the first step, NaN where it was noted before; shape ``(3, units)``.
+        start: The same before the first step, NaN where it was noted before; shape ``(3, units)``, or ``(3, 0)`` where
+            nothing is new.
         centre: See :func:`~lightning_deadrelu.vitals.off_centre`, shape ``(1,)``.
     """
 
@@ -138,7 +139,7 @@ class Inquest:
         now = [fed(source, site.units).to(device) for site, source in zip(sites, sources, strict=True)]
         start = [
             self._first[site].to(device) if site in self._first else torch.full_like(values, math.nan)
-            for site, values in zip(sites, now, strict=True)
+            for site, values in zip(sites if self._first else (), now, strict=bool(self._first))
         ]
         nothing = torch.empty(3, 0, device=device)
         centre = torch.full((1,), math.nan, device=device) if self._centre is None else self._centre.reshape(1)
@@ -213,11 +214,12 @@ class Inquest:
     def _grow(self, notes: Notes) -> None:
         """Make room for new units, and take what fed them at the start."""
         units = notes.now.shape[1]
-        fresh = torch.full((3, units - self._start.shape[1]), math.nan)
-        self._start, self._before, self._alive = (
-            torch.cat([old, fresh], 1) for old in (self._start, self._before, self._alive)
-        )
-        for known in (self._start, self._before, self._alive):
+        if units > self._start.shape[1]:
+            fresh = torch.full((3, units - self._start.shape[1]), math.nan)
+            self._start, self._before, self._alive = (
+                torch.cat([old, fresh], 1) for old in (self._start, self._before, self._alive)
+            )
+        for known in (self._start, self._before, self._alive) if notes.start.numel() else ():
             known.copy_(torch.where(known.isnan(), notes.start, known))
 
     def close(self, totals: Totals, notes: Notes, waves: Sequence[Wave]) -> None:
@@ -228,7 +230,7 @@ class Inquest:
             notes: What came to the host with them.
             waves: What :meth:`look` found in it.
         """
-        self._alive = torch.where(totals.maxima[1] >= 0, self._before, self._alive)
+        torch.where(totals.maxima[1] >= 0, self._before, self._alive, out=self._alive)
         self._before = notes.now
         self._first.clear()
         self._closed = deque(joined([*self._closed, *waves]), maxlen=_WAVES)

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 _SHARDED = frozenset({"FSDPStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy"})
 _AVERAGING = frozenset({"WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging"})
-_FORMAT = 4  # of the saved state
+_FORMAT = 5  # of the saved state
 _SAVED = ("batches", "observing", "observation", "steps", "step", "judged", "unjudged", "score")
 
 
@@ -453,8 +453,8 @@ class Monitoring(Callback):
                 state["selection"] = self._selection
                 state["told"] = sorted(self._told)
                 state["sites"] = [list(site) for site in self._watch.sites]
-                state["totals"] = {key: tensor.clone() for key, tensor in vars(joined[0]).items()}
-                state["history"] = dict(vars(self._history))
+                state["totals"] = joined[0].saved()
+                state["history"] = self._history.saved()
                 state["never_trained"] = self._gradients.save(self._trainer.lightning_module)
                 state["evidence"] = self._evidence.state_dict(self._watch) if self._evidence else None
                 state["repair"] = self._repair.state_dict()
@@ -495,9 +495,9 @@ class Monitoring(Callback):
         )
         if self._evidence and state["evidence"]:
             self._evidence.load_state_dict(state["evidence"], self._watch.sites)
-        self._history = History(**state["history"])
+        self._history = History.loaded(state["history"])
         self._inquest.load_state_dict(state["inquest"], pl_module.device)
-        totals = Totals(**state["totals"])
+        totals = Totals.loaded(state["totals"])
         if totals.samples.shape[-1] != self.window:  # the open window has another length: start anew
             self._observation, self._steps = 0, []
         elif trainer.global_rank == 0:  # it holds the counts of all ranks

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import pickle
+import time
 from itertools import pairwise
 
 import pytest
@@ -24,6 +25,7 @@ from lightning_deadrelu.statistics import (
     dormancy_of,
     judge,
 )
+from lightning_deadrelu.statistics.verdicts import narrowed
 
 RELU = Rectifier("relu", plain=True)
 RECTIFIERS = {
@@ -521,12 +523,58 @@ def test_reset_keeps_the_sites_and_forward_answers_for_the_batch():
     assert metric.elements.item() == 0
 
 
+def bytes_of(*tensors):
+    return sum(t.untyped_storage().nbytes() for t in tensors)
+
+
 def test_state_is_small():
-    metric = UnitLiveness({"relu": 1000}, window=10)
+    metric = UnitLiveness({"relu": 1000}, window=10, peak_dtype=torch.float32)
+    x = torch.randn(5, 1000)
+    metric.add(0, count(x, x.relu()))
+    pending = [value for value in metric._pending[0] if isinstance(value, torch.Tensor)]
     states = [getattr(metric, name) for name in metric._defaults]
-    history = History.empty(1000)
-    total = sum(t.numel() * t.element_size() for t in (*states, *vars(history).values()))
-    assert total / 1000 < 100
+    assert bytes_of(*states, *metric._defaults.values(), *pending) / 1000 < 60
+    assert bytes_of(*vars(History.empty(1000)).values()) / 1000 < 40
+
+
+def test_counts_and_history_are_saved_small_and_come_back_whole():
+    units, history = (40, 24), History.empty()
+    for seed in range(3):
+        totals = random_totals(units, 4, seed, torch.float32)
+        sites = [Site(f"act{n}", False, "relu", (), count) for n, count in enumerate(units)]
+        _, history = judge(totals, history, sites)
+    for one in (totals, history):
+        again = type(one).loaded(one.saved())
+        for name, values in vars(one).items():
+            found = getattr(again, name)
+            assert found.dtype == values.dtype
+            assert torch.equal(found.nan_to_num(9.0), values.nan_to_num(9.0)), name
+            assert found.data_ptr() != values.data_ptr()
+    parts = [*history.saved().values(), *totals.saved()["marks"]]
+    assert bytes_of(*parts) / 64 < 20
+    assert narrowed(torch.tensor([2**31])).dtype == torch.int64
+    assert narrowed(torch.tensor([-(2**31)])).dtype == torch.int32
+
+
+def test_what_ranks_exchange_depends_on_the_layout_alone():
+    metric = UnitLiveness({"a": 300, "b": 20}, window=10)
+    before = [part.shape for part in (metric.totals().sums(), metric.maxima)]
+    metric.update(torch.randn(500, 300))
+    assert [part.shape for part in (metric.totals().sums(), metric.maxima)] == before
+    assert before == [(2 * 320 + 2 * 10 + 2,), (6, 320)]
+
+
+def test_a_large_layout_is_judged_fast():
+    sites, units = 8, 294_912  # 2.4 million
+    metric = UnitLiveness({f"ffn{number}": units for number in range(sites)}, window=10, peak_dtype=torch.float32)
+    metric.samples.fill_(100), metric.elements.fill_(1000), metric.fired.fill_(500)
+    totals, history, seconds = metric.totals(), History.empty(), []
+    for _ in range(3):
+        start = time.thread_time()
+        report, history = judge(totals, history, metric.sites)
+        seconds.append(time.thread_time() - start)
+    assert min(seconds) < 0.5
+    assert report.units == sites * units
 
 
 def test_packed_totals_are_unpacked_bit_for_bit():

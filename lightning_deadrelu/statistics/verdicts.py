@@ -27,6 +27,20 @@ UNKNOWN, CONSTANT, VARIES = 0, 1, 2
 FINITE, INFINITE, NAN = 0, 1, 2
 
 
+def narrowed(numbers: Tensor) -> Tensor:
+    """Copy whole numbers into the smallest type that holds them all; truth values stay what they are.
+
+    Example:
+        >>> narrowed(torch.tensor([-1, 300]))
+        tensor([ -1, 300], dtype=torch.int16)
+    """
+    if numbers.dtype == torch.bool or not numbers.numel():
+        return numbers.clone()
+    low, high = map(int, numbers.aminmax())
+    limits = ((dtype, torch.iinfo(dtype)) for dtype in (torch.int8, torch.int16, torch.int32))
+    return numbers.to(next((dtype for dtype, it in limits if it.min <= low and high <= it.max), torch.int64), copy=True)
+
+
 @dataclass(frozen=True)
 class Rules:
     """What a verdict asks for.
@@ -84,6 +98,19 @@ class Totals:
         """Lay what merges by sum end to end, as float64, which holds counts exactly up to 2^53."""
         return torch.cat([getattr(self, name).flatten().double() for name in _SUMS])
 
+    def saved(self) -> dict[str, Any]:
+        """Return copies that take little room."""
+        whole = {name: narrowed(getattr(self, name)) for name in ("fired", "samples", "elements")}
+        marks = [narrowed(row.long()) for row in self.maxima[1:]]
+        return whole | {"magnitude": self.magnitude.clone(), "peak": self.maxima[0].clone(), "marks": marks}
+
+    @classmethod
+    def loaded(cls, state: Mapping[str, Any]) -> Totals:
+        """Put together what :meth:`saved` returned."""
+        whole = {name: state[name].long() for name in ("fired", "samples", "elements")}
+        maxima = torch.stack([state["peak"], *(row.to(state["peak"].dtype) for row in state["marks"])])
+        return cls(**whole, magnitude=state["magnitude"], maxima=maxima)
+
     def merged(self, sums: Tensor, maxima: Tensor) -> Totals:
         """Put merged values in place of this rank's."""
         own = [getattr(self, name) for name in _SUMS]
@@ -120,6 +147,15 @@ class History:
         none, zero = torch.zeros(units, dtype=torch.bool), torch.zeros(units, dtype=torch.int64)
         never = torch.full((units,), -1, dtype=torch.int32)
         return cls(zero, none, none.clone(), none.clone(), zero.clone(), zero.clone(), never)
+
+    def saved(self) -> dict[str, Tensor]:
+        """Return copies that take little room."""
+        return {name: narrowed(values) for name, values in vars(self).items()}
+
+    @classmethod
+    def loaded(cls, state: Mapping[str, Tensor]) -> History:
+        """Put together what :meth:`saved` returned."""
+        return cls(**{name: state[name].to(like.dtype) for name, like in vars(cls.empty()).items()})
 
     def extended(self, units: int) -> History:
         """Add unknown units at the end, up to ``units``."""
@@ -377,10 +413,13 @@ def _units(
     found |= {"rare": lives & found["rare"], "frozen": fires & (varied == CONSTANT)}
     found["dormant"] = known & sane & (found["dormancy"] <= rules.tau)
     found["always_on"] &= known
-    units = {key: torch.from_numpy(values) for key, values in found.items()}
+    units, rate = {key: torch.from_numpy(values) for key, values in found.items()}, torch.get_default_dtype()
     flags = [torch.from_numpy(mask) for mask in (ever | shown, dead | (was_dead & ~lives), returned | revived)]
     fired = before.fired + totals.fired
-    units |= {"peak": totals.maxima[0].to(totals.magnitude.dtype, copy=True), "usual_rate": fired / seen.clamp(min=1)}
+    units |= {
+        "peak": totals.maxima[0].to(totals.magnitude.dtype, copy=True),
+        "usual_rate": fired.to(rate) / seen.to(rate).clamp(min=1),
+    }
     return units, History(units["age"], flags[0], flags[1], flags[2], fired, seen, units["last_fired"])
 
 
