@@ -188,6 +188,22 @@ def test_a_rectifier_that_scores_for_a_softmax(direct):
     assert causes(attention(torch.tanh, direct), batch=x) == []
 
 
+def test_scores_without_a_softmax_count_where_their_gradient_runs_away():
+    def found(divisor):
+        torch.manual_seed(0)
+
+        def forward(model, x):
+            return model.out((torch.relu(model.score(x)).mT @ x / divisor).flatten(1))
+
+        model = net(forward, score=lambda: nn.Linear(16, 8), out=lambda: nn.Linear(128, 2))()
+        target, x = torch.arange(ROWS) % 2, torch.randn(ROWS, 64, 16)
+        optimizer = sgd(model, 0.1, momentum=0.9)
+        return causes(model, optimizer, x, forward=lambda model, x: F.cross_entropy(model(x), target))
+
+    assert found(1) == ["attention_relu"]
+    assert found(64) == []
+
+
 class Adversaries(LightningModule):
     """A generator of 4 numbers and its judge."""
 
@@ -240,6 +256,18 @@ def test_biases_that_decay(make, healthy):
     assert causes(model, make(model.parameters())) == ["bias_decay"]
     assert causes(model, make(decay_groups(model, 0.1)[1:])) == []
     assert causes(model, healthy(model.parameters())) == []
+
+
+def test_norms_that_decay():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 2))
+    spared = [p for name, p in model.named_parameters() if name.endswith("bias")]
+    decayed = [p for name, p in model.named_parameters() if name.endswith("weight")]
+    groups = [{"params": decayed, "weight_decay": 0.2}, {"params": spared}]
+    (finding,) = checkup(model, torch.optim.SGD(groups, 0.1, momentum=0.9), torch.randn(ROWS, 3, 8, 8))
+    assert (finding.cause, finding.where, finding.confidence) == ("bias_decay", "1.weight", "likely")
+    assert f"in {math.log(2) / 0.2:.0f} steps" in finding.evidence
+    healthy = torch.optim.SGD(decay_groups(model, 0.2), 0.1, momentum=0.9)
+    assert checkup(model, healthy, torch.randn(ROWS, 3, 8, 8)) == ()
 
 
 @pytest.mark.parametrize("lr", [0.01, 0.1])

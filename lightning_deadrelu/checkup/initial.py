@@ -169,7 +169,7 @@ def uncentred_inputs(scene: Scene) -> list[Finding]:
     if not entry or len(fed) != 1 or entry.off_centre < 0.5:
         return []
     dead, on = fed[0].dead_fraction, float(fed[0].always_on.double().mean())
-    if min(dead, on) < 0.05 or dead + on < 0.25:
+    if min(dead, on) < 0.05 or dead + on < 0.3:
         return []
     return [
         Finding(

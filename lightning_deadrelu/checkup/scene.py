@@ -120,6 +120,29 @@ class Scene:
         last = self.attributions[site.name].bias
         return last.name if last else ""
 
+    def scales(self, site: SiteReport) -> list[str]:
+        """Name what the norms before a site multiply by."""
+        return [one.name for one in self.attributions[site.name].incoming if one.role == "scale"]
+
+    def multiplies(self, site: SiteReport) -> bool:
+        """Whether a site's output is multiplied with other activations, as the scores of an attention are."""
+        reader = self.attributions[site.name].no_outgoing
+        return reader.startswith(tuple(f"`{name}`" for name in ("matmul", "bmm", "baddbmm", "einsum")))
+
+    def step(self, name: str) -> float:
+        """Divide the first update of some weights by their size; NaN where it is not known.
+
+        That of Adam is the learning rate, whatever the gradient; that of SGD goes on for 1 / (1 - momentum) steps.
+        """
+        group, known = self.groups.get(name), self.measured.get(name)
+        if group is None or known is None or not known.rms:
+            return math.nan
+        if group.kind == "adam":
+            return group.lr / known.rms
+        if group.kind != "sgd" or self.clipped:
+            return math.nan
+        return group.lr / (1 - min(group.momentum, 0.999)) * known.gradient / (known.rms * math.sqrt(known.entries))
+
     def layer(self, name: str) -> nn.Module | None:
         """Find the module that owns a parameter."""
         return self.modules.get(name.rpartition(".")[0])

@@ -9,6 +9,7 @@ from lightning_deadrelu.findings import Confidence, Finding
 from lightning_deadrelu.statistics import SiteReport
 
 _SEEN_DEAD = 0.1
+_FAST = 0.1  # of the weights' size
 _SOFTMAX = ("`softmax`", "`log_softmax`")
 
 
@@ -58,10 +59,10 @@ def relu_output(scene: Scene) -> list[Finding]:
 
 
 def attention_relu(scene: Scene) -> list[Finding]:
-    """Find rectifiers in a net that scores for a softmax, other than that of the model's output."""
+    """Find rectifiers in a net that scores for an attention: for a softmax, or for a sum of values that runs away."""
     sites = [s for s in scene.sites if _scores(scene, s)]
     if not sites:
-        return []
+        return _runaway(scene)
     worst = max(sites, key=lambda site: site.dead_fraction)
     return [
         Finding(
@@ -72,6 +73,28 @@ def attention_relu(scene: Scene) -> list[Finding]:
             confidence=_sure(worst),
             edit=f"take nn.Tanh() for `{worst.name}`",
             source="Bahdanau et al. 2015, arXiv 1409.0473",
+        )
+    ]
+
+
+def _runaway(scene: Scene) -> list[Finding]:
+    """Find scores without a softmax that move far at the first step: their gradient is a sum over all values."""
+    steps = [
+        (scene.step(name), site, name) for site in scene.sites if scene.multiplies(site) for name in scene.weights(site)
+    ]
+    fast = [one for one in steps if one[0] > _FAST]
+    if not fast:
+        return []
+    step, site, name = max(fast, key=lambda one: one[0])
+    return [
+        Finding(
+            cause="attention_relu",
+            where=site.name,
+            evidence=f"what it puts out multiplies other activations, without a softmax, and the first steps move"
+            f" `{name}` by {step:.1%} of its size; {_dead(site)}",
+            confidence="likely",
+            edit=f"divide what `{site.name}` puts out by the number of values that are summed",
+            source="Wortsman et al. 2023, arXiv 2309.08586",
         )
     ]
 

@@ -18,7 +18,7 @@ _LARGE_GRADIENT = 10.0  # times what it is usually clipped to
 
 def bias_decay(scene: Scene) -> list[Finding]:
     """Find biases and norms before a rectifier that decay fast."""
-    names = [name for site in scene.sites if (name := scene.bias(site)) in scene.groups]
+    names = [name for site in scene.sites for name in (scene.bias(site), *scene.scales(site)) if name in scene.groups]
     strong = [name for name in dict.fromkeys(names) if _decays(scene.groups[name])]
     if not strong:
         return []
@@ -30,7 +30,7 @@ def bias_decay(scene: Scene) -> list[Finding]:
             cause="bias_decay",
             where=strong[0],
             evidence=f"weight_decay={group.weight_decay:g} of {group.optimizer} at a learning rate of {group.peak:g}"
-            f" holds for {len(strong)} biases and shifts before a ReLU ({listed(strong)}): {rate}",
+            f" holds for {len(strong)} biases and norms before a ReLU ({listed(strong)}): {rate}",
             confidence="likely" if half < _HALF_LIFE / 5 or group.weight_decay >= 10 * _L2_OF_ADAM else "possible",
             edit=f"{group.optimizer}(decay_groups(model, {group.weight_decay:g}), lr={group.peak:g})",
             source="He et al. 2019, arXiv 1812.01187; w <- (1 - lr * decay) w",
@@ -110,22 +110,10 @@ def no_schedule(scene: Scene) -> list[Finding]:
 
 def _largest(scene: Scene) -> tuple[str, float]:
     """Find the weights before a rectifier, without a norm, that the first steps move most, beside their size."""
-    names = {name for site in scene.sites if not scene.normed(site) for name in scene.weights(site)}
-    steps = {name: _step(scene, name) for name in sorted(names & scene.groups.keys() & scene.measured.keys())}
+    sites = [site for site in scene.sites if not scene.normed(site) and not scene.multiplies(site)]
+    steps = {name: scene.step(name) for site in sites for name in scene.weights(site)}
     known = {name: step for name, step in steps.items() if not math.isnan(step)}
     return max(known.items(), key=lambda item: item[1], default=("", 0.0))
-
-
-def _step(scene: Scene, name: str) -> float:
-    """Divide the first update by the weights; that of Adam is the learning rate, that of SGD goes on with momentum."""
-    group, known = scene.groups[name], scene.measured[name]
-    if not known.rms:
-        return math.nan
-    if group.kind == "adam":
-        return group.lr / known.rms
-    if group.kind != "sgd" or scene.clipped:
-        return math.nan
-    return group.lr / (1 - min(group.momentum, 0.999)) * known.gradient / (known.rms * math.sqrt(known.entries))
 
 
 def _is_high(scene: Scene, name: str, step: float) -> bool:
