@@ -1,170 +1,163 @@
-"""Time inside the monitor, as a share of the step time of the same run.
+"""What watching costs, beside other trackers, in one run and one table.
 
-    python tests/benchmarks/cost.py [--steps 100] [--threads 2] [--device cpu]
+    python tests/benchmarks/cost.py [--rounds 10] [--threads 2] [--models MLP] [--device cuda]
 
-Three models are trained by a real Trainer: an MLP, a ResNet-18 and four OPT blocks. Every entry of the
-monitor is timed: its hooks, the probe's share of each torch call, and the verdicts with their merge and
-logging. The first steps are warm-up. Limits: 1 % with default settings, 4 % when every step is observed.
+An MLP, a ResNet-18 and four OPT blocks are trained by a real Trainer, in which the callbacks take turns of ten
+steps. Two measures: the time inside a callback as a share of the time of its own steps, verdicts and logging included;
+and how much longer its steps are than those without a callback in the same round, with a 95 % interval. Then the cost
+of one observation against the bytes of the activations it reads, at batch sizes x1, x2 and x4, with a least-squares
+line. With ``--device cuda`` the table of ``cost_gpu.py`` follows; ``--gpu-models small`` runs its code on a CPU.
 """
 
 import argparse
-import logging
+import statistics
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers.logger import DummyLogger
+from cost_gpu import print_gpu
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from trackers import TRACKERS
 from transformers import OPTConfig, OPTModel, ResNetConfig, ResNetModel
+from turns import ALONE, Build, compare, share_inside, slowdown
 
 from lightning_deadrelu import DeadReLUMonitor
-from lightning_deadrelu.probe import Probe
+from lightning_deadrelu.watch import Watch
 
-WARM_UP = 12
-SETTINGS = {"defaults": ({}, 0.01), "every step": ({"every_n_steps": 1}, 0.04)}
-HOOKS = ("on_train_batch_start", "on_before_backward", "on_train_batch_end")
-PROBE = ("_enter_module", "_leave_module", "_find", "_note")
+DEFAULTS, EVERY_STEP, EVIDENCE = "ours, defaults", "ours, every step", "ours, defaults, and gradient evidence"
+LIMITS = {DEFAULTS: 0.005, EVERY_STEP: 0.03, EVIDENCE: 0.008}
 
 
-def mlp() -> tuple[nn.Module, Tensor]:
+def mlp(scale: int = 1) -> tuple[nn.Module, Tensor]:
     sizes = (784, 2048, 2048, 2048)
     layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
-    return nn.Sequential(*layers, nn.Linear(2048, 10)), torch.randn(256, 784)
+    return nn.Sequential(*layers, nn.Linear(2048, 10)), torch.randn(256 * scale, 784)
 
 
-def resnet18() -> tuple[nn.Module, Tensor]:
+def resnet18(scale: int = 1) -> tuple[nn.Module, Tensor]:
     config = ResNetConfig(embedding_size=64, hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2], layer_type="basic")
-    return ResNetModel(config), torch.randn(32, 3, 64, 64)
+    return ResNetModel(config), torch.randn(32 * scale, 3, 64, 64)
 
 
-def opt_blocks() -> tuple[nn.Module, Tensor]:
+def opt_blocks(scale: int = 1) -> tuple[nn.Module, Tensor]:
     sizes = {"hidden_size": 512, "word_embed_proj_dim": 512, "ffn_dim": 2048, "num_hidden_layers": 4}
     config = OPTConfig(vocab_size=1000, num_attention_heads=8, activation_function="relu", dropout=0.0, **sizes)
-    return OPTModel(config), torch.randint(0, 1000, (8, 128))
+    return OPTModel(config), torch.randint(0, 1000, (8 * scale, 128))
 
 
-MODELS = {"MLP 784-2048-2048-2048-10, batch 256": mlp, "ResNet-18 on 3x64x64, batch 32": resnet18}
-MODELS["4 OPT blocks, d 512, FFN 2048, 8x128 tokens"] = opt_blocks
+MODELS: dict[str, Callable[..., tuple[nn.Module, Tensor]]] = {
+    "MLP 784-2048-2048-2048-10, batch 256": mlp,
+    "ResNet-18 on 3x64x64, batch 32": resnet18,
+    "4 OPT blocks, d 512, FFN 2048, 8x128 tokens": opt_blocks,
+}
 
 
-class Net(LightningModule):
-    """Any model, trained on one batch again and again."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        output = self.model(batch)
-        return (output if isinstance(output, Tensor) else output[0]).square().mean()
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=1e-4)
+def contestants() -> dict[str, Callback | None]:
+    """Make one of each; gradient evidence where this version has it."""
+    found: dict[str, Callback | None] = {ALONE: None, DEFAULTS: DeadReLUMonitor(name="defaults")}
+    found[EVERY_STEP] = DeadReLUMonitor(name="every_step", every_n_steps=1)
+    with suppress(MisconfigurationException):
+        found[EVIDENCE] = DeadReLUMonitor(name="evidence", gradient_evidence=True)
+    return found | {name: tracker() for name, tracker in TRACKERS.items()}
 
 
-class Stopwatch:
-    """Add up the time spent in functions that do not call each other."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            result = function(*args, **kwargs)
-            self.seconds += time.perf_counter() - start
-            return result
-
-        return timed
+def rows(build: Build, rounds: int, device: str = "cpu") -> list[list[str]]:
+    """Compare all callbacks on one model: name, ms per step, share inside, limit, how much longer steps are."""
+    blocks = compare(build, contestants(), rounds, device=device)
+    table = []
+    for name, own in blocks.items():
+        middle, low, high = slowdown(own, blocks[ALONE])
+        inside = share_inside(own) if device == "cpu" else 0.0
+        limit = f"{LIMITS[name]:.1%}" if name in LIMITS else ""
+        table.append([name, f"{statistics.median(block.step for block in own) * 1e3:.1f}"])
+        others = ["", "", ""] if name == ALONE else [f"{inside:.2%}", limit, f"{middle:+.1%} [{low:+.1%}, {high:+.1%}]"]
+        table[-1] += others
+    return table
 
 
-class Steps(Callback):
-    """Take the times between steps, and forget the warm-up."""
+class Cost(NamedTuple):
+    """The activations that one observation reads, in MiB, and what it takes, in ms."""
 
-    def __init__(self, inside: Stopwatch) -> None:
-        self._inside = inside
-        self.start = 0.0
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if batch_idx == WARM_UP:
-            _wait(pl_module.device)
-            self._inside.seconds, self.start = 0.0, time.perf_counter()
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _wait(pl_module.device)
-        self.seconds = time.perf_counter() - self.start
-        self.share = self._inside.seconds / self.seconds  # without the table at the end, which comes once in a run
+    size: float
+    took: float
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-@contextmanager
-def instrumented(inside: Stopwatch) -> Iterator[None]:
-    """Time every entry into the monitor."""
-    originals = [
-        (owner, name, getattr(owner, name))
-        for owner, names in ((DeadReLUMonitor, HOOKS), (Probe, PROBE))
-        for name in names
-    ]
-    for owner, name, function in originals:
-        setattr(owner, name, inside.around(function))
-    try:
-        yield
-    finally:
-        for owner, name, function in originals:
-            setattr(owner, name, function)
-
-
-def measure(
-    build: Callable[[], tuple[nn.Module, Tensor]], steps: int, device: str, **settings: Any
-) -> tuple[float, float]:
-    """Return the seconds per step, and the share of them spent inside the monitor."""
+def observation(build: Build, repeats: int) -> Cost:
+    """Time the counting of one observation, without the forward that it watches: the median of some."""
     torch.manual_seed(0)
     model, batch = build()
-    inside = Stopwatch()
-    clock, monitor = Steps(inside), DeadReLUMonitor(**settings)
-    with instrumented(inside):
-        trainer = Trainer(
-            accelerator=device,
-            devices=1,
-            max_steps=steps,
-            callbacks=[clock, monitor],
-            logger=DummyLogger(),  # takes scalars: pictures come a few times in a run, and have a table of their own
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        trainer.fit(Net(model), DataLoader([batch] * steps, batch_size=None))
-    assert monitor.report is not None
-    return clock.seconds / (steps - WARM_UP), clock.share
+    watch, inside, size = Watch(model, window=repeats + 2), 0.0, 0
+    take = watch.probe._sink
+
+    def timed(*call: object) -> None:
+        nonlocal inside, size
+        start = time.perf_counter()
+        take(*call)
+        inside += time.perf_counter() - start
+        size += call[2].nbytes  # type: ignore[attr-defined]
+
+    watch.probe._sink, taken = timed, []
+    for _ in range(repeats + 2):
+        inside, size = 0.0, 0
+        with watch.probe, torch.no_grad():
+            model(batch)
+        start = time.perf_counter()
+        watch.liveness.fold()
+        taken.append(inside + time.perf_counter() - start)
+    return Cost(size / 2**20, statistics.median(taken[2:]) * 1e3)
+
+
+def line(costs: list[Cost]) -> tuple[float, float, float]:
+    """Fit cost = a + b * size by least squares: slope in ms per MiB, intercept in ms, and R^2.
+
+    Example:
+        >>> line([Cost(1.0, 3.0), Cost(2.0, 5.0), Cost(4.0, 9.0)])
+        (2.0, 1.0, 1.0)
+    """
+    sizes, took = zip(*costs, strict=True)
+    fit = statistics.linear_regression(sizes, took)
+    return fit.slope, fit.intercept, statistics.correlation(sizes, took) ** 2
+
+
+def print_linear(models: dict[str, Callable[..., tuple[nn.Module, Tensor]]], repeats: int, console: Console) -> None:
+    table = Table("model", "MiB read", "ms per observation", "ms per MiB", "fixed, ms", "R^2")
+    for name, build in models.items():
+        costs = [observation(partial(build, scale), repeats) for scale in (1, 2, 4)]
+        slope, fixed, fit = line(costs)
+        size, took = (" / ".join(f"{value:.1f}" for value in values) for values in zip(*costs, strict=True))
+        table.add_row(name, size, took, f"{slope:.3f}", f"{fixed:.2f}", f"{fit:.3f}")
+    console.print("One observation: counting what it reads, and adding it up; batch x1, x2, x4", table, sep="\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=112)
+    parser.add_argument("--rounds", type=int, default=10, help="turns of ten steps; the tenth has the verdict")
+    parser.add_argument("--repeats", type=int, default=20, help="observations per size")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cpu")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
-    table = Table("model", "setting", "ms per step", "inside the monitor", "limit")
-    for name, build in MODELS.items():
-        for setting, (options, limit) in SETTINGS.items():
-            seconds, share = measure(build, arguments.steps, arguments.device, **options)
-            table.add_row(name, setting, f"{seconds * 1e3:.1f}", f"{share:.2%}", f"{limit:.0%}")
-    Console(width=110).print(table)
+    parser.add_argument("--models", default="", help="part of a model's name")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--gpu-models", choices=["small", "large"], help="also without a GPU; large on one")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    console = Console(width=120)
+    models = {name: build for name, build in MODELS.items() if options.models in name}
+    if options.device == "cpu" and not options.gpu_models:
+        for name, build in models.items():
+            table = Table("callback", "ms per step", "inside it", "limit", "steps longer by", title=name)
+            for row in rows(build, options.rounds):
+                table.add_row(*row)
+            console.print(table)
+        print_linear(models, options.repeats, console)
+    else:
+        print_gpu(options.device, options.gpu_models or "large", options.rounds, contestants, console)
 
 
 if __name__ == "__main__":
