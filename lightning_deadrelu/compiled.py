@@ -70,13 +70,14 @@ class Compiled:
         self._met: set[int] = set()
         self._doubted: set[int] = set()
         self._proven = False
-        self._counting = False
+        self.counting = False
+        """Whether a batch is being observed in compiled code."""
 
     def begin(self) -> Observing | None:
         """Start a batch, and tell with which backend; None to run it eagerly."""
         self._met, self._backends = set(), []
-        self._counting = self._backend is not None and not self.refusal and not self._blocked()
-        if not self._counting:
+        self.counting = self._backend is not None and not self.refusal and not self._blocked()
+        if not self.counting:
             return None
         Observing.current = weakref.ref(self)
         return self._backend
@@ -99,15 +100,15 @@ class Compiled:
 
     def displace(self) -> None:
         """Go on eagerly in a batch that was begun compiled."""
-        self._counting = False
+        self.counting = False
 
     def end(self) -> None:
         """End a batch's forwards."""
-        if self._counting:
+        if self.counting:
             self._check()
         elif self._met:
             self._settle()
-        self._counting = False
+        self.counting = False
 
     def _settle(self) -> None:
         """Learn from an eager batch."""
@@ -158,7 +159,7 @@ class Compiled:
 
     def take(self, calls: Sequence[Seen], sizes: Sequence[Any], fired: Tensor, rest: Tensor) -> None:
         """Add what a graph has counted."""
-        if not self._counting or recomputes():
+        if not self.counting or recomputes():
             return
         units = [call.site.units for call in calls]
         columns = [column.split(units) for column in rest.clone().view(3, -1)]  # a CUDA graph reuses its outputs
@@ -214,7 +215,9 @@ class Observing:
 
 
 def _watching() -> Compiled | None:
-    return Observing.current() if Observing.current else None
+    """The watch of the present batch, unless its forwards are over: an optimizer may be compiled too."""
+    watch = Observing.current() if Observing.current else None
+    return watch if watch and (watch.counting or recomputes()) else None
 
 
 class _Region:

@@ -3,6 +3,7 @@
 The probe is a :class:`~torch.overrides.TorchFunctionMode` plus two global module hooks, all of them in
 place only between :meth:`Probe.arm` and :meth:`Probe.disarm`. Nothing is attached to the model, so it can
 be copied, pickled, compiled and exported at any time.
+Compiled code, which neither mode nor hooks could see, runs eagerly meanwhile, or in a version that counts by itself.
 """
 
 from __future__ import annotations

@@ -82,3 +82,52 @@ def test_gradients_are_asked_without_waiting_for_the_device():
     last, proved = watch.liveness.totals().to_host().maxima[[1, 4]]
     assert (proved >= 0).any()
     assert (last[proved >= 0] >= 0).all()
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiled_code_counts_as_eager_code_does(mode, autocast):
+    """Also where CUDA graphs reuse the memory of their outputs."""
+    torch.compiler.reset()
+    model = net().cuda()
+    batches = [torch.randn(8, 3, 12, 12, device="cuda") for _ in range(6)]
+    watches = []
+    for run in (model, torch.compile(model, mode=mode)):
+        watch = Watch(model, rules=Rules(1), window=len(batches))
+        for number, batch in enumerate(batches):
+            watch.liveness.observation = number
+            with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast), watch.probe:
+                loss = run(batch).float().square().mean()
+            loss.backward()
+        assert watch.probe.failure is None
+        watches.append(watch)
+    assert watches[1].compiled.refusal == ""
+    assert watches[1].compiled._proven
+    eager, compiled = (
+        judge(watch.liveness.totals().to_host(), History.empty(), watch.sites, Rules(1))[0] for watch in watches
+    )
+    for one, other in zip(eager.sites, compiled.sites, strict=True):
+        assert (one.name, one.samples, one.elements) == (other.name, other.samples, other.elements)
+        assert torch.equal(one.dead, other.dead)
+        torch.testing.assert_close(one.firing_rate, other.firing_rate, atol=0.02, rtol=0)
+    torch.compiler.reset()
+
+
+def test_compiled_code_waits_for_nothing_between_windows():
+    torch.compiler.reset()
+    model = net().cuda()
+    run, batch = torch.compile(model, mode="reduce-overhead"), torch.randn(8, 3, 12, 12, device="cuda")
+    watch = Watch(model, rules=Rules(1), window=20)
+    for number in range(10):
+        watch.liveness.observation = number
+        torch.cuda.set_sync_debug_mode("error" if number > 5 else "default")  # those before compile and record
+        try:
+            with watch.probe:
+                loss = run(batch).square().mean()
+            loss.backward()
+            watch.liveness.fold()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert watch.compiled._proven
+    assert watch.compiled.refusal == ""
+    torch.compiler.reset()
