@@ -337,7 +337,7 @@ class Monitoring(Callback):
         if self.report_dir and self.report:
             from lightning_deadrelu.page import write
 
-            write(self.report, self._raster, self.events, self.attribution, self.report_dir, self.deaths)
+            write(self.report, self._raster, self.events, self.attribution, self.report_dir, self.deaths, self.findings)
 
     def summary(self) -> str:
         """Tell what became of each site over the run, in the order of execution, under a sentence that says it all."""

@@ -28,6 +28,7 @@ from lightning_deadrelu.story import (
 )
 
 if TYPE_CHECKING:
+    from lightning_deadrelu.findings import Finding
     from lightning_deadrelu.ladder import Event
     from lightning_deadrelu.postmortem import Wave
     from lightning_deadrelu.slices import Attribution
@@ -45,6 +46,7 @@ def write(
     attribution: Mapping[str, Attribution] | None,
     folder: str | Path,
     deaths: Iterable[Wave] = (),
+    findings: Iterable[Finding] = (),
 ) -> tuple[Path, Path]:
     """Write ``report.json`` and ``report.html``.
 
@@ -55,15 +57,16 @@ def write(
         attribution: What is known of what feeds and reads each site.
         folder: Where to; made if it is not there.
         deaths: When units died, and why.
+        findings: Of the check-up.
 
     Returns:
         The paths of both.
     """
-    folder, events, deaths = Path(folder), list(events), list(deaths)
+    folder, events, deaths, findings = Path(folder), list(events), list(deaths), list(findings)
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / "report.json", folder / "report.html"
     for path, content in zip(paths, (to_json, to_html), strict=True):
-        path.write_text(content(report, raster, events, attribution, deaths), encoding="utf-8")
+        path.write_text(content(report, raster, events, attribution, deaths, findings), encoding="utf-8")
     return paths
 
 
@@ -76,6 +79,7 @@ def to_json(
     events: Iterable[Event] = (),
     attribution: Mapping[str, Attribution] | None = None,
     deaths: Iterable[Wave] = (),
+    findings: Iterable[Finding] = (),
 ) -> str:
     """Write verdicts, curves, events and refusals as strict JSON; what is not finite becomes null.
 
@@ -85,6 +89,7 @@ def to_json(
         events: What was done.
         attribution: What is known of what feeds and reads each site.
         deaths: When units died, and why.
+        findings: Of the check-up.
 
     Example:
         >>> json.loads(to_json(LivenessReport(())))["conclusion"]
@@ -96,6 +101,7 @@ def to_json(
         **report.to_dict(),
         "run": [_run_of(story) for story in stories(report, raster, events)],
         "curves": _curves_of(raster),
+        "findings": [finding.to_dict() for finding in findings],
         "deaths": [wave.to_dict() for wave in deaths],
         "events": [event._asdict() for event in events],
         "refused": refused(report, events, attribution or {}),
@@ -130,6 +136,7 @@ def to_html(
     events: Iterable[Event] = (),
     attribution: Mapping[str, Attribution] | None = None,
     deaths: Iterable[Wave] = (),
+    findings: Iterable[Finding] = (),
 ) -> str:
     """Write a page that stands alone: pictures are in it, and it asks for nothing.
 
@@ -139,6 +146,7 @@ def to_html(
         events: What was done.
         attribution: What is known of what feeds and reads each site.
         deaths: When units died, and why.
+        findings: Of the check-up.
 
     Example:
         >>> to_html(LivenessReport(())).startswith("<!DOCTYPE html>")
@@ -148,7 +156,7 @@ def to_html(
     told = stories(report, raster, events)
     history = raster if raster and raster.steps else None
     parts = [_tiles(report, history, told), _over_time(history, events) if history else ""]
-    parts += [_deaths(list(deaths)), _depth(told)]
+    parts += [_findings(findings), _deaths(list(deaths)), _depth(told)]
     parts += [_heat(history) if history else "", _table(told), _rasters(history, told) if history else ""]
     parts += [_events(events), _refusals(refused(report, events, attribution or {}))]
     return Template(_beside("page.html")).substitute(
@@ -311,10 +319,19 @@ def _first_step(wave: Wave) -> int:
     return wave.first_step
 
 
+def _findings(findings: Iterable[Finding]) -> str:
+    rows = [
+        f'<td class="name"><code>{escape(found.where)}</code></td><td>{_coded(found.evidence)}</td>{_named(found)}'
+        for found in findings
+    ]
+    return f"<h2>What the check-up found</h2>{_grid(('where', 'evidence', 'cause', 'try'), rows)}" if rows else ""
+
+
 def _cause(wave: Wave) -> str:
-    found = wave.finding
-    if found is None:
-        return "<td>unknown</td><td></td>"
+    return _named(wave.finding) if wave.finding else "<td>unknown</td><td></td>"
+
+
+def _named(found: Finding) -> str:
     cause = f"<td><code>{escape(found.cause)}</code><br>{found.confidence}</td>"
     return f'{cause}<td><code>{escape(found.edit)}</code><br><span class="note">{escape(found.source)}</span></td>'
 

@@ -1,5 +1,6 @@
 """Check-up: each finding appears where its cause was planted, and not in the healthy twin."""
 
+import json
 import math
 from itertools import pairwise
 
@@ -404,6 +405,17 @@ def test_it_is_told_once_and_changes_nothing():
     assert watched.report.to_dict() == bare.report.to_dict()
     assert bare.findings == ()
     assert watchers() == []
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_it_is_on_the_page_and_in_json(tmp_path):
+    monitor = DeadReLUMonitor(checkup=True, report_dir=str(tmp_path), **EVERYTHING)
+    fit(Trained(planted("negative")), loader(4), monitor)
+    written = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert written["findings"] == [finding.to_dict() for finding in monitor.findings] != []
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("What the check-up found") == 1
+    assert "<code>negative_bias</code>" in page
 
 
 @pytest.mark.filterwarnings("ignore")
