@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from toys import Loader, Net, Verdicts, assert_alike, assert_same, batches, fit, reports_of
+from toys import Loader, Net, Verdicts, assert_alike, assert_same, batches, fit, mlp, reports_of
 from two_ranks import ddp_trainer, on_two_ranks, shares
 
 from lightning_deadrelu.remedies import BiasWarming, Reset, Write
@@ -306,9 +306,9 @@ def test_all_ways_of_sharding_are_followed_and_written_to():
 class Ailing(Net):
     """Learns from a share of its own on each rank, and validates in between."""
 
-    def __init__(self, sharded):
+    def __init__(self, sharded, net=Block):
         torch.manual_seed(2)
-        super().__init__(Block(), 0.01)
+        super().__init__(net(), 0.01)
         self.sharded = sharded
 
     def configure_model(self):
@@ -329,7 +329,7 @@ def repair(rank, sharded):
     for case in REMEDIES:
         monitor = Verdicts(every_n_steps=1, window=3, min_samples=1, threshold=0.0, remedy=REMEDIES[case])
         trainer = (fsdp_trainer if sharded else ddp_trainer)(callbacks=[monitor], max_epochs=2)
-        model = Ailing(sharded)
+        model = Ailing(sharded, mlp if case == "reset" else Block)  # new units are chosen behind linear layers alone
         trainer.fit(model, batches(9, 16 + rank, seed=rank), batches(1))
         state = state_of(model, trainer.optimizers[0])
         found[case] = [*map(str, monitor.events)], state, reports_of(monitor), str(monitor.attribution)
