@@ -5,7 +5,7 @@
 Each row plants one cause in a small network on scikit-learn's digits, most of them by a script of ``examples/causes``,
 and trains it for 300 to 480 steps with ``DeadReLUMonitor(checkup=True, every_n_steps=1)``. Width, depth and learning
 rate vary with the seed: widths of 48, 64 and 96, two or three hidden layers, and learning rates up to a quarter lower
-or higher. What was named first is the surest of ``monitor.findings`` and of the findings of ``monitor.deaths``, those
+or higher, such that units die in every run. What was named first is the surest of ``monitor.findings`` and of the findings of ``monitor.deaths``, those
 of the check-up first where equally sure; "upstream_death" and "born_dead" say where and when, not why, and are passed
 over. The GAN and the attention die of their rectifiers at this learning rate, and a lower one is a cure as well: either
 name is right. Of the last two there is no name to be right. Then healthy set-ups (``healthy.py``), of which nothing
@@ -75,23 +75,23 @@ class Shape(NamedTuple):
 
 
 def gradient_spike(shape: Shape) -> Setup:
-    """Weigh the loss of one batch ten thousand times: its inputs are as ever."""
-    losses = iter(10_000.0 if step == STEPS // 2 else 1.0 for step in range(STEPS))
+    """Weigh the loss of one batch a thousand times; its inputs are as ever."""
+    losses = iter(1_000.0 if step == STEPS // 2 else 1.0 for step in range(STEPS))
 
     def loss(output, labels):
         return nn.functional.cross_entropy(output, labels) * next(losses)
 
-    return shape.setup(shape.network, sgd(0.02 * shape.factor, momentum=0.0), loss=loss)
+    return shape.setup(shape.network, sgd(0.02 * shape.factor), loss=loss)
 
 
 def learning_rate_spike(shape: Shape) -> Setup:
-    """Multiply the learning rate by 100 for five steps, as a wrong restart does."""
+    """Multiply the learning rate by 100 for three steps, as a wrong restart does."""
     setup = shape.setup(shape.network, sgd(0.02 * shape.factor))
 
     class Restarting(Learner):
         def configure_optimizers(self):
             optimizer = super().configure_optimizers()
-            spike = range(STEPS // 2, STEPS // 2 + 5)
+            spike = range(STEPS // 2, STEPS // 2 + 3)
             schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 100.0 if step in spike else 1.0)
             return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
