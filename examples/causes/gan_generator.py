@@ -52,7 +52,7 @@ class GAN(LightningModule):
         return [torch.optim.Adam(player.parameters(), self.lr, betas=(0.5, 0.999)) for player in players]
 
 
-def build(cured: bool, *, seed: int = 0, width: int = 64, lr: float = 0.01, steps: int = 400) -> Setup:
+def build(cured: bool, *, seed: int = 0, width: int = 64, lr: float = 0.01, steps: int = 250) -> Setup:
     torch.manual_seed(seed)
     images, _ = digits(raw=True)
     normalised = (lambda: nn.Sequential(nn.BatchNorm1d(width), nn.ReLU())) if cured else nn.ReLU
