@@ -17,7 +17,7 @@ MARGIN = 4.0
 _LARGE, _SMALL = 2.0, 0.2  # times He's standard deviation
 _PYTORCH = 1 / math.sqrt(6)
 _NARROW, _DEEP = 10, 3  # units; layers of at most so many
-_XAVIER_FROM = 1000  # entries that tell Xavier's value from others
+_XAVIER_FROM = 100  # entries that tell Xavier's value from others
 _TRANSPOSED = nn.modules.conv._ConvTransposeNd
 
 
@@ -28,13 +28,13 @@ def bad_init(scene: Scene) -> list[Finding]:
     plain = [site for site in scene.sites if not scene.normed(site) and len(scene.weights(site)) == 1]
     large = [site for site in plain if _of_he(scene, site)[0] > _LARGE]
     if large:
-        return [_badly_drawn(scene, large, "that grows the signal", "likely")]
+        return [_badly_drawn(scene, large, "the signal grows from layer to layer", "likely")]
     small = _longest(scene, lambda site: _of_he(scene, site)[1] < _SMALL)
     if len(small) > 1:
-        return [_badly_drawn(scene, small, "that all but ends the signal", "likely")]
+        return [_badly_drawn(scene, small, "the signal all but ends", "likely")]
     xavier = _longest(scene, lambda site: _is_xavier(scene, site))
     if len(xavier) > 1 and all(_rules_out(scene, xavier, other) for other in (1.0, _PYTORCH)):
-        words = f"Xavier's, which keeps {_of_he(scene, xavier[0])[2] ** 2:.0%} of the signal's variance per layer"
+        words = f"it is Xavier's, which keeps {_of_he(scene, xavier[0])[2] ** 2:.0%} of the signal's variance per layer"
         return [_badly_drawn(scene, xavier, words, "likely" if len(xavier) > 4 else "possible")]
     return []
 
@@ -42,11 +42,12 @@ def bad_init(scene: Scene) -> list[Finding]:
 def _badly_drawn(scene: Scene, sites: Sequence[SiteReport], words: str, confidence: Confidence) -> Finding:
     names = [scene.weights(site)[0] for site in sites]
     he = math.sqrt(2 / _fan_in(scene, names[0]))
+    more = f"; the same with {listed(names[1:])}" if len(names) > 1 else ""
     return Finding(
         cause="bad_init",
         where=names[0],
-        evidence=f"the weights of {len(names)} layers before a ReLU ({listed(names)}) have a standard deviation of"
-        f" {scene.measured[names[0]].rms:.3g} in the first, where He's is {he:.3g}: one {words}",
+        evidence=f"before a ReLU, weights have a standard deviation of {scene.measured[names[0]].rms:.3g}, where He's"
+        f" is {he:.3g}: {words}{more}",
         confidence=confidence,
         edit="init_for_relu_(model, batch)",
         source="He et al. 2015, arXiv 1502.01852",
