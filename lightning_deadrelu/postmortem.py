@@ -447,8 +447,8 @@ def _spiked(victims: Victims, rows: Rows) -> _Cause | None:
     inputs = [_spike(rows, f"input_{number}", first, ended) for number in range(3)]
     largest = max((spike for spike in inputs if spike), key=lambda spike: spike.ratio, default=None)
     if rate and not (gradient and gradient.step < rate.step):
-        evidence = f"{_told('the learning rate', rate, first)}, from {rate.usual:.2g} to {rate.value:.2g}"
-        edit = f"lr={rate.usual:.2g}"
+        evidence = f"{_told('the learning rate', rate, first)}, from {rate.usual:.4g} to {rate.value:.4g}"
+        edit = f"lr={rate.usual:.4g}"
         return _Cause("learning_rate_spike", evidence, "likely", edit, "Goyal et al. 2017, arXiv 1706.02677")
     if largest and not (gradient and gradient.step < largest.step):
         evidence = f"{_told('the largest input', largest, first)}, to {largest.value:.2g}"

@@ -19,6 +19,7 @@ _RUN, _RUNS = 16, 1_000  # entries side by side, of an input
 _INPUTS = 3
 _COLUMNS = ("gradient", "bias_gradient", "loss", *(f"input_{number}" for number in range(_INPUTS)))
 _PLANS = 8
+_GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class Rows(NamedTuple):
@@ -281,7 +282,24 @@ def _cut(gradient: Tensor, entries: int) -> _Cut | None:
     size = gradient.numel()
     if size <= entries:
         return None
-    return _Cut(entries, coprime(size // entries, size), gradient.stride() if _is_dense(gradient) else ())
+    stride = coprime(_between_rows(size / entries, size // len(gradient)), size)
+    return _Cut(entries, stride, gradient.stride() if _is_dense(gradient) else ())
+
+
+def _between_rows(stride: float, row: int) -> int:
+    """Shorten a stride of more than a row, so that it does not meet every second row alone: by a golden section.
+
+    Example:
+        >>> _between_rows(1024, row=512), _between_rows(100, row=512)
+        (828, 100)
+    """
+    rows = stride / row
+    if rows < 1:
+        return int(stride)
+    best = max(
+        part for part in (math.floor(rows) - 1 + _GOLDEN, math.floor(rows) + 1 - _GOLDEN, _GOLDEN) if part <= rows
+    )
+    return int(best * row)
 
 
 def coprime(stride: int, size: int) -> int:
