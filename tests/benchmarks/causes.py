@@ -179,9 +179,9 @@ class Outcome(NamedTuple):
         return self.findings[0].cause if self.findings else "nothing"
 
 
-def outcome(setup: Setup) -> Outcome:
+def outcome(setup: Setup, every: int = 1) -> Outcome:
     start = time.perf_counter()
-    monitor = train(setup, checkup=True)
+    monitor = train(setup, checkup=True, every_n_steps=every)
     dead = max((site.dead_fraction for site in monitor.report.sites), default=0.0)
     return Outcome(dead, named(monitor), time.perf_counter() - start)
 
@@ -192,20 +192,20 @@ def named(monitor: Recorder) -> tuple[Finding, ...]:
     return ranked([finding for finding in found if finding.cause not in NOT_CAUSES])
 
 
-def confusion(seeds: int, only: list[str] | None, details: bool) -> Table:
+def confusion(seeds: range, every: int, only: list[str] | None, details: bool) -> Table:
     table = Table(
         "planted", "named first", "also named", "right", "dead, worst layer", "seconds", title="planted causes"
     )
     right = of = 0
     for name in only or PLANTED:
         row, outcomes = PLANTED[name], []
-        for seed in range(seeds):
-            outcomes.append(outcome(row.build(Shape.of(seed))))
+        for seed in seeds:
+            outcomes.append(outcome(row.build(Shape.of(seed)), every))
             if details:
                 print(name, seed, Shape.of(seed), f"dead {outcomes[-1].dead:.0%}", *outcomes[-1].findings, sep="\n  ")
         hits = sum(one.first in row.causes for one in outcomes)
-        right, of = right + hits, of + seeds
-        table.add_row(name, *_cells(outcomes), f"{hits} of {seeds}", *_means(outcomes))
+        right, of = right + hits, of + len(seeds)
+        table.add_row(name, *_cells(outcomes), f"{hits} of {len(seeds)}", *_means(outcomes))
     table.caption = f"{right} of {of} named right at first"
     return table
 
@@ -221,14 +221,14 @@ def _means(outcomes: list[Outcome]) -> tuple[str, str]:
     return f"{sum(o.dead for o in outcomes) / number:.0%}", f"{sum(o.seconds for o in outcomes) / number:.1f}"
 
 
-def alarms(seeds: int, details: bool) -> Table:
+def alarms(seeds: range, every: int, details: bool) -> Table:
     table = Table("healthy", "runs", "named", "dead, worst layer", "seconds", title="healthy set-ups")
     silent = of = 0
     for name, build in healthy.SETUPS.items():
-        outcomes = [outcome(build(seed)) for seed in range(seeds)]
+        outcomes = [outcome(build(seed), every) for seed in seeds]
         said = Counter(f"{f.cause} ({f.confidence})" for one in outcomes for f in one.findings)
-        silent, of = silent + sum(not one.findings for one in outcomes), of + seeds
-        table.add_row(name, str(seeds), ", ".join(f"{k} {v}" for k, v in said.items()) or "-", *_means(outcomes))
+        silent, of = silent + sum(not one.findings for one in outcomes), of + len(seeds)
+        table.add_row(name, str(len(seeds)), ", ".join(f"{k} {v}" for k, v in said.items()) or "-", *_means(outcomes))
         if details:
             print(name, *(finding for one in outcomes for finding in one.findings), sep="\n  ")
     table.caption = f"{silent} of {of} runs without a finding"
@@ -239,15 +239,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--healthy", type=int, default=3, help="seeds of each healthy set-up")
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--every", type=int, default=1, help="every_n_steps of the monitor; 10 is its default")
     parser.add_argument("--only", choices=list(PLANTED), action="append", help="may be given several times")
     parser.add_argument("--details", action="store_true", help="print every finding")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     console = Console(width=150)
-    if arguments.seeds:
-        console.print(confusion(arguments.seeds, arguments.only, arguments.details))
-    if arguments.healthy and not arguments.only:
-        console.print(alarms(arguments.healthy, arguments.details))
+    seeds, others = (range(arguments.first, arguments.first + n) for n in (arguments.seeds, arguments.healthy))
+    if seeds:
+        console.print(confusion(seeds, arguments.every, arguments.only, arguments.details))
+    if others and not arguments.only:
+        console.print(alarms(others, arguments.every, arguments.details))
 
 
 if __name__ == "__main__":
