@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 _SHARDED = frozenset({"FSDPStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy"})
 _AVERAGING = frozenset({"WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging"})
-_FORMAT = 5  # of the saved state
+_FORMAT = 6  # of the saved state
 _SAVED = ("batches", "observing", "observation", "steps", "step", "judged", "unjudged", "score")
 
 
@@ -301,7 +301,7 @@ class Monitoring(Callback):
         patient = trainer.lightning_module, trainer.optimizers
         waves = self._inquest.look(report, totals, notes, self._watch.sites, self._record.peaks, patient)
         if close:
-            self._inquest.close(totals, notes, waves)
+            self._inquest.close(totals, notes, self._watch.sites, trainer.lightning_module, waves)
         else:
             self._inquest.keep_open(waves)
         for wave in waves:

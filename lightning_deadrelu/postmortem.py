@@ -40,13 +40,18 @@ class Feed(NamedTuple):
 
     Args:
         bias: The bias, or BatchNorm's beta.
-        square: Mean square of the incoming weights, of a sample of them.
-        mean: Mean of the incoming weights, of a sample of them.
+        square: Mean square of the incoming weights, of a sample from the whole site.
+        mean: Mean of the incoming weights, of a sample from the whole site.
     """
 
     bias: Tensor
     square: Tensor
     mean: Tensor
+
+    @classmethod
+    def unknown(cls, units: int) -> Feed:
+        """Know nothing."""
+        return cls(*torch.full((3, units), math.nan))
 
     def of(self, units: Tensor) -> Feed:
         """Choose units."""

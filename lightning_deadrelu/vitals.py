@@ -325,6 +325,20 @@ def _entries(gradient: Tensor, cut: _Cut | None) -> Tensor:
     return gradient.as_strided((cut.number,), (cut.stride,))
 
 
+def spread(x: Tensor, most: int) -> Tensor:
+    """Return evenly strided entries of a tensor, at most so many, without reading the others.
+
+    Args:
+        x: Any shape.
+        most: How many.
+
+    Example:
+        >>> spread(torch.arange(12).view(3, 4), 3)
+        tensor([0, 1, 2])
+    """
+    return _entries(x, _cut(x, most))
+
+
 def _squares(plan: _Plan, gradients: Sequence[Tensor | None]) -> Tensor:
     """Estimate the sums of squares of all gradients and of the rectifiers' biases', shape ``(2,)``: four kernels."""
     parts = [_entries(_local(gradients[place]), cut) for place, cut in zip(plan.places, plan.cuts, strict=True)]
