@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import deque
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from lightning_deadrelu.vitals import Vitals, off_centre
 
 _LEAST_ROWS, _MOST_ROWS = 1024, 8192
 _WAVES = 100
+
+T = TypeVar("T")
 
 
 class Notes(NamedTuple):
@@ -55,6 +58,20 @@ class Inquest:
         self._feeds = Feeds()
         self._met = 0
         self._centre: Tensor | None = None
+        self.failure: Exception | None = None
+        """What went wrong; nothing more is noted since."""
+
+    def _guard(self, step: Callable[..., T], *args: Any) -> T | None:
+        """Take a step; an error ends the vital signs, and not the counts, which need none of them."""
+        if self.failure is None:
+            try:
+                return step(*args)
+            except Exception as error:
+                self.failure = error
+                warnings.warn(
+                    f"The vital signs of the run are kept no longer; watching goes on. {error!r}", stacklevel=2
+                )
+        return None
 
     @property
     def waves(self) -> tuple[Wave, ...]:
@@ -71,6 +88,9 @@ class Inquest:
             model: The model.
             sites: The sites met so far.
         """
+        self._guard(self._before_step, optimizer, model, sites)
+
+    def _before_step(self, optimizer: Optimizer, model: nn.Module, sites: Sequence[Site]) -> None:
         if len(sites) != self._met:
             sources = sources_of(sites, model)
             self.vitals.biases = {id(source.bias) for source in sources if source.bias is not None}
@@ -86,6 +106,9 @@ class Inquest:
             batch: What it was given.
             step: The training batch, as loggers count, once the last of those that accumulate is done; else None.
         """
+        self._guard(self._after_batch, loss, batch, step)
+
+    def _after_batch(self, loss: Any, batch: Any, step: int | None) -> None:
         if self._centre is None:
             self._centre = off_centre(batch)
         self.vitals.note_batch(loss, batch)
@@ -131,6 +154,17 @@ class Inquest:
             peaks: Largest inputs in the windows before, by site, shape ``(windows, units)``.
             patient: The model and its optimizers.
         """
+        return self._guard(self._explained, report, totals, notes, sites, peaks, patient) or ()
+
+    def _explained(
+        self,
+        report: LivenessReport,
+        totals: Totals,
+        notes: Notes,
+        sites: Sequence[Site],
+        peaks: Mapping[str, Tensor],
+        patient: tuple[nn.Module, Sequence[Optimizer]],
+    ) -> tuple[Wave, ...]:
         if not report.total("newly_dead"):
             return ()
         model, optimizers = patient

@@ -96,7 +96,7 @@ class Vitals:
         self._host: deque[tuple[int, float]] = deque(maxlen=rows)
         self.travelled = 0.0
         """Sum of the learning rates of all steps so far, the times that decay has acted, as it were."""
-        self._plans: dict[tuple[int, tuple[bool, ...]], _Plan] = {}
+        self._plans: dict[tuple[int, tuple[int, ...]], _Plan] = {}
         self._biases: frozenset[int] = frozenset()
         self._open()
 
@@ -131,12 +131,15 @@ class Vitals:
         """
         held = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [p.grad for p in held]
-        key = id(optimizer), tuple([gradient is not None for gradient in gradients])
         with torch._C.DisableTorchFunction():  # a forward may be watched, which this is no part of
+            key = id(optimizer), tuple([_size(gradient) for gradient in gradients])
             plan = self._plans.get(key) or self._planned(key, held, gradients)
             if plan.places:
                 squares = _squares(plan, gradients)
-                self._squares = squares if self._squares is None else self._squares + squares
+                if self._squares is None:
+                    self._squares = squares
+                elif self._squares.device == squares.device:
+                    self._squares = self._squares + squares
         rates = [group.get("lr") for group in optimizer.param_groups]
         self._rate = max([self._rate, *(rate for rate in rates if isinstance(rate, (int, float)))], key=_or_lowest)
 
@@ -182,7 +185,8 @@ class Vitals:
 
     def _row(self, like: Tensor) -> Tensor:
         missing = like.new_full((1,), math.nan)
-        squares = missing.expand(2) if self._squares is None else self._squares
+        known = self._squares is not None and self._squares.device == like.device
+        squares = self._squares if known and self._squares is not None else missing.expand(2)
         cells = [squares, *(_cell(one, like) for one in (self._loss, *self._inputs))]
         return torch.cat([*cells, *([missing] * (_INPUTS - len(self._inputs)))])
 
@@ -254,6 +258,11 @@ def _planned(held: Sequence[Tensor], gradients: Sequence[Tensor | None], biases:
     return _Plan(tuple(chosen), cuts, torch.stack([whole, whole * mine]))
 
 
+def _size(gradient: Tensor | None) -> int:
+    """Tell how much there is to read: a layer may be exchanged, and a gradient sparse in some steps alone."""
+    return -1 if gradient is None or gradient.layout != torch.strided else gradient.numel()
+
+
 def _is_readable(gradient: Tensor) -> bool:
     return gradient.layout == torch.strided and gradient.is_floating_point() and _local(gradient).numel() > 0
 
@@ -299,7 +308,7 @@ def _between_rows(stride: float, row: int) -> int:
     best = max(
         part for part in (math.floor(rows) - 1 + _GOLDEN, math.floor(rows) + 1 - _GOLDEN, _GOLDEN) if part <= rows
     )
-    return int(best * row)
+    return max(int(best * row), 1)
 
 
 def coprime(stride: int, size: int) -> int:
@@ -355,7 +364,12 @@ def _floats(batch: Any) -> list[Tensor]:
     for x in _leaves(batch):
         if len(found) < _INPUTS and type(x) is Tensor and x.is_floating_point() and x.numel():
             found.append(x)
-    return [x for x in found if x.layout == torch.strided]
+    return [x for x in found if _has_values(x)]
+
+
+def _has_values(x: Tensor) -> bool:
+    """Whether it can be computed with; numbers of 8 bits cannot."""
+    return x.layout == torch.strided and not x.is_nested and not x.is_meta and x.element_size() > 1
 
 
 def _leaves(batch: Any, depth: int = 3) -> Iterator[Any]:

@@ -388,6 +388,14 @@ def test_the_monitor_finds_what_the_function_finds(kind, lr):
     assert bool(mine) == (kind != "healthy" or lr > 0.01)
 
 
+def test_double_precision_is_looked_at_too():
+    def found(dtype):
+        model = planted("negative").to(dtype)
+        return [one.cause for one in checkup(model, torch.optim.SGD(model.parameters(), lr=0.1), data().to(dtype))]
+
+    assert found(torch.float64) == found(torch.float32) != []
+
+
 @pytest.mark.filterwarnings("default")
 def test_it_is_told_once_and_changes_nothing():
     def run(**options):

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch import Callback
 from torch import nn
-from toys import Net, batches, fit, mlp
+from toys import EVERYTHING, Loader, Net, batches, fit, mlp, tensors
 
 from lightning_deadrelu import DeadReLUMonitor
-from lightning_deadrelu.vitals import Vitals, coprime, off_centre
+from lightning_deadrelu.vitals import Vitals, coprime, off_centre, spread
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -192,3 +192,88 @@ def test_off_centre_sees_each_feature():
     assert off_centre(x) < 0.1
     assert off_centre(x + torch.tensor([5.0, -5.0, 0.0])) == pytest.approx((50 / 3) ** 0.5, rel=0.05)
     assert off_centre([torch.arange(3)]) is None
+
+
+# -- what it must never cost --------------------------------------------------------------------------------
+
+
+class Beside(Net):
+    """Its batches hold something beside the inputs."""
+
+    def training_step(self, batch, batch_idx):
+        return (self(batch["x"]) - 1).pow(2).mean()
+
+    def transfer_batch_to_device(self, batch, device, dataloader_idx):
+        return batch
+
+
+class Exchanged(Net):
+    """Gets another head, in the same place."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.net[4] = nn.Linear(6, 50 * batch_idx + 1)
+        self.trainer.optimizers[0].param_groups[0]["params"] = list(self.net.parameters())
+
+
+class Sparse(Net):
+    """Has a gradient that is sparse at times."""
+
+    def __init__(self, net=None, **settings):
+        super().__init__(net, **settings)
+        self.table = nn.Parameter(torch.ones(300, 4))
+
+    def training_step(self, batch, batch_idx):
+        rows = nn.functional.embedding(torch.tensor([1, 2]), self.table, sparse=batch_idx % 2 == 1)
+        return super().training_step(batch + rows.mean(), batch_idx)
+
+
+@pytest.mark.parametrize("kind", ["nested", "float8"])
+def test_odd_inputs_are_passed_over(kind):
+    ones = torch.ones(3, 3)
+    beside = torch.nested.nested_tensor(list(ones)) if kind == "nested" else ones.to(torch.float8_e4m3fn)
+    monitor = DeadReLUMonitor(**EVERYTHING)
+    fit(Beside(), Loader([{"a": beside, "x": x} for x in tensors(8)]), monitor)
+    assert monitor.report["net.1"].samples == 20
+    assert monitor._inquest.failure is None
+
+
+@pytest.mark.parametrize("model", [Exchanged, Sparse])
+def test_gradients_that_change_their_form(model):
+    monitor = DeadReLUMonitor(**EVERYTHING)
+    fit(model(optimizer=torch.optim.SGD), Loader(tensors(8)), monitor)
+    assert monitor.report["net.1"].samples == 20
+    assert monitor._inquest.failure is None
+    rows = monitor._inquest.vitals.read(monitor._inquest.vitals.ring)
+    assert rows.column("gradient").isfinite().all()
+
+
+def test_optimizers_on_several_devices():
+    vitals = Vitals(rows=4)
+    for device in ("cpu", "meta"):
+        layer = nn.Linear(3, 2, device=device)
+        layer(torch.ones(1, 3, device=device)).sum().backward()
+        vitals.note_gradients(torch.optim.SGD(layer.parameters(), lr=0.1))
+    vitals.close(step=0)
+    vitals.note_gradients(torch.optim.SGD(layer.parameters(), lr=0.1))
+    vitals.close(step=1)
+    first, second = vitals.read(vitals.ring).column("gradient").tolist()
+    assert first == pytest.approx(math.sqrt(8))
+    assert math.isnan(second)
+
+
+@pytest.mark.parametrize("place", ["off_centre", "explain"])
+def test_a_failure_costs_the_vital_signs_alone(place, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("a bug of ours")
+
+    monkeypatch.setattr(f"lightning_deadrelu.inquest.{place}", broken)
+    monitor = DeadReLUMonitor(**EVERYTHING)
+    with pytest.warns(UserWarning, match="kept no longer.*a bug of ours") as record:
+        fit(Net(), Loader(tensors(8)), monitor)
+    assert sum("a bug of ours" in str(one.message) for one in record) == 1
+    assert monitor.report["net.1"].dead.sum() == 3
+    assert monitor.deaths == ()
+
+
+def test_vectors_of_any_size_are_spread():
+    assert all(len(spread(torch.arange(size), 256).unique()) == min(size, 256) for size in range(1, 1100))

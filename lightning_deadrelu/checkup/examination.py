@@ -186,11 +186,13 @@ def _is_plain(parameter: Tensor) -> bool:
     return parameter.is_floating_point() and parameter.numel() > 0 and parameter.device.type != "meta"
 
 
+def _norm(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)))
+
+
 def _measured(parameter: Tensor, gradient: Tensor | None) -> Measured:
-    norm = float(torch.linalg.vector_norm(parameter, dtype=torch.float32))
+    norm = _norm(parameter)
     known = gradient is not None and gradient.layout is torch.strided and not hasattr(gradient, "device_mesh")
-    slope = (
-        float(torch.linalg.vector_norm(gradient, dtype=torch.float32)) if known and gradient is not None else math.nan
-    )
+    slope = _norm(gradient) if known and gradient is not None else math.nan
     negative = float((parameter < 0).float().mean()) if parameter.ndim < 2 else 0.0
     return Measured(parameter.numel(), norm / math.sqrt(parameter.numel()), negative, slope)
