@@ -12,6 +12,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from types import CodeType
 from typing import Any, ClassVar, NamedTuple, cast
 
 from torch import Tensor, nn
@@ -50,6 +51,7 @@ class Compiled:
         add: Takes counts of a site, by its number.
         name: Names a site, by its number.
         blocked: Tells whether something needs eager code at present.
+        complete: Tells whether all rectifiers have run: one that has not may be in no compiled code, and run unseen.
     """
 
     def __init__(
@@ -59,8 +61,9 @@ class Compiled:
         add: Callable[[int, Counts], None],
         name: Callable[[int], str],
         blocked: Callable[[], bool],
+        complete: Callable[[], bool],
     ) -> None:
-        self.probe = probe
+        self.probe, self._complete = probe, complete
         self._index, self._add, self._name, self._blocked = index, add, name, blocked
         self.refusal = ""
         """Why observed batches run eagerly for good; empty if they need not."""
@@ -79,6 +82,7 @@ class Compiled:
         self.counting = self._backend is not None and not self.refusal and not self._blocked()
         if not self.counting:
             return None
+        _make_room()
         Observing.current = weakref.ref(self)
         return self._backend
 
@@ -114,8 +118,10 @@ class Compiled:
         """Learn from an eager batch."""
         self._expected = self._met
         backends = self._backends or []
-        same = backends and all(other == backends[0] for other in backends)
-        self._backend = Observing(backends[0]) if same else None
+        if not backends or any(other != backends[0] for other in backends):
+            self.refuse("some sites are not in compiled code, or others than that of the rest")
+        elif self._complete():
+            self._backend = Observing(backends[0])
         if lost := self._doubted & self._met:
             names = ", ".join(f"`{self._name(place)}`" for place in sorted(lost))
             warnings.warn(
@@ -196,6 +202,7 @@ class Observing:
         """Compile a graph that counts; the graph as it is where that fails."""
         watch = _watching()
         try:
+            _note_graph()
             calls = watch.plan(graph, inputs) if watch else []
             if not watch or not calls:
                 return self.backend(graph, inputs)
@@ -212,6 +219,34 @@ class Observing:
         if watch:
             watch.refuse(f"{type(error).__name__}: {error}")
         return self.backend(graph, inputs)
+
+
+_graphs: weakref.WeakKeyDictionary[CodeType, int] = weakref.WeakKeyDictionary()  # made by us, by the code they are of
+_room = 0
+
+
+def _note_graph() -> None:
+    """Remember that the code being compiled has one graph more than its user asked for."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    code = InstructionTranslator.current_tx().output.root_tx.f_code
+    _graphs[code] = _graphs.get(code, 0) + 1
+    _make_room()
+
+
+def _make_room() -> None:
+    """Let each code have our graphs, and one to come, beside those that its user's limit allows.
+
+    At the limit a model with ``fullgraph=True`` fails. The graphs stay when the watch ends, and so does the room.
+    """
+    global _room
+    from torch._dynamo import config
+
+    more = max(_graphs.values(), default=0) + 1 - _room
+    if more > 0:
+        config.recompile_limit += more
+        config.accumulated_recompile_limit += more
+        _room += more
 
 
 def _watching() -> Compiled | None:
@@ -298,6 +333,13 @@ def _home() -> nn.Module | None:
     return None
 
 
+def _has_own_limit(callback: Any) -> bool:
+    """Whether a region has a limit of recompilations of its own, which leaves our graphs no room."""
+    while callback is not None and getattr(callback, "_recompile_limit", None) is None:
+        callback = getattr(callback, "_torchdynamo_orig_backend", None)
+    return callback is not None
+
+
 def _region() -> Any:
     """The backend of the compiled region that is running, eagerly at present; None outside and where it is left.
 
@@ -315,10 +357,11 @@ def _region() -> Any:
             checkpointed = True
         elif code.co_filename != eval_frame.__file__:
             compilable = compilable or not (code.co_filename.startswith(_PACKAGE) or trace_rules.check(code))
-        elif code.co_name == "compile_wrapper" and (checkpointed or not compilable):
-            return None
         elif code.co_name == "compile_wrapper":
-            backend = eval_frame.innermost_backend(frame.f_locals["callback"])
+            callback = frame.f_locals["callback"]
+            if checkpointed or not compilable or _has_own_limit(callback):
+                return None
+            backend = eval_frame.innermost_backend(callback)
         elif code.co_name == "_fn":  # not to be compiled
             return backend
         frame = frame.f_back  # type: ignore[assignment]

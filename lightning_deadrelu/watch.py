@@ -61,7 +61,9 @@ class Watch:
         self.device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
         self.liveness = self._new_liveness()
         self.probe = Probe(model, self._take, unit_dims, keep_fused)
-        self.compiled = Compiled(self.probe, self._index, self._add_counts, self._name, self._needs_values)
+        self.compiled = Compiled(
+            self.probe, self._index, self._add_counts, self._name, self._needs_values, self._is_complete
+        )
         self.probe.compiled = self.compiled
         self._tracer = Tracer(self.probe.model)
         self.valid: Tensor | None = None
@@ -187,13 +189,16 @@ class Watch:
 
     def unwatched(self) -> dict[str, str]:
         """Say, by name, why a rectifier of the model is not watched."""
-        owners = {site.owner for site in self.sites}
-        idle = {
-            path: "it has not run while observed"
-            for name, module in self._model.named_modules()
-            if (path := clean(name)) not in owners and is_rectifier_module(module) and _is_exact(module)
-        }
-        return {**{path: why for path, why in idle.items() if path not in self.probe.unwatched}, **self.probe.unwatched}
+        return {**dict.fromkeys(self._idle(), "it has not run while observed"), **self.probe.unwatched}
+
+    def _is_complete(self) -> bool:
+        return not self._idle()
+
+    def _idle(self) -> list[str]:
+        """List the rectifiers that have not run yet."""
+        known = {*(site.owner for site in self.sites), *self.probe.unwatched}
+        exact = (clean(n) for n, m in self._model.named_modules() if is_rectifier_module(m) and _is_exact(m))
+        return [path for path in exact if path not in known]
 
     def check_patterns(self) -> None:
         """Refuse patterns that match nothing that ran or is known to exist.

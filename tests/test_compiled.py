@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
-from toys import Net, assert_alike, batches, fit, mlp
+from toys import Loader, Net, assert_alike, batches, fit, mlp
 from two_ranks import ddp_trainer, on_two_ranks
 
 from lightning_deadrelu import DeadReLUMonitor
@@ -501,3 +501,53 @@ def test_what_ddp_splits_is_observed_in_some_way(monkeypatch):
     known = on_two_ranks(partial(distributed, way=nothing))
     seen = on_two_ranks(partial(distributed, way=lightning_whole, strategy=small))
     assert seen[0][0]["sites"][0]["dead"] == known[0][0]["sites"][0]["dead"]
+
+
+# -- what must not be lost, nor lose -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [None, 5])
+def test_the_users_limit_of_graphs_is_for_the_users_graphs(limit):
+    def train_on_five_sizes(*watching):
+        torch.manual_seed(0)
+        options = {} if limit is None else {"recompile_limit": limit}
+        model = Plain(torch.compile(mlp(3), backend="aot_eager", dynamic=False, fullgraph=True, **options))
+        fit(model, Loader(rows([2 + n % 5 for n in range(20)])), *watching)
+        return list(model.parameters())
+
+    with torch._dynamo.config.patch(recompile_limit=5):
+        weights = train_on_five_sizes()
+        torch._dynamo.reset()
+        monitor = DeadReLUMonitor(every_n_steps=2, window=2, min_samples=1)
+        others = train_on_five_sizes(monitor)
+    assert monitor.report.sites[0].samples
+    assert all(map(torch.equal, weights, others))
+
+
+class Trunk(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.relu = nn.Linear(4, 8), nn.ReLU()
+
+    def forward(self, x):
+        return self.relu(self.fc(x))
+
+
+class Branched(Net):
+    """Its trunk is compiled, and a head that is not runs in some batches alone."""
+
+    def __init__(self, turns):
+        super().__init__(nn.ModuleDict({"trunk": Trunk(), "head": nn.Sequential(nn.Linear(8, 5), nn.ReLU())}))
+        self.turns = turns
+        self.net["trunk"].compile(backend="aot_eager")
+
+    def training_step(self, batch, batch_idx):
+        h = self.net["trunk"](batch)
+        return (self.net["head"](h) if batch_idx in self.turns else h).square().mean()
+
+
+@pytest.mark.parametrize("turns", [{0, 2, 4, 6}, {1, 3, 5, 7}, {4, 5, 6, 7}])
+def test_what_runs_at_times_outside_of_compiled_code_is_seen(turns):
+    monitor = DeadReLUMonitor(every_n_steps=1, window=8, min_samples=1)
+    fit(Branched(turns), Loader(rows([5] * 8)), monitor)
+    assert [site.samples for site in monitor.report.sites] in ([40, 20], [20, 40])
