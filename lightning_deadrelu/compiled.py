@@ -222,7 +222,7 @@ class Observing:
 
 
 _graphs: weakref.WeakKeyDictionary[CodeType, int] = weakref.WeakKeyDictionary()  # made by us, by the code they are of
-_room = 0
+_room = {"recompile_limit": (0, 0), "accumulated_recompile_limit": (0, 0)}  # each limit as we left it, and our share
 
 
 def _note_graph() -> None:
@@ -239,14 +239,14 @@ def _make_room() -> None:
 
     At the limit a model with ``fullgraph=True`` fails. The graphs stay when the watch ends, and so does the room.
     """
-    global _room
     from torch._dynamo import config
 
-    more = max(_graphs.values(), default=0) + 1 - _room
-    if more > 0:
-        config.recompile_limit += more
-        config.accumulated_recompile_limit += more
-        _room += more
+    share = max(_graphs.values(), default=0) + 1
+    for name, (left, ours) in _room.items():
+        limit = getattr(config, name)
+        users = limit - ours if limit == left else limit  # it may have been set anew
+        setattr(config, name, users + share)
+        _room[name] = users + share, share
 
 
 def _watching() -> Compiled | None:

@@ -413,7 +413,7 @@ def test_a_site_that_is_lost_later_is_told_loudly():
     model = mlp()
     run = torch.compile(model, backend="aot_eager")
     watch = train(model, run, rows())
-    with torch._dynamo.config.patch(recompile_limit=1), watch.probe:
+    with torch._dynamo.config.patch(recompile_limit=-99), watch.probe:
         run(torch.randn(4, 4).double().float()[:, :].requires_grad_())  # what would need another graph runs eagerly
     assert "nothing was counted" in watch.compiled.refusal
     with pytest.warns(UserWarning, match=r"nothing was counted of `1`, `3`.*recompile_limit"), watch.probe:
