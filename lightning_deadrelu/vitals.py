@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 # PyTorch parts work on 32,768 entries or more among the threads of a CPU, which costs more than the work
-_ENTRIES, _READ = 256, 16_000  # of one gradient and of all: to read 10 million takes 4 % of a step on a CPU
-_PARAMETERS = 128
-_RUN, _RUNS = 16, 1_000  # entries side by side, of an input
+_ENTRIES, _READ = 256, 4_096  # of one gradient and of all: to read 10 million takes 4 % of a step on a CPU
+_PARAMETERS = 32
+_RUN, _RUNS = 4, 256  # entries side by side, of an input
+_WAITING = 64  # steps
 _INPUTS = 3
 _COLUMNS = ("gradient", "bias_gradient", "loss", *(f"input_{number}" for number in range(_INPUTS)))
 _PLANS = 8
@@ -54,7 +55,7 @@ class _Plan(NamedTuple):
 
     Args:
         places: Which of the optimizer's parameters.
-        cuts: For each, which entries; None for all.
+        cuts: For each, the stride between entries and the layout for which it holds; None where all are read.
         weights: How many entries each one read stands for; and the same for the rectifiers' biases, for all others
             0. Shape ``(2, entries)``.
     """
@@ -64,11 +65,30 @@ class _Plan(NamedTuple):
     weights: Tensor
 
 
+class _Noted:
+    """What was noted of a step, just as it was read: to reduce many steps at once takes a fraction of the time.
+
+    Args:
+        rate: The largest learning rate; NaN where none was seen.
+        gradients: The entries read, by plan.
+        loss: The loss.
+        inputs: Entries of each input.
+    """
+
+    __slots__ = ("gradients", "inputs", "loss", "rate")
+
+    def __init__(self) -> None:
+        self.rate = math.nan
+        self.gradients: dict[int, tuple[_Plan, Tensor]] = {}
+        self.loss: Tensor | None = None
+        self.inputs: list[Tensor] = []
+
+
 class Vitals:
     """Note at each step, without waiting for the device, what tells later why units died.
 
     A row is an optimizer step of the loop: a training batch, or several that accumulate. Of a parameter with more than
-    256 entries only 256 evenly strided ones are read, each standing for its neighbours, and of more than 128 parameters
+    256 entries only 256 evenly strided ones are read, each standing for its neighbours, and of more than 32 parameters
     an even choice; so the norm of the gradients is an estimate. It is taken before any clipping. Under FSDP it is of
     the local shard. Where an optimizer unscales the gradients of mixed precision itself (a fused one), it is of scaled
     gradients, and ratios alone count.
@@ -98,17 +118,13 @@ class Vitals:
         """Sum of the learning rates of all steps so far, the times that decay has acted, as it were."""
         self._plans: dict[tuple[int, tuple[int, ...]], _Plan] = {}
         self._biases: frozenset[int] = frozenset()
-        self._open()
-
-    def _open(self) -> None:
-        self._squares: Tensor | None = None
-        self._loss: Tensor | None = None
-        self._inputs: list[Tensor] = []
-        self._rate = math.nan
+        self._now = _Noted()
+        self._waiting: list[_Noted] = []
 
     @property
     def ring(self) -> Tensor:
         """All rows as they lie on the device, shape ``(rows, 6)``; to be handed to :meth:`read`, from the host."""
+        self._reduce()
         return torch.empty(0, len(_COLUMNS)) if self._ring is None else self._ring
 
     @property
@@ -124,10 +140,10 @@ class Vitals:
 
     @torch.no_grad()
     def note_gradients(self, optimizer: Optimizer) -> None:
-        """Estimate the norm of the gradients, before a step and before they are clipped.
+        """Read the gradients, before a step and before they are clipped.
 
         Args:
-            optimizer: Which is about to step; several in one batch add up.
+            optimizer: Which is about to step; several in one batch add up, of steps of the same one the last counts.
         """
         held = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [p.grad for p in held]
@@ -135,13 +151,11 @@ class Vitals:
             key = id(optimizer), tuple([_size(gradient) for gradient in gradients])
             plan = self._plans.get(key) or self._planned(key, held, gradients)
             if plan.places:
-                squares = _squares(plan, gradients)
-                if self._squares is None:
-                    self._squares = squares
-                elif self._squares.device == squares.device:
-                    self._squares = self._squares + squares
+                parts = [_entries(_local(gradients[at]), cut) for at, cut in zip(plan.places, plan.cuts, strict=True)]
+                self._now.gradients[id(optimizer)] = plan, torch.cat(parts)
         rates = [group.get("lr") for group in optimizer.param_groups]
-        self._rate = max([self._rate, *(rate for rate in rates if isinstance(rate, (int, float)))], key=_or_lowest)
+        known = [rate for rate in rates if isinstance(rate, (int, float))]
+        self._now.rate = max([self._now.rate, *known], key=_or_lowest)
 
     def _planned(self, key: Any, held: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> _Plan:
         if len(self._plans) >= _PLANS:
@@ -157,14 +171,16 @@ class Vitals:
             loss: What the training step returned, if a tensor of one element.
             batch: What it was given.
         """
-        if isinstance(loss, Tensor) and loss.numel() == 1:
-            self._loss = loss.detach()
         with torch._C.DisableTorchFunction():
-            inputs = [_largest(x) for x in _floats(batch)]
-        before = self._inputs if len(self._inputs) == len(inputs) else inputs
-        self._inputs = [
-            torch.fmax(old, new) if old is not new else new for old, new in zip(before, inputs, strict=True)
-        ]
+            if isinstance(loss, Tensor) and loss.numel() == 1:
+                self._now.loss = loss.detach().clone()
+            inputs = [_sample(x.detach()) for x in _floats(batch)]
+            if self._now.inputs:  # of a batch before, with which this one accumulates
+                inputs = [
+                    torch.cat([old.flatten(), new.flatten()])
+                    for old, new in zip(self._now.inputs, inputs, strict=False)
+                ]
+            self._now.inputs = inputs
 
     @torch.no_grad()
     def close(self, step: int) -> None:
@@ -173,22 +189,27 @@ class Vitals:
         Args:
             step: The training batch, as loggers count.
         """
-        known = [part for part in (self._squares, self._loss, *self._inputs) if part is not None]
-        if self._ring is None and known:
-            self._ring = torch.full((self._size, len(_COLUMNS)), math.nan, device=known[0].device)
-        if self._ring is not None:
-            self._ring[self._written % self._size] = self._row(self._ring)
-            self._host.append((step, self._rate))
-            self._written += 1
-            self.travelled += 0.0 if math.isnan(self._rate) else self._rate
-        self._open()
+        noted, self._now = self._now, _Noted()
+        if self._host or noted.gradients or noted.loss is not None or noted.inputs:
+            self._waiting.append(noted)
+            self._host.append((step, noted.rate))
+            self.travelled += 0.0 if math.isnan(noted.rate) else noted.rate
+        if len(self._waiting) >= min(_WAITING, self._size):
+            self._reduce()
 
-    def _row(self, like: Tensor) -> Tensor:
-        missing = like.new_full((1,), math.nan)
-        known = self._squares is not None and self._squares.device == like.device
-        squares = self._squares if known and self._squares is not None else missing.expand(2)
-        cells = [squares, *(_cell(one, like) for one in (self._loss, *self._inputs))]
-        return torch.cat([*cells, *([missing] * (_INPUTS - len(self._inputs)))])
+    @torch.no_grad()
+    def _reduce(self) -> None:
+        """Make rows of what waits."""
+        if not self._waiting:
+            return
+        rows = _rows(self._waiting)
+        if self._ring is None:
+            self._ring = torch.full((self._size, len(_COLUMNS)), math.nan, device=rows.device)
+        start = self._written % self._size
+        self._ring[start : start + len(rows)] = rows[: self._size - start]
+        self._ring[: max(0, start + len(rows) - self._size)] = rows[self._size - start :]
+        self._written += len(rows)
+        self._waiting.clear()
 
     def read(self, ring: Tensor) -> Rows:
         """Put rows in order.
@@ -218,7 +239,7 @@ class Vitals:
         rows = state["rows"][-self._size :]
         self.travelled = state["travelled"]
         self._host = deque(((step, rate) for step, rate in state["host"]), maxlen=self._size)
-        self._written = len(rows)
+        self._written = self._reduced = len(rows)
         self._ring = torch.full((self._size, len(_COLUMNS)), math.nan, device=device) if len(rows) else None
         if self._ring is not None:
             self._ring[: len(rows)] = rows.to(device)
@@ -228,10 +249,22 @@ def _or_lowest(number: float) -> float:
     return -math.inf if math.isnan(number) else number
 
 
-def _cell(value: Tensor | None, like: Tensor) -> Tensor:
-    if value is None or value.device != like.device:  # a copy between devices could wait
-        return like.new_full((1,), math.nan)
-    return value.reshape(1).to(like.dtype)
+def _rows(noted: Sequence[_Noted]) -> Tensor:
+    """Reduce what was read to rows of the ring, a kernel at a time for all steps."""
+    known = (x for one in noted for x in (*(read for _, read in one.gradients.values()), one.loss, *one.inputs))
+    device = next((x.device for x in known if x is not None), torch.device("cpu"))
+    missing = torch.full((2,), math.nan, device=device)
+    columns = [_squares(noted, missing), _together([one.loss for one in noted], missing[:1])]
+    for place in range(_INPUTS):
+        inputs = [one.inputs[place] if place < len(one.inputs) else None for one in noted]
+        columns.append(_together([None if x is None else x.abs().amax() for x in inputs], missing[:1]))
+    return torch.cat(columns, 1)
+
+
+def _together(cells: Sequence[Tensor | None], missing: Tensor) -> Tensor:
+    """Stack cells; what is not there, or on another device, from where a copy could wait, is missing."""
+    here = [missing if cell is None or cell.device != missing.device else cell for cell in cells]
+    return torch.stack([cell.reshape(-1).to(missing.dtype) for cell in here])
 
 
 # -- gradients -------------------------------------------------------------------------------------------
@@ -348,11 +381,17 @@ def spread(x: Tensor, most: int) -> Tensor:
     return _entries(x, _cut(x, most))
 
 
-def _squares(plan: _Plan, gradients: Sequence[Tensor | None]) -> Tensor:
-    """Estimate the sums of squares of all gradients and of the rectifiers' biases', shape ``(2,)``: four kernels."""
-    parts = [_entries(_local(gradients[place]), cut) for place, cut in zip(plan.places, plan.cuts, strict=True)]
-    read = torch.cat(parts).float()
-    return (plan.weights * read.square()).sum(1)
+def _squares(noted: Sequence[_Noted], missing: Tensor) -> Tensor:
+    """Estimate sums of squares of all gradients and of the rectifiers' biases', shape ``(steps, 2)``."""
+    cells: list[Tensor | None] = [None] * len(noted)
+    plans = {id(plan): plan for one in noted for plan, _ in one.gradients.values()}.values()
+    for plan in (plan for plan in plans if plan.weights.device == missing.device):
+        read = [(row, x) for row, one in enumerate(noted) for of, x in one.gradients.values() if of is plan]
+        sums = torch.stack([x for _, x in read]).float().square() @ plan.weights.T
+        for (row, _), cell in zip(read, sums.unbind(), strict=True):
+            before = cells[row]
+            cells[row] = cell if before is None else before + cell
+    return _together(cells, missing)
 
 
 # -- inputs ----------------------------------------------------------------------------------------------
@@ -361,7 +400,7 @@ def _squares(plan: _Plan, gradients: Sequence[Tensor | None]) -> Tensor:
 def _floats(batch: Any) -> list[Tensor]:
     """Find the first float tensors of a batch."""
     found: list[Tensor] = []
-    for x in _leaves(batch):
+    for x in [batch] if type(batch) is Tensor else _leaves(batch):
         if len(found) < _INPUTS and type(x) is Tensor and x.is_floating_point() and x.numel():
             found.append(x)
     return [x for x in found if _has_values(x)]
@@ -385,12 +424,13 @@ def _leaves(batch: Any, depth: int = 3) -> Iterator[Any]:
             yield from _leaves(one, depth - 1)
 
 
-def _largest(x: Tensor) -> Tensor:
-    """Return the largest absolute value, of a large tensor that among 1,000 evenly spread runs of 16 entries."""
-    if x.numel() > _RUN * _RUNS and _is_dense(x):
-        x = x.as_strided((_RUNS, _RUN), (coprime((x.numel() - _RUN) // _RUNS, x.numel()), 1))
-    lowest, highest = torch.aminmax(x.detach())
-    return torch.maximum(-lowest, highest)
+def _sample(x: Tensor) -> Tensor:
+    """Copy entries: all, or of a large tensor those of evenly spread runs, so that each row has some."""
+    if x.numel() <= _RUN * _RUNS:
+        return x.clone()
+    if not _is_dense(x):
+        return x.reshape(-1)[:: -(-x.numel() // (_RUN * _RUNS))].clone()
+    return x.as_strided((_RUNS, _RUN), (coprime((x.numel() - _RUN) // _RUNS, x.numel()), 1)).clone()
 
 
 @torch.no_grad()
