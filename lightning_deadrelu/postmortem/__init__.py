@@ -1,0 +1,7 @@
+"""Why units died: from what was noted before to a sentence and a cause. Pure."""
+
+from lightning_deadrelu.postmortem.explaining import explain
+from lightning_deadrelu.postmortem.victims import Feed, Victims
+from lightning_deadrelu.postmortem.waves import Wave, joined, told
+
+__all__ = ["Feed", "Victims", "Wave", "explain", "joined", "told"]

@@ -1,0 +1,145 @@
+"""What is known of units that have died."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+SHARE, UNITS = 0.05, 3  # of a site: what dies beside is told without a cause
+_DRIFT_WINDOWS = 4
+
+
+class Feed(NamedTuple):
+    """What feeds units at one time; tensors of shape ``(units,)``, NaN where it is not known.
+
+    Args:
+        bias: The bias, or BatchNorm's beta.
+        square: Mean square of the incoming weights, of a sample from the whole site.
+        mean: Mean of the incoming weights, of a sample from the whole site.
+    """
+
+    bias: Tensor
+    square: Tensor
+    mean: Tensor
+
+    @classmethod
+    def unknown(cls, units: int) -> Feed:
+        """Know nothing."""
+        return cls(*torch.full((3, units), math.nan))
+
+    def of(self, units: Tensor) -> Feed:
+        """Choose units."""
+        return Feed(*(values[units] for values in self))
+
+
+class Victims(NamedTuple):
+    """The newly dead of one site, and what is known of them; tensors of shape ``(victims,)``.
+
+    Args:
+        site: Its name.
+        size: Units of the site.
+        first: Whether no other rectifier comes before it.
+        born: Never fired.
+        last_fired: Step of the last observation in which each fired; -1 if none.
+        silent_from: Step of the first observation after.
+        constant: Whether the input did not vary in the window.
+        upstream: The nearest site before that is dead altogether; empty if none.
+        peaks: Largest input by window, the latest last, shape ``(windows, victims)``.
+        alive: What fed them at the start of the window in which they fired last.
+        now: What feeds them now.
+        start: What fed all units of the site at the start, shape ``(size,)`` each.
+        units: Which units they are.
+        fan_in: Weights per unit; 0 where it is not known.
+        decay: Weight decay of the bias.
+        left: What decay alone would have left of a bias since the start, 0 to 1.
+        adaptive: Whether the optimizer divides by the size of past gradients, as Adam does.
+        momentum: Of an optimizer that does not.
+    """
+
+    site: str
+    size: int
+    first: bool
+    units: Tensor
+    born: Tensor
+    last_fired: Tensor
+    silent_from: Tensor
+    constant: Tensor
+    upstream: str
+    peaks: Tensor
+    alive: Feed
+    now: Feed
+    start: Feed
+    fan_in: int = 0
+    decay: float = 0.0
+    left: float = 1.0
+    adaptive: bool = False
+    momentum: float = 0.0
+
+    def of(self, chosen: Tensor) -> Victims:
+        """Choose victims.
+
+        Args:
+            chosen: Boolean, shape ``(victims,)``.
+        """
+        names = ("units", "born", "last_fired", "silent_from", "constant")
+        cut: dict[str, Any] = {name: getattr(self, name)[chosen] for name in names}
+        return self._replace(**cut, peaks=self.peaks[:, chosen], alive=self.alive.of(chosen), now=self.now.of(chosen))
+
+    @property
+    def moved(self) -> float:
+        """Median change of the biases since the victims were alive; NaN where it is not known."""
+        return median(self.now.bias - self.alive.bias)
+
+
+def drifted(peaks: Tensor) -> Tensor:
+    """Tell whose peak had sunk over windows before it met zero: by half, and by more than it fell at the end."""
+    windows, units = peaks.shape
+    if windows <= _DRIFT_WINDOWS:
+        return torch.zeros(units, dtype=torch.bool)
+    before, now = peaks[:-1], peaks[-1]
+    fired = before > 0
+    order = torch.arange(1, windows)[:, None]
+    last = (fired * order).amax(0)  # 1 is the first window
+    end = torch.where(last > 0, before.gather(0, (last - 1).clamp(min=0)[None])[0], -math.inf)
+    top = before.amax(0)
+    sunk = (end <= top / 2) & (end - now <= top - end)
+    return sunk & (fired.sum(0) >= _DRIFT_WINDOWS) & peaks.isfinite().all(0)
+
+
+def together(victims: Victims) -> list[Victims]:
+    """Part victims where one interval of death ends before the next begins."""
+    parts: list[Victims] = []
+    left = victims
+    while len(left.units):
+        end = int(left.silent_from[left.last_fired.argmin()])
+        while True:  # chained: those who died a little later
+            part = left.last_fired < end
+            further = int(left.silent_from[part].max())
+            if further == end:
+                break
+            end = further
+        parts.append(left.of(part))
+        left = left.of(~part)
+    return parts
+
+
+def are_many(victims: Victims) -> bool:
+    """Whether so many of a site died that chance alone is no explanation."""
+    return len(victims.units) >= max(UNITS, SHARE * victims.size)
+
+
+def decayed(victims: Victims) -> Tensor:
+    """Tell who would fire with its first bias, of which decay has taken a good part."""
+    lost = victims.start.bias[victims.units] - victims.now.bias
+    sunk = victims.peaks.amax(0) - victims.peaks[-1]
+    shrunk = (victims.now.bias < 0.7 * victims.start.bias[victims.units]) & (victims.now.bias > -0.1 * lost)
+    return shrunk & (victims.peaks[-1] + lost > 0) & (lost >= sunk / 2) & (victims.left <= 0.8)
+
+
+def median(values: Tensor) -> float:
+    """Return the median of what is known; NaN where nothing is."""
+    known = values[values.isfinite()]
+    return float(known.median()) if len(known) else math.nan
