@@ -143,7 +143,8 @@ def follow(call: Call, known: Known) -> Lineage:
         (-1,)
     """
     weights, activations = _sorted_out(call, known)
-    others = [tensor for tensor in call.operands if _holds_numbers(tensor) and not _is_among(tensor, weights)]
+    operands = [tensor for tensor in call.operands if _holds_numbers(tensor) and tensor.ndim]  # a single number scales
+    others = [tensor for tensor in operands if not _is_among(tensor, weights)]
     if weights and not others and not _is_layer(call):
         return _of_weights(call, weights)
     if call.name in _CONTRACTIONS or call.name in _CONVOLUTIONS:

@@ -345,8 +345,8 @@ def scripted() -> nn.Module:
     return torch.jit.script(nn.Linear(4, 6))
 
 
-def with_norm(norm: Callable[[nn.Module], nn.Module]) -> Callable[[], nn.Module]:
-    return lambda: nn.Sequential(norm(nn.Linear(4, 6)), nn.ReLU())
+def with_norm(norm: Callable[[nn.Module], nn.Module], **how: Any) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(norm(nn.Linear(4, 6, **how)), nn.ReLU())
 
 
 def encoder(**how: Any) -> Callable[[], nn.Module]:
@@ -583,6 +583,7 @@ CASES: dict[str, Case] = {
     "squared relu at the root": Case(lambda: Mlp(act=SquaredReLU()), [(5, 4)], "act-relu@-1"),
     "weight norm": Case(with_norm(nn.utils.parametrizations.weight_norm), [(5, 4)], "1@-1"),
     "spectral norm": Case(with_norm(nn.utils.parametrizations.spectral_norm), [(5, 4)], "1@-1"),
+    "spectral norm alone": Case(with_norm(nn.utils.parametrizations.spectral_norm, bias=False), [(5, 4)], "1@-1"),
     "tied weights": Case(
         net(
             lambda m, x: F.linear(F.relu(m.decode(F.relu(m.encode(x)))), m.encode.weight),
