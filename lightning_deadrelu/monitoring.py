@@ -132,7 +132,10 @@ class Monitoring(Callback):
         )
 
     def _new_evidence(self) -> GradientEvidence | None:
-        return GradientEvidence(lambda text: rank_zero_warn(f"{self.name}: {text}")) if self.gradient_evidence else None
+        return GradientEvidence(self._remark) if self.gradient_evidence else None
+
+    def _remark(self, text: str) -> None:
+        rank_zero_warn(f"{self.name}: {text}")
 
     def _check_alone(self, trainer: Trainer) -> None:
         """Refuse a second monitor with a remedy: both would edit the same units."""

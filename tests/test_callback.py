@@ -627,9 +627,10 @@ class Described(Net):
         self.save_hyperparameters()
 
 
-@pytest.mark.filterwarnings("ignore:Attribute 'net' is an instance of `nn.Module`")
-def test_copies_are_inert_and_checkpoints_can_hold_the_model(tmp_path):
-    monitor, copies = DeadReLUMonitor(every_n_steps=1), Copies()
+@pytest.mark.filterwarnings("ignore:Attribute 'net' is an instance of `nn.Module`", "ignore:dead_relu")
+@pytest.mark.parametrize("options", [{}, {"gradient_evidence": True, "checkup": True, "remedy": "reset"}])
+def test_copies_are_inert_and_checkpoints_can_hold_the_model(options, tmp_path):
+    monitor, copies = DeadReLUMonitor(every_n_steps=1, **options), Copies()
     saver = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1)
     fit(Described(mlp()), batches(4), monitor, copies, saver, enable_checkpointing=True)
     assert len(list(tmp_path.glob("*.ckpt"))) == 4
