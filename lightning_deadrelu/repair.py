@@ -356,7 +356,7 @@ class Repair:
             "terms": self.terms.state_dict(),
             "laws": {name: list(law) for name, law in self._laws.items()},
             "requests": [list(request) for request in self._requests],
-            "sites": [dict(vars(site)) for site in self._report.sites] if self._report else [],
+            "sites": [site.__getstate__() for site in self._report.sites] if self._report else [],
             "step": self._report.step if self._report else 0,
             "layers": dict(self._layers),
             "losses": self.losses,

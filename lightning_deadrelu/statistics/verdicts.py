@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -226,6 +227,21 @@ class SiteReport:
     usual_rate: Tensor
     last_fired: Tensor
 
+    def __post_init__(self) -> None:
+        values = vars(self)
+        values["_later"] = {name: values.pop(name) for name in (*values,) if callable(values[name])}
+
+    def __getattr__(self, name: str) -> Any:
+        """Work out, when first asked for, a field that was given as a function: no window's end needs it."""
+        if name not in (later := vars(self).get("_later", {})):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        values = vars(self)
+        values[name] = later[name]()
+        return values[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
     @property
     def rate_bound(self) -> Tensor:
         """Upper 95 % confidence bound of the firing rate, given silence for ``age`` samples; 1 at age 0."""
@@ -383,17 +399,28 @@ def judge(
     counted = zip(totals.samples.sum(1).tolist(), totals.elements.tolist(), strict=True)
     learns = [True] * len(sites) if trainable is None else trainable
     reports = [
-        SiteReport(name, site.kind, site.units, *sizes, trains, site.smooth, **dict(zip(found, part, strict=True)))
+        SiteReport(name, site.kind, site.units, *sizes, trains, site.smooth, **_rated(found, part, sizes[1]))
         for site, name, sizes, trains, part in zip(sites, names_of(sites), counted, learns, parts, strict=True)
         if site.units  # without, the site was left out and only keeps its place
     ]
     return LivenessReport(tuple(reports), step, dict(unwatched or {})), history
 
 
+def _rated(names: Iterable[str], part: Sequence[Tensor], elements: int) -> dict[str, Any]:
+    """Name the fields of a site, and have the rates be worked out from their counts when they are first asked for."""
+    named, rate = dict(zip(names, part, strict=True)), torch.get_default_dtype()
+    fired, ever, seen = named.pop("fired"), named.pop("fired_ever"), named.pop("seen")
+    rates = {
+        "firing_rate": lambda: fired.double() / max(elements, 1),
+        "usual_rate": lambda: ever.to(rate) / seen.to(rate).clamp(min=1),
+    }
+    return named | rates
+
+
 def _units(
     totals: Totals, before: History, sites: Sequence[Site], rules: Rules, steps: Sequence[int]
 ) -> tuple[dict[str, Tensor], History]:
-    """Judge the units of all sites end to end: the fields of :class:`SiteReport` by name, and the next history.
+    """Judge the units of all sites end to end: fields of :class:`SiteReport` and counts by name, and the next history.
 
     In NumPy, whose comparisons take a third of the time that torch's take on a CPU.
     """
@@ -403,7 +430,6 @@ def _units(
     shown = fires | proven
     found = _by_site(totals, before, sites, steps, ~shown)
     known, hard = found.pop("known"), found.pop("hard")
-    seen = torch.from_numpy(found.pop("seen"))
     silent = hard & ~fires & sane
     dead = silent & (found["age"] >= rules.min_samples)
     lives = fires | (proven & ~dead)
@@ -413,32 +439,30 @@ def _units(
     found |= {"rare": lives & found["rare"], "frozen": fires & (varied == CONSTANT)}
     found["dormant"] = known & sane & (found["dormancy"] <= rules.tau)
     found["always_on"] &= known
-    units, rate = {key: torch.from_numpy(values) for key, values in found.items()}, torch.get_default_dtype()
+    units = {key: torch.from_numpy(values) for key, values in found.items()}
     flags = [torch.from_numpy(mask) for mask in (ever | shown, dead | (was_dead & ~lives), returned | revived)]
-    fired = before.fired + totals.fired
-    units |= {
-        "peak": totals.maxima[0].to(totals.magnitude.dtype, copy=True),
-        "usual_rate": fired.to(rate) / seen.to(rate).clamp(min=1),
-    }
-    return units, History(units["age"], flags[0], flags[1], flags[2], fired, seen, units["last_fired"])
+    units["fired_ever"] = before.fired + totals.fired
+    units["peak"] = totals.maxima[0].to(totals.magnitude.dtype, copy=True)
+    return units, History(units["age"], *flags, *(units[key] for key in ("fired_ever", "seen", "last_fired")))
 
 
 def _by_site(
     totals: Totals, before: History, sites: Sequence[Site], steps: Sequence[int], quiet: Array
 ) -> dict[str, Array]:
     """Work out what takes numbers of the site, one site at a time, so that a part stays in the cache."""
-    units, magnitude = len(quiet), totals.magnitude.numpy()
-    dtypes = {"known": bool, "hard": bool, "always_on": bool, "firing_rate": np.float64, "dormancy": magnitude.dtype}
-    dtypes |= {"rare": bool, "age": np.int64, "seen": np.int64, "last_fired": np.int32}
-    flat = {key: np.empty(units, dtype) for key, dtype in dtypes.items()}
-    after, number = _after(totals.samples), torch.tensor([-1, *steps], dtype=torch.int32)
-    start = 0
+    magnitude, number = totals.magnitude.numpy(), torch.tensor([-1, *steps], dtype=torch.int32)
+    dtypes = {"known": bool, "hard": bool, "always_on": bool, "rare": bool, "dormancy": magnitude.dtype}
+    dtypes |= {"age": np.int64, "seen": np.int64, "last_fired": np.int32}
+    flat = {key: np.empty(len(quiet), dtype) for key, dtype in dtypes.items()}
+    most = int(totals.elements.max()) if len(sites) else 0
+    flat["fired"] = totals.fired.numpy().astype(np.int32 if most < 2**31 else np.int64)  # half the bytes to compare
+    after, start = _after(totals.samples), 0
     for index, site in enumerate(sites):
         place = slice(start, start := start + site.units)
         known, elements = bool(after[index, 0]), int(totals.elements[index])
         part = {key: values[place] for key, values in flat.items()}
         part["known"][:], part["hard"][:] = known, known and not site.smooth
-        _rates(part, totals.fired[place].numpy(), before.seen[place].numpy(), elements)
+        _compare(part, before.seen[place].numpy(), elements)
         _dormancy(part["dormancy"], magnitude[place], max(elements, 1))
         behind, proved = totals.maxima[1, place].int().add_(1), totals.maxima[4, place].int()  # observations until then
         torch.index_select(after[index], 0, behind.maximum(proved), out=torch.from_numpy(part["age"]))
@@ -454,13 +478,25 @@ def _after(samples: Tensor) -> Tensor:
     return torch.cat([later, later.new_zeros(len(later), 1)], 1)
 
 
-def _rates(part: dict[str, Array], fired: Array, seen: Array, elements: int) -> None:
+def _compare(part: dict[str, Array], seen: Array, elements: int) -> None:
     """Compare with the site's elements. Windows of silence say nothing of how a unit was alive, and are not added."""
+    fired = part["fired"]
     np.equal(fired, elements, out=part["always_on"])
-    np.divide(fired, max(elements, 1), out=part["firing_rate"])
-    np.less(part["firing_rate"], _RARE, out=part["rare"])
-    part["rare"] &= 1 / max(elements, 1) < _RARE  # else even a single time is not rare
-    np.add(seen, (fired > 0) * np.int64(elements), out=part["seen"])
+    np.less(fired, _least_usual(elements), out=part["rare"])
+    np.add(seen, (fired > 0) * fired.dtype.type(elements), out=part["seen"])
+
+
+def _least_usual(elements: int) -> int:
+    """Say how often a unit has to fire not to be rare; once where that is no less than all rates that are.
+
+    Example:
+        >>> _least_usual(10), _least_usual(700)
+        (0, 7)
+    """
+    if not elements or 1 / elements >= _RARE:
+        return 0
+    first = max(int(_RARE * elements) - 1, 0)
+    return next(number for number in itertools.count(first) if number / elements >= _RARE)
 
 
 def _dormancy(out: Array, magnitude: Array, elements: int) -> None:
