@@ -108,48 +108,44 @@ def _median(values: Tensor) -> Tensor:
 
 
 class _Ring:
-    """The last peaks of one site."""
+    """The last peaks of one site, and how many pairs of them do not rise: kept, so that a window adds only its own."""
 
     def __init__(self, windows: int, units: int) -> None:
         self.added = 0
         self._peaks: Array = np.empty((windows, units), np.float32)
+        self._not_rising: Array = np.zeros(units, np.int8 if math.comb(windows, 2) < 128 else np.int32)
 
     @property
     def units(self) -> int:
-        return int(self._peaks.shape[1])
+        return len(self._not_rising)
 
     @property
     def length(self) -> int:
         return min(self.added, len(self._peaks))
 
-    @property
-    def _order(self) -> Array:
-        return np.arange(self.added - self.length, self.added) % len(self._peaks)
-
     def add(self, peak: Tensor) -> None:
-        self._peaks[self.added % len(self._peaks)] = peak.numpy()
+        slot = self.added % len(self._peaks)
+        oldest, new = self._peaks[slot], peak.float().numpy()
+        for other in (other for place, other in enumerate(self._peaks[: self.length]) if place != slot):
+            if self.added >= len(self._peaks):
+                self._not_rising -= (other <= oldest).view(np.int8)
+            self._not_rising += (new <= other).view(np.int8)
+        oldest[:] = new
         self.added += 1
 
     def suspects(self) -> Array:
-        """Number the units that may be at risk, few as a rule.
-
-        Where a window is no lower than one before it, each one between them rises from the first, or to the second,
-        or ties with both, and two ties count as one pair that rises. So where no more than ``most`` pairs rise, every
-        window is lower than all those more than ``most`` before it: a few comparisons leave few units.
-        """
-        most, rows = _most_rising(self.length), [self._peaks[place] for place in self._order]
+        """Number the units that may be at risk, few as a rule: what fires, and rose in few pairs."""
+        most = _most_rising(self.length)
         if most < 0:
             return np.empty(0, np.int64)
-        may, lowest = rows[-1] > 0, rows[0]
-        for before, after in zip(rows, rows[most + 1 :], strict=False):
-            lowest = np.minimum(lowest, before)
-            may &= after < lowest
-        return np.flatnonzero(may)
+        fires = self._peaks[(self.added - 1) % len(self._peaks)] > 0
+        return np.flatnonzero(fires & (self._not_rising >= math.comb(self.length, 2) - most))
 
-    def of(self, units: Array | slice = slice(None)) -> Tensor:
-        """Return the peaks of some units, shape ``(windows so far, units)``, the latest last."""
-        rows = [self._peaks[place, units] for place in self._order]
-        return torch.from_numpy(np.stack(rows) if rows else self._peaks[:0])
+    def of(self, units: Array | None = None) -> Tensor:
+        """Return the peaks of some units, or all, shape ``(windows so far, units)``, the latest last."""
+        order = np.arange(self.added - self.length, self.added) % len(self._peaks)
+        peaks = self._peaks if units is None else self._peaks.take(units, 1)
+        return torch.from_numpy(peaks[order])
 
 
 class Peaks(Mapping[str, Tensor]):

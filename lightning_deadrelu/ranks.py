@@ -59,14 +59,15 @@ def merge(watch: Watch, losses: Tensor) -> tuple[Totals, Tensor]:
         watch: What this rank watches with; :func:`agree` has to come first.
         losses: Sums over the losses of this rank, float64.
     """
-    own = watch.liveness.totals()
-    sums, maxima = torch.cat([own.sums(), losses]), own.maxima.clone()
+    own, keeps = watch.liveness.totals(), dist.get_rank() == 0
+    sums, maxima = torch.cat([own.sums(), losses]), own.maxima if keeps else own.maxima.clone()
     dist.all_reduce(sums, dist.ReduceOp.SUM)
     dist.all_reduce(maxima, dist.ReduceOp.MAX)
     totals = own.merged(sums[: -len(losses)], maxima)
-    watch.liveness.reset()
-    if dist.get_rank() == 0:
+    if keeps:
         watch.liveness.load(totals)
+    else:
+        watch.liveness.reset()
     return totals, sums[-len(losses) :]
 
 

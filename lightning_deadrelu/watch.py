@@ -147,11 +147,11 @@ class Watch:
         old.fold()
         self.liveness = self._new_liveness()
         self.liveness.observation = old.observation
-        for place, site in enumerate(layout):
+        for site in layout:
             self.liveness.add_site(site)
-            if site in old.sites:
-                self.liveness.copy_site(old, old.sites.index(site), place)
         self._places = {site: place for place, site in enumerate(self.sites)}
+        for place, site in enumerate(old.sites):
+            self.liveness.copy_site(old, place, self._places[site])
         self.dims = {self._places[old.sites[place]]: dims for place, dims in self.dims.items()}
         self.hinges = {self._places[old.sites[place]]: hinge for place, hinge in self.hinges.items()}
         self.compiled.forget()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -238,6 +238,7 @@ class UnitLiveness(Metric):
         self.add_state("elements", torch.zeros(0, dtype=torch.int64), "sum")
         for name, units in (sites or {}).items():
             self.add_site(Site(name, False, "relu", (), units))
+        self.make_room()
 
     @property
     def observation(self) -> int:
@@ -259,13 +260,20 @@ class UnitLiveness(Metric):
         """Append a site and return its number."""
         self.sites.append(site)
         self._starts.append(self.units + site.units)
+        return len(self.sites) - 1
+
+    @torch.inference_mode(False)  # what is counted in place later may be no inference tensor
+    def make_room(self) -> None:
+        """Extend the state by the sites added since: by all at once, because each time everything is copied."""
+        new = self.sites[len(self.samples) :]
+        if not new:
+            return
         for name, default in self._defaults.items():
             assert isinstance(default, Tensor)
-            fresh = _fresh(name, default, site.units)  # the defaults stay empty: they would double the memory
+            fresh = _fresh(name, default, new)  # the defaults stay empty: they would double the memory
             setattr(self, name, torch.cat([getattr(self, name), fresh], dim=_UNIT_DIM.get(name, 0)))
-        if any(math.isfinite(other.cap) for other in self.sites):
-            self._caps = torch.cat([self.maxima.new_full((other.units,), other.cap) for other in self.sites])
-        return len(self.sites) - 1
+        if any(math.isfinite(site.cap) for site in self.sites):
+            self._caps = torch.cat([self.maxima.new_full((site.units,), site.cap) for site in self.sites])
 
     def place(self, site: int) -> slice:
         """Tell where a site's units are in the flat tensors."""
@@ -290,6 +298,7 @@ class UnitLiveness(Metric):
             rectifier: What it is.
             valid: Boolean, True for data and False for padding, of the shape of ``x`` without the units.
         """
+        self.make_room()
         if x.numel():
             self.add(site, count(x, x.clamp(min=0) if out is None else out, dims, rectifier, valid))
             self.fold()
@@ -303,6 +312,7 @@ class UnitLiveness(Metric):
 
     def fold(self) -> None:
         """Take what was added since the last fold into the state. Harmless when there is nothing."""
+        self.make_room()
         if not self._pending:
             return
         parts = [self._pending.get(number) or self._nothing(site.units) for number, site in enumerate(self.sites)]
@@ -327,6 +337,7 @@ class UnitLiveness(Metric):
         Args:
             found: The last two rows of :attr:`Totals.maxima`.
         """
+        self.make_room()
         own = self.maxima[-2:]
         torch.maximum(own, found.to(own.dtype), out=own)
 
@@ -362,6 +373,7 @@ class UnitLiveness(Metric):
 
     def copy_site(self, other: UnitLiveness, theirs: int, ours: int) -> None:
         """Take over the counts of one site of another metric."""
+        self.make_room()
         self.samples[ours], self.elements[ours] = other.samples[theirs], other.elements[theirs]
         for name in ("fired", "magnitude", "maxima"):
             getattr(self, name)[..., self.place(ours)] = getattr(other, name)[..., other.place(theirs)]
@@ -381,6 +393,7 @@ class UnitLiveness(Metric):
 
     def load(self, totals: Totals) -> None:
         """Put counts in place of the present ones."""
+        self.make_room()
         self._pending = {}
         for f in fields(Totals):
             getattr(self, f.name).copy_(getattr(totals, f.name))
@@ -402,16 +415,17 @@ def _joined(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
     return torch.cat(parts).to(dtype)
 
 
-def _fresh(name: str, like: Tensor, units: int) -> Tensor:
-    """Make the entries of a new site."""
-    shapes = {"maxima": (len(like), units), "samples": (1, *like.shape[1:]), "elements": (1,)}
+def _fresh(name: str, like: Tensor, sites: Sequence[Site]) -> Tensor:
+    """Make the entries of new sites."""
+    units, number = sum(site.units for site in sites), len(sites)
+    shapes = {"maxima": (len(like), units), "samples": (number, *like.shape[1:]), "elements": (number,)}
     return _cleared(name, like.new_empty(shapes.get(name, (units,))))
 
 
 def _cleared(name: str, state: Tensor) -> Tensor:
     """Put in what changes nothing when it is merged."""
-    state.zero_()
-    if name == "maxima":
-        for row, value in zip(state, _NOTHING, strict=True):
-            row.fill_(value)
+    if name != "maxima":
+        return state.zero_()
+    for row, value in zip(state, _NOTHING, strict=True):
+        row.fill_(value)
     return state
