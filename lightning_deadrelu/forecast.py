@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_deadrelu.statistics import LivenessReport
+from lightning_deadrelu.statistics import LivenessReport, SiteReport
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -194,6 +194,16 @@ class Peaks(Mapping[str, Tensor]):
             ):
                 masks[name][torch.from_numpy(units)] = at_risk
         return masks
+
+    def of(self, site: SiteReport, units: Tensor) -> Tensor:
+        """Return the peaks of some units, shape ``(windows, units)``; no windows where there were none of this size.
+
+        Args:
+            site: The site.
+            units: Numbers of the units.
+        """
+        ring = self._rings.get(site.name)
+        return ring.of(units.numpy()) if ring and ring.units == site.units else torch.empty(0, len(units))
 
     def __getitem__(self, site: str) -> Tensor:
         return self._rings[site].of()

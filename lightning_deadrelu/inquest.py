@@ -139,7 +139,7 @@ class Inquest:
         totals: Totals,
         notes: Notes,
         sites: Sequence[Site],
-        peaks: Mapping[str, Tensor],
+        peaks: Callable[[SiteReport, Tensor], Tensor],
         patient: tuple[nn.Module, Sequence[Optimizer]],
     ) -> tuple[Wave, ...]:
         """Explain the newly dead of a verdict, and nothing else; costs next to nothing where there are none.
@@ -151,7 +151,7 @@ class Inquest:
             totals: The counts it was made from, on the host.
             notes: What came to the host with them.
             sites: The sites in the order of the counts.
-            peaks: Largest inputs in the windows before, by site, shape ``(windows, units)``.
+            peaks: Gives the largest inputs of some units of a site in the windows before, shape ``(windows, units)``.
             patient: The model and its optimizers.
         """
         return self._guard(self._explained, report, totals, notes, sites, peaks, patient) or ()
@@ -162,7 +162,7 @@ class Inquest:
         totals: Totals,
         notes: Notes,
         sites: Sequence[Site],
-        peaks: Mapping[str, Tensor],
+        peaks: Callable[[SiteReport, Tensor], Tensor],
         patient: tuple[nn.Module, Sequence[Optimizer]],
     ) -> tuple[Wave, ...]:
         if not report.total("newly_dead"):
@@ -179,7 +179,7 @@ class Inquest:
         for number, site in enumerate(report.sites):
             place = places[site.name]
             if site.name in biases:
-                of = self._victims(site, peaks.get(site.name), constant[place])
+                of = self._victims(site, peaks, constant[place])
                 of = self._fed(of, names.index(site.name), biases[site.name], notes)
                 upstream = next((name for name, root in reversed(dead) if root), dead[-1][0] if dead else "")
                 how = trained(sources[site.name], optimizers, self.vitals.travelled)
@@ -189,10 +189,8 @@ class Inquest:
         centre = float(notes.centre)
         return explain(victims, self.vitals.read(notes.ring), off_centre=centre, sites=len(report.headline))
 
-    def _victims(self, site: SiteReport, peaks: Tensor | None, constant: Tensor) -> Victims:
+    def _victims(self, site: SiteReport, peaks: Callable[[SiteReport, Tensor], Tensor], constant: Tensor) -> Victims:
         units = site.newly_dead.nonzero().flatten()
-        now = site.peak[None].float()
-        history = torch.cat([peaks, now]) if peaks is not None and peaks.shape[1] == site.units else now
         start = self._observed[0] if self._observed else 0
         last_fired = site.last_fired[units].long()
         last_fired = torch.where(last_fired < 0, start, last_fired)
@@ -208,7 +206,7 @@ class Inquest:
             silent_from=observed[after].maximum(last_fired),
             constant=constant[units],
             upstream="",
-            peaks=history[:, units],
+            peaks=torch.cat([peaks(site, units), site.peak[None, units].float()]),
             alive=Feed.unknown(len(units)),
             now=Feed.unknown(len(units)),
             start=Feed.unknown(site.units),

@@ -302,7 +302,7 @@ class Monitoring(Callback):
         """Find out why units died; of a window that has not ended, tell it only in summaries."""
         assert self._watch is not None
         patient = trainer.lightning_module, trainer.optimizers
-        waves = self._inquest.look(report, totals, notes, self._watch.sites, self._record.peaks, patient)
+        waves = self._inquest.look(report, totals, notes, self._watch.sites, self._record.peaks.of, patient)
         if close:
             self._inquest.close(totals, notes, self._watch.sites, trainer.lightning_module, waves)
         else:

@@ -6,8 +6,6 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
-
 from lightning_deadrelu.forecast import Peaks, at_risk_fraction
 from lightning_deadrelu.raster import Raster
 from lightning_deadrelu.statistics import LivenessReport
@@ -30,7 +28,7 @@ class Record:
         self._peaks = Peaks()
 
     @property
-    def peaks(self) -> Mapping[str, Tensor]:
+    def peaks(self) -> Peaks:
         """Largest inputs of the last windows by site, shape ``(windows, units)``, the latest last."""
         return self._peaks
 
