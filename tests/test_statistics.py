@@ -5,6 +5,7 @@ import json
 import math
 import pickle
 import time
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -25,7 +26,7 @@ from lightning_deadrelu.statistics import (
     dormancy_of,
     judge,
 )
-from lightning_deadrelu.statistics.verdicts import narrowed
+from lightning_deadrelu.statistics.verdicts import _least_usual, narrowed
 
 RELU = Rectifier("relu", plain=True)
 RECTIFIERS = {
@@ -486,6 +487,36 @@ def test_a_smooth_activation_is_never_dead():
     assert not report["gelu"].dead.any()
     assert report["gelu"].dormant.tolist() == [True, False]
     assert report.units == 0
+
+
+def test_rates_are_worked_out_once_asked_for_and_go_along_with_copies():
+    metric = UnitLiveness({"relu": 2})
+    metric.update(torch.tensor([[1.0, -1.0], [-1.0, -1.0], [1.0, -1.0], [1.0, -1.0]]))
+    site = metric.report()["relu"]
+    metric.reset()
+    assert not {"firing_rate", "usual_rate"} & vars(site).keys()
+    for one in (pickle.loads(pickle.dumps(site)), copy.deepcopy(site), replace(site, name="other"), site):
+        assert one.firing_rate.tolist() == one.usual_rate.tolist() == [0.75, 0.0]
+        assert (one.firing_rate.dtype, one.usual_rate.dtype) == (torch.float64, torch.float32)
+    assert site.firing_rate is site.firing_rate
+    assert not hasattr(site, "rate")
+
+
+@given(st.integers(1, 10**12))
+def test_rare_is_told_from_counts_as_from_rates(elements):
+    least = _least_usual(elements)
+    rare = [number / elements < 0.01 for number in range(max(least - 2, 0), least + 2)]
+    if elements <= 100:
+        assert least == 0
+    else:
+        assert rare == [True] * min(least, 2) + [False, False]
+
+
+def test_a_site_met_in_inference_counts_on_outside():
+    with torch.inference_mode():
+        metric = UnitLiveness({"relu": 1})
+    metric.update(torch.ones(2, 1))
+    assert metric.report().sites[0].samples == 2
 
 
 # -- the metric -------------------------------------------------------------------------------------------
