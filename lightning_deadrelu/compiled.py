@@ -243,10 +243,11 @@ def _make_room() -> None:
 
     share = max(_graphs.values(), default=0) + 1
     for name, (left, ours) in _room.items():
-        limit = getattr(config, name)
-        users = limit - ours if limit == left else limit  # it may have been set anew
-        setattr(config, name, users + share)
-        _room[name] = users + share, share
+        limit = getattr(config, name, None)  # other versions of the compiler call it otherwise
+        if limit is not None:
+            users = limit - ours if limit == left else limit  # it may have been set anew
+            setattr(config, name, users + share)
+            _room[name] = users + share, share
 
 
 def _watching() -> Compiled | None:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from toys import Loader, Net, assert_alike, batches, fit, mlp
 from two_ranks import ddp_trainer, on_two_ranks
 
-from lightning_deadrelu import DeadReLUMonitor
+from lightning_deadrelu import DeadReLUMonitor, compiled
 from lightning_deadrelu.compiled import Observing, _moved
 from lightning_deadrelu.statistics import History, Rules, judge
 from lightning_deadrelu.watch import Watch
@@ -522,6 +522,12 @@ def test_the_users_limit_of_graphs_is_for_the_users_graphs(limit):
         others = train_on_five_sizes(monitor)
     assert monitor.report.sites[0].samples
     assert all(map(torch.equal, weights, others))
+
+
+def test_a_limit_that_goes_by_another_name_is_left_alone(monkeypatch):
+    monkeypatch.setitem(compiled._room, "a_limit_of_old", (0, 0))
+    model = mlp()
+    assert_seen_compiled(train(model, torch.compile(model, backend="aot_eager"), rows()))
 
 
 class Trunk(nn.Module):
