@@ -160,7 +160,7 @@ class GradientEvidence:
         self._key: Any = None  # what the plan was made from
         self._slices: dict[Site, tuple[Slice, ...]] = {}
         self._refuted: set[Site] = set()
-        self._observed = self._stepped = False  # in the present batch
+        self._observed = self._stepped = self._announced = False  # in the present batch
         self._told = False  # whether it was said that there is nobody to ask
 
     def begin(self, watch: Watch, model: nn.Module, observed: bool, first: bool) -> None:
@@ -179,7 +179,7 @@ class GradientEvidence:
             self._key, self._plan = key, self._new_plan(watch, model)
         self._observed = observed
         if first:
-            self._stepped = False
+            self._stepped = self._announced = False
             if self._plan:
                 self._plan.begin()
 
@@ -194,13 +194,18 @@ class GradientEvidence:
                 tensor = tensors.get(one.name)
                 if tensor is not None and _is_plain(tensor, watch.device):
                     parts.append((Source.of(tensor, one.dims, one.shape), one, places[number].start))
-        if self._slices and not parts and not self._refuted and not self._told:
-            self._told = True
-            self._tell(_NOBODY)
+        if self._slices and not parts and not self._refuted:
+            self._tell_once(_NOBODY)
         return Plan(parts, watch.device) if parts else None
+
+    def _tell_once(self, text: str) -> None:
+        if not self._told:
+            self._told = True
+            self._tell(text)
 
     def note_start(self) -> None:
         """See :meth:`Plan.note_start`; to be called before each backward."""
+        self._announced = True
         if self._plan and self._observed and not self._stepped:
             self._plan.note_start()
 
@@ -212,7 +217,9 @@ class GradientEvidence:
             since: Observations begun in the window.
             automatic: Whether only what comes before the first step is observed: a closure may be called again.
         """
-        if self._plan:
+        if self._plan and not self._announced:
+            self._tell_once(_UNANNOUNCED)
+        elif self._plan:
             self._plan.step(optimizer, since, self._observed and not self._stepped)
             self._stepped = automatic
 
@@ -262,6 +269,10 @@ class GradientEvidence:
 _NOBODY = (
     "`gradient_evidence=True` changes nothing: there is no site whose gradients prove life. It takes a `relu`, `relu6`,"
     " `hardtanh` or `threshold` that alone reads what its parameters feed, and parameters that are not sharded."
+)
+_UNANNOUNCED = (
+    "`gradient_evidence=True` takes no gradient for a proof of a backward that it is not told of: what a penalty in the"
+    " loss adds could not be noticed. Call `self.manual_backward(loss)` in place of `loss.backward()`."
 )
 _REFUTED = (
     "gradients contradict the forward at {}: units that fired on no sample of a training batch have one all the same."

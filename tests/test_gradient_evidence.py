@@ -259,6 +259,26 @@ def test_a_penalty_in_the_loss_is_noticed_at_once():
     assert monitor.report["net.1"].dead[:3].all()
 
 
+class Unannounced(Penalised):
+    """Calls backward past Lightning."""
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        super().training_step(batch, batch_idx).backward()
+        optimizer.step()
+
+
+def test_gradients_of_an_unannounced_backward_prove_nothing():
+    model = Unannounced(mlp(), 0.01)
+    model.automatic_optimization = False
+    monitor = Verdicts(**SETTINGS, gradient_evidence=True)
+    with pytest.warns(UserWarning, match="manual_backward") as record:
+        fit(model, batches(40), monitor)
+    assert sum("manual_backward" in str(one.message) for one in record) == 1
+    assert monitor.report["net.1"].dead[:3].all()
+
+
 class Closure(torch.optim.LBFGS):
     def __init__(self, params, lr):
         super().__init__(params, lr, max_iter=4)
