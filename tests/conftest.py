@@ -9,6 +9,12 @@ import torch
 
 
 @pytest.fixture(autouse=True)
+def _wide_terminal(monkeypatch):
+    """Print tables alike, in whichever process a test runs."""
+    monkeypatch.setenv("COLUMNS", "120")
+
+
+@pytest.fixture(autouse=True)
 def _quiet_and_reproducible():
     """Give every test the same random numbers, one thread, and no banners; close W&B runs behind it."""
     threads, on_interrupt = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
