@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_deadrelu.feeds import Feeds, sources_of, trained
-from lightning_deadrelu.postmortem import Feed, Victims, Wave, explain, joined
+from lightning_deadrelu.postmortem import Feed, Victims, Wave, explain, joined, most_telling
 from lightning_deadrelu.sites import Site, names_of
 from lightning_deadrelu.statistics import LivenessReport, SiteReport, Totals
 from lightning_deadrelu.statistics.verdicts import CONSTANT
@@ -52,7 +52,7 @@ class Inquest:
 
     def __init__(self, rows: int = _LEAST_ROWS) -> None:
         self.vitals = Vitals(min(max(rows, _LEAST_ROWS), _MOST_ROWS))
-        self._closed: deque[Wave] = deque(maxlen=_WAVES)
+        self._closed: list[Wave] = []
         self._open: tuple[Wave, ...] = ()  # of a window that has not ended
         self._observed: deque[int] = deque(maxlen=_LEAST_ROWS)  # the step of each observation
         self._feeds = Feeds()
@@ -75,7 +75,7 @@ class Inquest:
 
     @property
     def waves(self) -> tuple[Wave, ...]:
-        """The waves of deaths, the latest last; the last 100."""
+        """The waves of deaths, the latest last; 100 at most, the largest of all and the latest."""
         return (*self._closed, *self._open)
 
     # -- at each step ------------------------------------------------------------------------------------
@@ -237,7 +237,7 @@ class Inquest:
         """
         places, sources = list(_places(sites).values()), sources_of(sites, model)
         self._feeds.close(totals.maxima[1] >= 0, places, sources, notes.weights, self._observed[-1])
-        self._closed = deque(joined([*self._closed, *waves]), maxlen=_WAVES)
+        self._closed = most_telling(joined([*self._closed, *waves]), _WAVES)
         self._open = ()
 
     def keep_open(self, waves: Sequence[Wave]) -> None:
@@ -268,7 +268,7 @@ class Inquest:
             device: Of the model.
         """
         self.vitals.load_state_dict(state["vitals"], device)
-        self._closed = deque((Wave.from_dict(plain) for plain in state["waves"]), maxlen=_WAVES)
+        self._closed = [Wave.from_dict(plain) for plain in state["waves"]]
         self._observed = deque(state["observed"], maxlen=_LEAST_ROWS)
         self._feeds.load_state_dict(state["feeds"], device)
         self._centre = state["centre"].to(device)

@@ -76,7 +76,7 @@ class Monitoring(Callback):
 
     @property
     def deaths(self) -> tuple[Wave, ...]:
-        """When units died, where and why; the last 100 waves."""
+        """When units died, where and why; 100 waves at most, the largest of all and the latest."""
         return self._inquest.waves
 
     @property

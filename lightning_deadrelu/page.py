@@ -332,7 +332,7 @@ def _cause(wave: Wave) -> str:
 
 
 def _named(found: Finding) -> str:
-    cause = f"<td><code>{escape(found.cause)}</code><br>{found.confidence}</td>"
+    cause = f'<td class="word"><code>{escape(found.cause)}</code><br>{found.confidence}</td>'
     return f'{cause}<td><code>{escape(found.edit)}</code><br><span class="note">{escape(found.source)}</span></td>'
 
 

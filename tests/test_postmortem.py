@@ -11,7 +11,7 @@ from toys import Loader, fit
 from two_ranks import ddp_trainer, on_two_ranks
 
 from lightning_deadrelu import DeadReLUMonitor
-from lightning_deadrelu.postmortem import Feed, Victims, Wave, explain, joined, told
+from lightning_deadrelu.postmortem import Feed, Victims, Wave, explain, joined, most_telling, told
 from lightning_deadrelu.vitals import Rows
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -281,3 +281,12 @@ def test_of_many_waves_the_largest_are_told():
     lines = told(waves).splitlines()
     assert [line.split()[0] for line in lines] == ["15", "16", "17", "18", "19", "105"]
     assert lines[-1] == "105 more units died; see `monitor.deaths`."
+
+
+def test_a_large_wave_outlasts_any_number_of_small_ones():
+    large = Wave("shock", "unknown", ("fc1",), (80,), 10, 20, "as seen")
+    small = [Wave("shock", "unknown", ("fc1",), (1,), step, step + 1, "as seen") for step in range(30, 230)]
+    waves = []
+    for wave in [large, *small]:
+        waves = most_telling([*waves, wave], 100)
+    assert waves == [large, *small[-99:]]

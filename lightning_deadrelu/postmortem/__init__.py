@@ -2,6 +2,6 @@
 
 from lightning_deadrelu.postmortem.explaining import explain
 from lightning_deadrelu.postmortem.victims import Feed, Victims
-from lightning_deadrelu.postmortem.waves import Wave, joined, told
+from lightning_deadrelu.postmortem.waves import Wave, joined, most_telling, told
 
-__all__ = ["Feed", "Victims", "Wave", "explain", "joined", "told"]
+__all__ = ["Feed", "Victims", "Wave", "explain", "joined", "most_telling", "told"]

@@ -133,6 +133,19 @@ def _one(group: Sequence[Wave]) -> Wave:
     )
 
 
+def most_telling(waves: Sequence[Wave], most: int) -> list[Wave]:
+    """Keep so many waves, in their order: those of many units, and of the others the latest.
+
+    Args:
+        waves: In the order of time.
+        most: How many.
+    """
+    order = sorted(
+        range(len(waves)), key=lambda at: (waves[at].is_large, waves[at].is_large * sum(waves[at].units), at)
+    )
+    return [waves[at] for at in sorted(order[-most:])]
+
+
 def told(waves: Sequence[Wave], most: int = 5) -> str:
     """Tell of the largest waves, with what mends their causes, in the order of time; empty if there were none.
 
