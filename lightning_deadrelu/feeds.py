@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_deadrelu.sites import Site, clean
-from lightning_deadrelu.vitals import spread
+from lightning_deadrelu.strides import spread
 
 _WEIGHTS = 1024  # of a layer, which tell their size: each takes a line of the cache
 _WINDOWS = 100

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_deadrelu.strides import Cut, coprime, cut_of, entries_of, is_dense
+
 # PyTorch parts work on 32,768 entries or more among the threads of a CPU, which costs more than the work
 _ENTRIES, _READ = 256, 4_096  # of one gradient and of all: to read 10 million takes 4 % of a step on a CPU
 _PARAMETERS = 32
@@ -20,7 +22,6 @@ _WAITING = 64  # steps
 _INPUTS = 3
 _COLUMNS = ("gradient", "bias_gradient", "loss", *(f"input_{number}" for number in range(_INPUTS)))
 _PLANS = 8
-_GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class Rows(NamedTuple):
@@ -61,7 +62,7 @@ class _Plan(NamedTuple):
     """
 
     places: tuple[int, ...]
-    cuts: tuple[_Cut | None, ...]
+    cuts: tuple[Cut | None, ...]
     weights: Tensor
 
 
@@ -151,7 +152,7 @@ class Vitals:
             key = id(optimizer), tuple([_size(gradient) for gradient in gradients])
             plan = self._plans.get(key) or self._planned(key, held, gradients)
             if plan.places:
-                parts = [_entries(_local(gradients[at]), cut) for at, cut in zip(plan.places, plan.cuts, strict=True)]
+                parts = [entries_of(_local(gradients[at]), cut) for at, cut in zip(plan.places, plan.cuts, strict=True)]
                 self._now.gradients[id(optimizer)] = plan, torch.cat(parts)
         rates = [group.get("lr") for group in optimizer.param_groups]
         known = [rate for rate in rates if isinstance(rate, (int, float))]
@@ -279,9 +280,9 @@ def _planned(held: Sequence[Tensor], gradients: Sequence[Tensor | None], biases:
     here = [place for place in readable if _local(gradients[place]).device == device]
     chosen = here[:: -(-len(here) // _PARAMETERS)]
     parts = [_local(gradients[place]) for place in chosen]
-    cuts = tuple(_cut(part, min(_ENTRIES, _READ // len(chosen))) for part in parts)
+    cuts = tuple(cut_of(part, min(_ENTRIES, _READ // len(chosen))) for part in parts)
     shares = [
-        part.new_full((len(_entries(part, cut)),), part.numel(), dtype=torch.float32)
+        part.new_full((len(entries_of(part, cut)),), part.numel(), dtype=torch.float32)
         for part, cut in zip(parts, cuts, strict=True)
     ]
     whole = torch.cat([share / max(len(share), 1) for share in shares])
@@ -304,81 +305,6 @@ def _local(gradient: Any) -> Tensor:
     """Return this rank's part of a sharded tensor."""
     sharded = type(gradient) is not Tensor and hasattr(gradient, "to_local")
     return gradient.to_local() if sharded else gradient  # type: ignore[no-any-return]
-
-
-class _Cut(NamedTuple):
-    """Some evenly strided entries.
-
-    Args:
-        number: How many.
-        stride: Without a common factor with the size, so that all columns of a matrix are met.
-        layout: The strides of a tensor that lies in one piece; empty for any other.
-    """
-
-    number: int
-    stride: int
-    layout: tuple[int, ...]
-
-
-def _cut(gradient: Tensor, entries: int) -> _Cut | None:
-    size = gradient.numel()
-    if size <= entries:
-        return None
-    stride = coprime(_between_rows(size / entries, size // len(gradient)), size)
-    return _Cut(entries, stride, gradient.stride() if _is_dense(gradient) else ())
-
-
-def _between_rows(stride: float, row: int) -> int:
-    """Shorten a stride of more than a row, so that it does not meet every second row alone: by a golden section.
-
-    Example:
-        >>> _between_rows(1024, row=512), _between_rows(100, row=512)
-        (828, 100)
-    """
-    rows = stride / row
-    if rows < 1:
-        return int(stride)
-    best = max(
-        part for part in (math.floor(rows) - 1 + _GOLDEN, math.floor(rows) + 1 - _GOLDEN, _GOLDEN) if part <= rows
-    )
-    return max(int(best * row), 1)
-
-
-def coprime(stride: int, size: int) -> int:
-    """Return the largest number up to ``stride`` that has no factor in common with ``size``.
-
-    Example:
-        >>> coprime(16, 4096)
-        15
-    """
-    return next(number for number in range(stride, 0, -1) if math.gcd(number, size) == 1)
-
-
-def _is_dense(gradient: Tensor) -> bool:
-    last = gradient.ndim == 4 and gradient.is_contiguous(memory_format=torch.channels_last)
-    return last or gradient.is_contiguous()
-
-
-def _entries(gradient: Tensor, cut: _Cut | None) -> Tensor:
-    if cut is None:
-        return gradient.reshape(-1)
-    if gradient.stride() != cut.layout:
-        return gradient.reshape(-1)[:: cut.stride][: cut.number]
-    return gradient.as_strided((cut.number,), (cut.stride,))
-
-
-def spread(x: Tensor, most: int) -> Tensor:
-    """Return evenly strided entries of a tensor, at most so many, without reading the others.
-
-    Args:
-        x: Any shape.
-        most: How many.
-
-    Example:
-        >>> spread(torch.arange(12).view(3, 4), 3)
-        tensor([0, 1, 2])
-    """
-    return _entries(x, _cut(x, most))
 
 
 def _squares(noted: Sequence[_Noted], missing: Tensor) -> Tensor:
@@ -428,7 +354,7 @@ def _sample(x: Tensor) -> Tensor:
     """Copy entries: all, or of a large tensor those of evenly spread runs, so that each row has some."""
     if x.numel() <= _RUN * _RUNS:
         return x.clone()
-    if not _is_dense(x):
+    if not is_dense(x):
         return x.reshape(-1)[:: -(-x.numel() // (_RUN * _RUNS))].clone()
     return x.as_strided((_RUNS, _RUN), (coprime((x.numel() - _RUN) // _RUNS, x.numel()), 1)).clone()
 

@@ -23,6 +23,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Who may import whom, within the package. Each name stands for a module or a package of this folder.
 MAY_IMPORT = {
     "findings": set(),
+    "strides": set(),
     "sharding": set(),
     "sites": set(),
     "lineage": {"sites"},
@@ -48,9 +49,9 @@ MAY_IMPORT = {
     "drawing": {"raster", "slices", "statistics", "story"},
     "forecast": {"statistics"},
     "record": {"forecast", "raster", "statistics"},
-    "vitals": set(),
+    "vitals": {"strides"},
     "postmortem": {"findings", "vitals"},
-    "feeds": {"sites", "vitals"},
+    "feeds": {"sites", "strides"},
     "inquest": {"feeds", "postmortem", "sites", "statistics", "vitals"},
     "svg": set(),
     "page": {"postmortem", "raster", "statistics", "story", "svg"},

@@ -11,7 +11,8 @@ from torch import nn
 from toys import EVERYTHING, Loader, Net, batches, fit, mlp, tensors
 
 from lightning_deadrelu import DeadReLUMonitor
-from lightning_deadrelu.vitals import Vitals, coprime, off_centre, spread
+from lightning_deadrelu.strides import coprime, spread
+from lightning_deadrelu.vitals import Vitals, off_centre
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

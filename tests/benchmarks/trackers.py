@@ -7,6 +7,7 @@ left out would only cost more.
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 
-class Tracker(Callback):
+class Tracker(Callback, ABC):
     """Hook the modules that are chosen, while attached, and add up the time spent in the hooks."""
 
     def __init__(self) -> None:
@@ -25,11 +26,13 @@ class Tracker(Callback):
         self.told: dict[str, list[float]] = defaultdict(list)
         self._handles: list[RemovableHandle] = []
 
+    @abstractmethod
     def chosen(self, model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-        raise NotImplementedError
+        """Name the modules to hook."""
 
+    @abstractmethod
     def see(self, name: str, args: tuple[Any, ...], output: Any) -> None:
-        raise NotImplementedError
+        """Take a call of one of them."""
 
     def attach(self, model: nn.Module) -> None:
         self._handles = [module.register_forward_hook(self._hook(name)) for name, module in self.chosen(model)]
