@@ -4,14 +4,11 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from lightning.pytorch import Callback
 from torch import nn
 from toys import EVERYTHING, Loader, Net, batches, fit, mlp, tensors
 
 from lightning_deadrelu import DeadReLUMonitor
-from lightning_deadrelu.strides import coprime, spread
 from lightning_deadrelu.vitals import Vitals, off_centre
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -156,13 +153,6 @@ def test_the_estimate_of_a_large_gradient_is_near(layout):
     assert 0.93 < sum(errors) / len(errors) < 1.07
 
 
-@given(st.integers(1, 10**6), st.integers(1, 10**7))
-def test_a_stride_meets_all_columns(stride, size):
-    found = coprime(stride, size)
-    assert 1 <= found <= stride
-    assert math.gcd(found, size) == 1
-
-
 def test_what_cannot_be_read_is_passed_over():
     embedding, half, idle = nn.Embedding(9, 3, sparse=True), nn.Linear(40, 30).half(), nn.Linear(2, 2)
     embedding(torch.tensor([1, 2])).sum().backward()
@@ -274,7 +264,3 @@ def test_a_failure_costs_the_vital_signs_alone(place, monkeypatch):
     assert sum("a bug of ours" in str(one.message) for one in record) == 1
     assert monitor.report["net.1"].dead.sum() == 3
     assert monitor.deaths == ()
-
-
-def test_vectors_of_any_size_are_spread():
-    assert all(len(spread(torch.arange(size), 256).unique()) == min(size, 256) for size in range(1, 1100))
