@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_deadrelu import DeadReLUMonitor
-from lightning_deadrelu.reporting.pictures import card_of
+from lightning_deadrelu.report.loggers.images import card_of
 
 DOCS = Path(__file__).parent
 WINDOWS = 60

@@ -18,9 +18,10 @@ from typing import Any
 from digits import Classifier, Digits
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 
-from lightning_deadrelu import DeadReLUMonitor, LivenessReport, Reset, page
-from lightning_deadrelu.drawing import summary
-from lightning_deadrelu.raster import Raster
+from lightning_deadrelu import DeadReLUMonitor, LivenessReport, Reset
+from lightning_deadrelu.report import html_page as page
+from lightning_deadrelu.report import summary
+from lightning_deadrelu.report.raster import Raster
 
 
 class Recorder(DeadReLUMonitor):

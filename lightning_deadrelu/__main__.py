@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_deadrelu import page
-from lightning_deadrelu.activations import restore_activations
-from lightning_deadrelu.audit import find_dead_units
-from lightning_deadrelu.drawing import summary
+from lightning_deadrelu.observe.audit import find_dead_units
+from lightning_deadrelu.repair.activation_swap import restore_activations
+from lightning_deadrelu.report import html_page as page
+from lightning_deadrelu.report import summary
 from lightning_deadrelu.statistics import LivenessReport
 
 _EPILOG = """

@@ -12,12 +12,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_deadrelu import ranks
-from lightning_deadrelu.activations import rectifiers
-from lightning_deadrelu.arguments import check
-from lightning_deadrelu.monitoring import Monitoring, exchange_as_in
+from lightning_deadrelu.monitor import Monitoring, exchange_as_in
+from lightning_deadrelu.observe import ranks
 from lightning_deadrelu.remedies import Remedy
+from lightning_deadrelu.repair.activation_swap import rectifiers
 from lightning_deadrelu.statistics import LivenessReport, Rules
+from lightning_deadrelu.validation import check
 
 
 class DeadReLUMonitor(Monitoring):

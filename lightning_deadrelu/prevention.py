@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_deadrelu.audit import trace
-from lightning_deadrelu.sites import clean
-from lightning_deadrelu.slices import Attribution, Slice
+from lightning_deadrelu.model.sites import clean
+from lightning_deadrelu.model.slices import Attribution, Slice
+from lightning_deadrelu.observe.audit import trace
 
 _TRANSPOSED = nn.modules.conv._ConvTransposeNd
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from lightning_deadrelu import LivenessReport, SiteReport, UnitLiveness
 from lightning_deadrelu.attribution import Attributions
-from lightning_deadrelu.ladder import Event
-from lightning_deadrelu.raster import Raster
-from lightning_deadrelu.slices import Attribution
+from lightning_deadrelu.model.slices import Attribution
+from lightning_deadrelu.repair.policy import Event
+from lightning_deadrelu.report.raster import Raster
 
 SHORT, LONG = "layer{}.relu", "model.backbone.encoder.stages.{}.residual_branch.activation.relu"
 

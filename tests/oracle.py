@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_deadrelu.attribution import Tracer
-from lightning_deadrelu.probe import Probe
-from lightning_deadrelu.sites import Rectifier, Site, clean
-from lightning_deadrelu.slices import Attribution, Slice
+from lightning_deadrelu.model.sites import Rectifier, Site, clean
+from lightning_deadrelu.model.slices import Attribution, Slice
+from lightning_deadrelu.observe.probe import Probe
 
 Run = Callable[[], Any]
 

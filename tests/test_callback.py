@@ -25,7 +25,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset
 from toys import EVERYTHING, KEY, Log, Net, Verdicts, assert_same, bare, batches, fit, mlp, watchers
 
-from lightning_deadrelu import DeadReLUMonitor, monitoring
+from lightning_deadrelu import DeadReLUMonitor
+from lightning_deadrelu import monitor as monitoring
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*the Trainer has no logger", "ignore:.*get no gradient", "ignore:.*no rectifier ran"

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_deadrelu.__main__ import main
-from lightning_deadrelu.activations import records, substitute_
+from lightning_deadrelu.repair.activation_swap import records, substitute_
 
 CODE = """
 import torch

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_deadrelu import DeadReLUMonitor
-from lightning_deadrelu.probe import Probe
+from lightning_deadrelu.observe.probe import Probe
 
 KEY = "dead_relu/dead_fraction"
 EVERYTHING = {"every_n_steps": 1, "window": 4, "min_samples": 1}

@@ -1,8 +1,8 @@
 """Which entries of which named parameters feed each unit of a site, and which read it."""
 
-from lightning_deadrelu.attribution.joining import joined_over_ranks, plain
 from lightning_deadrelu.attribution.ledger import merged
-from lightning_deadrelu.attribution.table import Attributions
+from lightning_deadrelu.attribution.over_ranks import joined_over_ranks, plain
+from lightning_deadrelu.attribution.result import Attributions
 from lightning_deadrelu.attribution.tracer import Tracer
 
 __all__ = ["Attributions", "Tracer", "joined_over_ranks", "merged", "plain"]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lightning_deadrelu.attribution.flows import (
+from lightning_deadrelu.attribution.labels import (
     OUTLET,
     Flow,
     Leak,
@@ -25,7 +25,7 @@ from lightning_deadrelu.attribution.flows import (
     over,
     shrunk,
 )
-from lightning_deadrelu.sites import Site
+from lightning_deadrelu.model.sites import Site
 
 JOINED = "an identity path joins before it"
 PADDED = "its embedding has a padding row, which stays as it is"

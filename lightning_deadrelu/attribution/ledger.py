@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from lightning_deadrelu.attribution.flows import OUTLET, Flow, Leak, Origin, Outcome, Read, Stream, distinct, pairs
-from lightning_deadrelu.sites import Site, base_name
-from lightning_deadrelu.slices import Attribution, Outlet, Slice
+from lightning_deadrelu.attribution.labels import OUTLET, Flow, Leak, Origin, Outcome, Read, Stream, distinct, pairs
+from lightning_deadrelu.model.sites import Site, base_name
+from lightning_deadrelu.model.slices import Attribution, Outlet, Slice
 
 _NORM_ROLES = frozenset({"scale", "shift", "mean", "variance"})
 _UNFED = "no layer was seen to feed it directly"

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_deadrelu.attribution.flows import Flow, Leak, Outcome, Step, Stream, Weight, leaks_of
+from lightning_deadrelu.attribution.labels import Flow, Leak, Outcome, Step, Stream, Weight, leaks_of
 from lightning_deadrelu.attribution.ledger import Ledger, merged
-from lightning_deadrelu.attribution.memory import Memory, storage_of
-from lightning_deadrelu.attribution.rules import follow, plain
-from lightning_deadrelu.lineage import tensors_in
-from lightning_deadrelu.sharding import is_sharded
-from lightning_deadrelu.sites import Rectifier, Site, clean
-from lightning_deadrelu.slices import Attribution, Slice
+from lightning_deadrelu.attribution.propagation import follow, plain
+from lightning_deadrelu.attribution.storage import Memory, storage_of
+from lightning_deadrelu.model.sharding import is_sharded
+from lightning_deadrelu.model.sites import Rectifier, Site, clean
+from lightning_deadrelu.model.slices import Attribution, Slice
+from lightning_deadrelu.observe.provenance import tensors_in
 
 _ZEROS = frozenset({"zeros", "zeros_like", "new_zeros"})
 _IN_PLACE = frozenset(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "div", "pow", "mod"))
@@ -37,7 +37,7 @@ class Tracer:
         model: Whose parameters to name. Its tensors are never changed.
 
     Example:
-        >>> from lightning_deadrelu.probe import Probe
+        >>> from lightning_deadrelu.observe.probe import Probe
         >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
         >>> probe = Probe(model, lambda *call: None)
         >>> tracer = probe.tracer = Tracer(model)

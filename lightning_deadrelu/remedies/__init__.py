@@ -1,7 +1,6 @@
 """Ways to bring dead units back, and when to use them."""
 
 from lightning_deadrelu.remedies.base import (
-    LEVELS,
     Activation,
     Edits,
     Law,
@@ -11,8 +10,9 @@ from lightning_deadrelu.remedies.base import (
     Write,
 )
 from lightning_deadrelu.remedies.flags import ladder_of, remedy_of
-from lightning_deadrelu.remedies.sites import LeakySlope, SwapActivation
-from lightning_deadrelu.remedies.units import BiasWarming, Reset, ThermalKick
+from lightning_deadrelu.remedies.site_remedies import LeakySlope, SwapActivation
+from lightning_deadrelu.remedies.unit_remedies import BiasWarming, Reset, ThermalKick
+from lightning_deadrelu.statistics.confirmation import LEVELS
 
 __all__ = [
     "LEVELS",

@@ -10,11 +10,10 @@ from typing import ClassVar, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from lightning_deadrelu.slices import Attribution, Slice
+from lightning_deadrelu.model.slices import Attribution, Slice
 from lightning_deadrelu.statistics import SiteReport
+from lightning_deadrelu.statistics.confirmation import LEVELS
 
-LEVELS = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
-"""Of which shares :attr:`SiteView.quantiles` holds the quantiles."""
 _NEEDS = frozenset({"incoming", "outgoing", "outlet", "module"})
 # of each count: the least value, whether None is one, and an example
 _COUNTS = {

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 
 from lightning_deadrelu.remedies.base import Remedy
-from lightning_deadrelu.remedies.sites import KINDS, PRELU, LeakySlope, SwapActivation
-from lightning_deadrelu.remedies.units import BiasWarming, Reset, ThermalKick
+from lightning_deadrelu.remedies.site_remedies import KINDS, PRELU, LeakySlope, SwapActivation
+from lightning_deadrelu.remedies.unit_remedies import BiasWarming, Reset, ThermalKick
 
 
 def _swap(kind: str) -> Callable[[], Remedy]:

@@ -1,7 +1,7 @@
 """From activations to counts, from counts to verdicts. Pure functions under :class:`UnitLiveness`."""
 
-from lightning_deadrelu.statistics.counting import Counts, UnitLiveness, count
-from lightning_deadrelu.statistics.verdicts import (
+from lightning_deadrelu.statistics.counts import Counts, UnitLiveness, count
+from lightning_deadrelu.statistics.judge import (
     History,
     LivenessReport,
     Rules,

@@ -36,11 +36,11 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_deadrelu import DeadReLUMonitor, LivenessReport, SiteReport
+from lightning_deadrelu.model.trainable import Gradients
+from lightning_deadrelu.observe.watch import Watch
 from lightning_deadrelu.remedies import Reset, ladder_of
-from lightning_deadrelu.repair import Patient, Repair
+from lightning_deadrelu.repair.repair import Patient, Repair
 from lightning_deadrelu.statistics import History, Rules, UnitLiveness, count, judge
-from lightning_deadrelu.trainable import Gradients
-from lightning_deadrelu.watch import Watch
 
 HIDDEN, WIDTH, BATCH, LR, EDGE = 9, 2, 100, 1e-3, math.sqrt(3)
 GRID = torch.linspace(-EDGE, EDGE, 1000)[:, None]

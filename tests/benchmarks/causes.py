@@ -43,7 +43,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from lightning_deadrelu.findings import Finding, ranked
+from lightning_deadrelu.explain.finding import Finding, ranked
 
 NOT_CAUSES = ("upstream_death", "born_dead")
 STEPS = 300

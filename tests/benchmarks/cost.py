@@ -30,7 +30,7 @@ from transformers import OPTConfig, OPTModel, ResNetConfig, ResNetModel
 from turns import ALONE, Build, compare, share_inside, slowdown
 
 from lightning_deadrelu import DeadReLUMonitor
-from lightning_deadrelu.watch import Watch
+from lightning_deadrelu.observe.watch import Watch
 
 DEFAULTS, EVERY_STEP, EVIDENCE = "ours, defaults", "ours, every step", "ours, defaults, and gradient evidence"
 LIMITS = {DEFAULTS: 0.005, EVERY_STEP: 0.03, EVIDENCE: 0.008}

@@ -25,7 +25,7 @@ from trackers import Tracker
 from transformers import OPTConfig, OPTModel, ResNetConfig, ResNetModel
 from turns import ALONE, Build, compare, slowdown
 
-from lightning_deadrelu.watch import Watch
+from lightning_deadrelu.observe.watch import Watch
 
 POINTS = 0.02  # what an observation of every step may cost beyond one read of every rectifier's input
 

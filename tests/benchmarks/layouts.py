@@ -33,9 +33,11 @@ sys.path.append(str(Path(__file__).parents[1]))
 from toys import bare
 from two_ranks import ddp_trainer, on_two_ranks
 
-from lightning_deadrelu import DeadReLUMonitor, monitoring, ranks
-from lightning_deadrelu.record import Record
-from lightning_deadrelu.reporting import Reporter
+from lightning_deadrelu import DeadReLUMonitor
+from lightning_deadrelu import monitor as monitoring
+from lightning_deadrelu.observe import ranks
+from lightning_deadrelu.report.history import Record
+from lightning_deadrelu.report.loggers import Reporter
 from lightning_deadrelu.statistics import Totals, UnitLiveness
 
 LAYOUTS = ((17, 512), (64, 9216), (64, 36_864))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from trackers import Tracker
 
-from lightning_deadrelu.probe import Probe
+from lightning_deadrelu.observe.probe import Probe
 
 ALONE = "no callback"
 HOOKS = ("on_train_batch_start", "on_before_backward", "on_after_backward", "on_before_zero_grad")

@@ -1,0 +1,264 @@
+"""What each element of a tensor depends on: the words in which attribution speaks. Pure.
+
+Labels are int64 tensors on the CPU that broadcast to the tensor they speak of, with as many dimensions: where a
+dimension has size 1, all along it is alike. They hold the number of a unit, or -1 for none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_deadrelu.model.sites import Site
+from lightning_deadrelu.observe.provenance import tensors_in
+
+NONE = -1
+OUTLET = "outlet"
+_MOST_LABELS = 2**24  # what would take more memory is not followed
+
+
+class Misfit(Exception):
+    """What cannot be followed, in words that end up in a refusal."""
+
+
+class Origin(NamedTuple):
+    """The entries of a parameter or buffer (or the channels of a module's output), numbered row by row.
+
+    Args:
+        name: Of the tensor, or the module's path.
+        role: As in :class:`~lightning_deadrelu.model.slices.Slice`, or ``"outlet"``.
+        dims: The dimensions that number the rows.
+        sizes: Their sizes.
+        shape: The view of the tensor that has these dimensions; empty for its own.
+    """
+
+    name: str
+    role: str
+    dims: tuple[int, ...]
+    sizes: tuple[int, ...]
+    shape: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are."""
+        return math.prod(self.sizes)
+
+    def places(self, rows: Tensor) -> Tensor:
+        """Tell where rows are along the dimensions, shape ``(rows, dims)``."""
+        return torch.stack(torch.unravel_index(rows, self.sizes), 1)
+
+
+class Stream(NamedTuple):
+    """Which row of an origin, or which unit of a site, each element depends on."""
+
+    origin: Origin | Site
+    labels: Tensor
+
+
+class Weight(NamedTuple):
+    """A named parameter, as it is or transposed."""
+
+    name: str
+    shape: tuple[int, ...]
+    flipped: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Leak:
+    """Rows of an origin, units of a site, or a whole parameter, read where it cannot be accounted for."""
+
+    origin: Origin | Site | str
+    labels: Tensor
+    reason: str
+
+
+class Flow(NamedTuple):
+    """What is known of a tensor.
+
+    Args:
+        streams: What its elements depend on, in the order of execution.
+        why: Why this is not all; empty if it is.
+        pending: Leaks that count as soon as something trainable depends on the tensor: until then it is logging.
+        constant: True for what depends on no input.
+        derived: Parameters from which alone it was computed.
+        weight: The parameter that it is.
+        buffer: The name of the buffer that it is.
+        zero: True for what holds nothing but zeros, so that reading it is reading nothing.
+    """
+
+    streams: tuple[Stream, ...] = ()
+    why: str = ""
+    pending: frozenset[Leak] = frozenset()
+    constant: bool = False
+    derived: frozenset[str] = frozenset()
+    weight: Weight | None = None
+    buffer: str = ""
+    zero: bool = False
+
+    @property
+    def before(self) -> list[Stream]:
+        """What comes from layers, not through a site."""
+        return [stream for stream in self.streams if isinstance(stream.origin, Origin)]
+
+    @property
+    def behind(self) -> list[Stream]:
+        """What comes from sites."""
+        return [stream for stream in self.streams if isinstance(stream.origin, Site)]
+
+    @property
+    def learned(self) -> frozenset[str]:
+        """The parameters that it is or comes from."""
+        return self.derived | ({self.weight.name} if self.weight else frozenset())
+
+
+class Read(NamedTuple):
+    """A layer's weight applied to an input: for each feature, which unit of which sites it is.
+
+    Args:
+        rows: The entries that each feature meets.
+        sites: For each site, the unit of each feature, one tensor for each stream.
+    """
+
+    rows: Origin
+    sites: Mapping[Site, tuple[Tensor, ...]]
+
+
+@dataclass
+class Step:
+    """One call of a torch function.
+
+    Args:
+        name: In plain form.
+        func: What was called.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        outputs: The tensors it returned.
+        look: What is known of a tensor.
+        path: Of the module whose forward is running.
+        module: That module.
+    """
+
+    name: str
+    func: Callable[..., Any] | None
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    outputs: Sequence[Tensor]
+    look: Callable[[Any], Flow]
+    path: str = ""
+    module: nn.Module | None = None
+    operands: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.operands = tensors_in((*self.args, *self.kwargs.values()))
+
+    @property
+    def output(self) -> Tensor:
+        """The first of what it returned."""
+        return self.outputs[0]
+
+    def argument(self, place: int, name: str, default: Any = None) -> Any:
+        """Find an argument by place or name."""
+        return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
+
+
+class Outcome(NamedTuple):
+    """What a call did: the flow of each output, and what it read."""
+
+    flows: tuple[Flow, ...] = ()
+    leaks: tuple[Leak, ...] = ()
+    reads: tuple[Read, ...] = ()
+    uses: tuple[Origin, ...] = ()
+
+
+def leaks_of(flow: Flow, before: str, behind: str) -> tuple[Leak, ...]:
+    """Leak all that a flow holds.
+
+    Args:
+        flow: Of the tensor read.
+        before: Why, for what comes from layers.
+        behind: Why, for what comes from sites.
+    """
+    names = [Leak(name, torch.empty(0), before) for name in sorted(flow.learned)]
+    spilt = [Leak(origin, labels, before if isinstance(origin, Origin) else behind) for origin, labels in flow.streams]
+    return (*names, *spilt)
+
+
+def along(count: int, ndim: int, dim: int) -> Tensor:
+    """Number the places along one dimension, counted from the end.
+
+    Example:
+        >>> along(3, 4, -3).shape
+        torch.Size([1, 3, 1, 1])
+    """
+    shape = [1] * ndim
+    shape[dim] = count
+    return torch.arange(count, device="cpu").view(shape)
+
+
+def over(shape: Sequence[int], ndim: int) -> Tensor:
+    """Number all entries of a parameter that broadcasts to a tensor of ``ndim`` dimensions."""
+    return grown(torch.arange(math.prod(shape), device="cpu").view(tuple(shape)), ndim)
+
+
+def grown(labels: Tensor, ndim: int) -> Tensor:
+    """Put dimensions of size 1 in front."""
+    return labels.view((1,) * (ndim - labels.ndim) + tuple(labels.shape))
+
+
+def shrunk(labels: Tensor, dims: Sequence[int]) -> Tensor | None:
+    """Give dimensions size 1 along which nothing changes; None if something does.
+
+    Example:
+        >>> shrunk(torch.tensor([[1, 2], [1, 2]]), [0])
+        tensor([[1, 2]])
+        >>> shrunk(torch.tensor([[1, 2], [1, 2]]), [1]) is None
+        True
+    """
+    for dim in dims:
+        if labels.shape[dim] != 1:
+            first = labels.narrow(dim, 0, 1)
+            if not labels.shape[dim] or not (labels == first).all():
+                return None
+            labels = first
+    return labels
+
+
+def filled(labels: Tensor, shape: Sequence[int], dims: Sequence[int]) -> Tensor:
+    """Give dimensions their full size."""
+    sizes = list(labels.shape)
+    for dim in dims:
+        sizes[dim] = shape[dim]
+    if math.prod(sizes) > _MOST_LABELS:
+        raise Misfit("it is too large to be followed")
+    return labels.expand(sizes)
+
+
+def pairs(rows: Tensor, units: Tensor) -> Tensor:
+    """List which row goes with which unit, each pair once, shape ``(pairs, 2)``.
+
+    Example:
+        >>> pairs(torch.tensor([[0, 1]]), torch.tensor([[1, 0]]))
+        tensor([[0, 1],
+                [1, 0]])
+    """
+    both = torch.stack(torch.broadcast_tensors(rows, units)).flatten(1)
+    return distinct(both[:, (both >= 0).all(0)].T)
+
+
+def distinct(found: Tensor) -> Tensor:
+    """List each pair of numbers once, in order; many times faster than ``unique`` along a dimension.
+
+    Example:
+        >>> distinct(torch.tensor([[2, 0], [1, 5], [2, 0]]))
+        tensor([[1, 5],
+                [2, 0]])
+    """
+    rows, units = found.unbind(1)
+    width = int(units.max()) + 1 if len(units) else 1
+    codes = (rows * width + units).unique()
+    return torch.stack([codes // width, codes % width], 1)

@@ -1,6 +1,0 @@
-"""Reports as tables and pictures; the only package that draws with matplotlib and rich, imported when used."""
-
-from lightning_deadrelu.drawing.pictures import plot, plot_history
-from lightning_deadrelu.drawing.tables import attribution_table, headline, html_table, summary, table
-
-__all__ = ["attribution_table", "headline", "html_table", "plot", "plot_history", "summary", "table"]

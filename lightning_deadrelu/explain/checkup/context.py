@@ -1,0 +1,227 @@
+"""What a check-up knows of a model, its optimizers and one batch. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_deadrelu.model.sites import clean
+from lightning_deadrelu.model.slices import Attribution
+from lightning_deadrelu.statistics import LivenessReport, SiteReport
+
+
+class Measured(NamedTuple):
+    """Figures of one parameter before the first step.
+
+    Args:
+        entries: How many numbers it has.
+        rms: Their root mean square.
+        negative: The share of negative ones.
+        gradient: The norm of the gradient; NaN if none is known.
+    """
+
+    entries: int
+    rms: float
+    negative: float
+    gradient: float = math.nan
+
+
+class Group(NamedTuple):
+    """How a parameter is trained.
+
+    Args:
+        optimizer: The optimizer's class, by name.
+        kind: ``"adam"``, ``"sgd"``, or empty for others.
+        place: The number of the optimizer, and of the group in it.
+        lr: At the first step.
+        peak: The learning rate before any schedule.
+        momentum: Of SGD.
+        weight_decay: As given.
+        decoupled: Whether the decay is apart from the gradient.
+    """
+
+    optimizer: str
+    kind: str
+    place: tuple[int, int]
+    lr: float
+    peak: float
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    decoupled: bool = False
+
+
+class Entry(NamedTuple):
+    """The first layer that ran, and what it was given.
+
+    Args:
+        path: The layer's path.
+        rows: How many rows or positions there were.
+        off_centre: ``|mean|^2 / E|x|^2`` of its input, from 0 to 1.
+    """
+
+    path: str
+    rows: int
+    off_centre: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """All that is known when a check-up is made.
+
+    Args:
+        report: The verdict on one batch.
+        attributions: Which parameters feed and read each site.
+        modules: The modules, by path.
+        shapes: The shapes of all parameters, by name.
+        groups: How each trained parameter is trained, by name; empty without optimizers.
+        measured: Figures, by parameter.
+        order: The parameters in the order of their first use.
+        readers: By weight, the functions that read what it puts out, where no layer does.
+        entry: The first layer, if it was given raw numbers.
+        fresh: Whether no step was ever made.
+        clipped: Whether gradients are clipped.
+        scheduled: Whether there is a learning-rate schedule.
+    """
+
+    report: LivenessReport
+    attributions: Mapping[str, Attribution]
+    modules: Mapping[str, nn.Module] = field(repr=False)
+    shapes: Mapping[str, tuple[int, ...]]
+    groups: Mapping[str, Group]
+    measured: Mapping[str, Measured]
+    order: Sequence[str] = ()
+    readers: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    entry: Entry | None = None
+    fresh: bool = True
+    clipped: bool = False
+    scheduled: bool = False
+
+    @cached_property
+    def sites(self) -> list[SiteReport]:
+        """The rectifiers that are trained, in the order of execution."""
+        return [site for site in self.report.sites if site.trainable and not site.smooth]
+
+    def weights(self, site: SiteReport) -> list[str]:
+        """Name the weights that feed a site and that are trained."""
+        return [one.name for one in self.attributions[site.name].incoming if one.role == "weight"]
+
+    def normed(self, site: SiteReport) -> bool:
+        """Whether a norm comes between the layer and the site."""
+        return any(one.role in ("scale", "shift", "mean", "variance") for one in self.attributions[site.name].incoming)
+
+    def bias(self, site: SiteReport) -> str:
+        """Name what is added last before the site; empty if nothing is."""
+        last = self.attributions[site.name].bias
+        return last.name if last else ""
+
+    def scales(self, site: SiteReport) -> list[str]:
+        """Name what the norms before a site multiply by."""
+        return [one.name for one in self.attributions[site.name].incoming if one.role == "scale"]
+
+    def multiplies(self, site: SiteReport) -> bool:
+        """Whether a site's output is multiplied with other activations, as the scores of an attention are."""
+        reader = self.attributions[site.name].no_outgoing
+        return reader.startswith(tuple(f"`{name}`" for name in ("matmul", "bmm", "baddbmm", "einsum")))
+
+    def step(self, name: str) -> float:
+        """Divide the first update of some weights by their size; NaN where it is not known.
+
+        That of Adam is the learning rate, whatever the gradient; that of SGD goes on for 1 / (1 - momentum) steps.
+        """
+        group, known = self.groups.get(name), self.measured.get(name)
+        if group is None or known is None or not known.rms:
+            return math.nan
+        if group.kind == "adam":
+            return group.lr / known.rms
+        if group.kind != "sgd" or self.clipped:
+            return math.nan
+        return group.lr / (1 - min(group.momentum, 0.999)) * known.gradient / (known.rms * math.sqrt(known.entries))
+
+    def layer(self, name: str) -> nn.Module | None:
+        """Find the module that owns a parameter."""
+        return self.modules.get(name.rpartition(".")[0])
+
+    @cached_property
+    def chains(self) -> list[list[SiteReport]]:
+        """Rows of sites of which each feeds the next alone, without a norm or a second path."""
+        following = {site.name: self._next(site) for site in self.sites}
+        heads = [s for s in self.sites if not any(s is other for other in following.values())]
+        return [_row(head, following) for head in heads if self.weights(head) and not self.normed(head)]
+
+    def _next(self, site: SiteReport) -> SiteReport | None:
+        read = [one for one in self.attributions[site.name].outgoing if self._whole(one.name, one.index, one.dims)]
+        if len(self.attributions[site.name].outgoing) != 1 or not read:
+            return None
+        found = [s for s in self.sites if self.weights(s) == [read[0].name] and not self.normed(s)]
+        return found[0] if len(found) == 1 else None
+
+    def _whole(self, name: str, index: Tensor, dims: tuple[int, ...]) -> bool:
+        shape = self.shapes.get(name, ())
+        return len(dims) == 1 and len(shape) > dims[0] and len(index.unique()) == shape[dims[0]]
+
+
+def _row(head: SiteReport, following: Mapping[str, SiteReport | None]) -> list[SiteReport]:
+    row, after = [head], following[head.name]
+    while after is not None and after not in row:
+        row.append(after)
+        after = following[after.name]
+    return row
+
+
+def groups_of(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Group]:
+    """Tell how each parameter is trained, by name.
+
+    Example:
+        >>> import torch
+        >>> layer = nn.Linear(2, 1)
+        >>> groups_of(layer, [torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)])["bias"].momentum
+        0.9
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(clean(name))
+    return {
+        name: _group(optimizer, group, (place, number))
+        for place, optimizer in enumerate(optimizers)
+        for number, group in enumerate(optimizer.param_groups)
+        for parameter in group["params"]
+        for name in names.get(id(parameter), [])
+    }
+
+
+def _group(optimizer: Optimizer, group: Mapping[str, Any], place: tuple[int, int]) -> Group:
+    kinds = {kind.__name__ for kind in type(optimizer).__mro__}
+    adam = bool(kinds & {"Adam", "AdamW", "NAdam", "RAdam", "Adamax"})
+    lr = float(group.get("lr", 0.0))
+    return Group(
+        type(optimizer).__name__,
+        "adam" if adam else "sgd" if "SGD" in kinds else "",
+        place,
+        lr,
+        max(lr, float(group.get("initial_lr", 0.0))),
+        float(group.get("momentum", 0.0)),
+        float(group.get("weight_decay", 0.0)),
+        "AdamW" in kinds or bool(group.get("decoupled_weight_decay")),
+    )
+
+
+def code(path: str) -> str:
+    """Write a path within a model as code.
+
+    Example:
+        >>> code("net.0.bias")
+        'model.net[0].bias'
+    """
+    return "model" + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in path.split("."))
+
+
+def listed(names: Sequence[str]) -> str:
+    """List names, the first three of many."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(f"`{name}`" for name in names[:3]) + more

@@ -1,0 +1,141 @@
+"""What came just before units died: spikes, another task, steps as large as the weights."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from lightning_deadrelu.explain.finding import Confidence
+from lightning_deadrelu.explain.postmortem.dying_units import Victims, median
+from lightning_deadrelu.explain.postmortem.step_log import Rows
+
+LAG = 20  # steps; twice the memory of a momentum of 0.9, which pushes on after a spike
+_BEFORE = 200  # steps that tell what is usual
+_LEAST = 10  # of them
+_SPIKE = 8.0  # gradients of healthy runs reach 3 to 5 times their median
+_INPUT_SPIKE = 5.0  # normalised inputs hardly leave twice their usual range
+_RATE_SPIKE = 3.0  # above all rates before, so that neither warm-up nor a warm restart counts
+_IDLE = 0.1  # a model that hardly learns any more has gradients near 0: they count by what was usual before
+_ANEW = 0.5  # of the largest before: what is less than that follows from it
+_DEVIATIONS = 6.0  # of the logarithm, by the median absolute deviation
+_BIG_STEP = {"adaptive": 0.3, "plain": 0.1}  # of the size of the weights, at one step; 0.001 to 0.01 is usual
+_SHIFT = 3.0
+
+
+class Cause(NamedTuple):
+    """A cause, before it is known where it struck, in the terms of a finding."""
+
+    name: str
+    evidence: str
+    confidence: Confidence
+    edit: str
+    source: str
+
+
+UNKNOWN = Cause("unknown", "for no cause that was seen", "possible", "", "")
+
+
+class _Spike(NamedTuple):
+    step: int
+    ratio: float
+    usual: float
+    value: float
+
+
+def shifted(victims: Victims, rows: Rows) -> Cause | None:
+    """Find a step at which the loss jumped to about that of the untrained model, and stayed: the work is another."""
+    first, ended = int(victims.last_fired.min()), int(victims.silent_from.median())
+    loss, steps = rows.column("loss"), torch.tensor(rows.steps, dtype=torch.int64)
+    for place in ((steps >= first - LAG) & (steps < ended)).nonzero().flatten().tolist():
+        before, after = loss[max(0, place - _LEAST) : place], loss[place : place + _LEAST]
+        if len(before) < _LEAST or not loss[place] >= _SHIFT * before.max():
+            continue
+        if after.median() >= loss[place] / 3 and loss[place] <= 3 * loss[:_LEAST].max():
+            rose = f"{median(before):.2g} to {float(loss[place]):.2g} at step {int(steps[place]):,}"
+            evidence = f"when the loss rose from {rose}, and stayed high"
+            edit = 'DeadReLUMonitor(remedy="reset")'
+            return Cause("distribution_shift", evidence, "possible", edit, "Dohare et al. 2024, Nature 632:768")
+    return None
+
+
+def spiked(victims: Victims, rows: Rows) -> Cause | None:
+    """Find what rose out of proportion before most of the victims fell silent: the earliest link of the chain."""
+    first = int(victims.last_fired.min())
+    ended = int(victims.silent_from.median())  # by then half of them were dead
+    rate, gradient = (_spike(rows, name, first, ended) for name in ("rate", "gradient"))
+    inputs = [_spike(rows, f"input_{number}", first, ended) for number in range(3)]
+    largest = max((spike for spike in inputs if spike), key=lambda spike: spike.ratio, default=None)
+    if rate and not (gradient and gradient.step < rate.step):
+        evidence = f"{_told('the learning rate', rate, first)}, from {rate.usual:.4g} to {rate.value:.4g}"
+        edit = f"lr={rate.usual:.4g}"
+        return Cause("learning_rate_spike", evidence, "likely", edit, "Goyal et al. 2017, arXiv 1706.02677")
+    if largest and not (gradient and gradient.step < largest.step):
+        evidence = f"{_told('the largest input', largest, first)}, to {largest.value:.2g}"
+        edit = f"x.clamp(-{2 * largest.usual:.2g}, {2 * largest.usual:.2g})"
+        source = "a step moves weights by lr * delta * x, in proportion to the input"
+        return Cause("outlier_batch", evidence, "likely", edit, source)
+    if gradient:
+        evidence = _told("the gradient norm", gradient, first)
+        edit = f"Trainer(gradient_clip_val={2 * gradient.usual:.1g})"
+        return Cause("gradient_spike", evidence, "likely", edit, "Pascanu et al. 2013, arXiv 1211.5063")
+    return None
+
+
+def _told(what: str, spike: _Spike, first: int) -> str:
+    ago = first - spike.step
+    if ago > 0:
+        return f"{ago} step{'s' * (ago != 1)} after {what} rose {_fold(spike)}"
+    return f"when {what} rose {_fold(spike)} at step {spike.step:,}"
+
+
+def _fold(spike: _Spike) -> str:
+    return f"{spike.ratio:,.0f}-fold" if spike.ratio < 1e6 else "more than a million-fold"
+
+
+def _spike(rows: Rows, name: str, first: int, end: int) -> _Spike | None:
+    """Find the largest value among the steps that may have killed, if it is out of proportion to those before."""
+    column, steps = rows.column(name), torch.tensor(rows.steps, dtype=torch.int64)
+    known = column.isfinite() & (column > 0)
+    column, steps = column[known], steps[known]
+    may = ((steps >= first - LAG) & (steps < end)).nonzero().flatten()
+    may = may[may >= _LEAST]
+    if not len(may):
+        return None
+    place = int(may[int(column[may].argmax())])
+    value, before = float(column[place]), column[max(0, place - _BEFORE) : place]
+    usual = max(float(before.median()), _IDLE * float(column[:place].median()))
+    spike = _Spike(int(steps[place]), value / usual, usual, value)
+    if name == "rate":
+        return spike if value >= _RATE_SPIKE * float(column[:place].max()) else None
+    least = _INPUT_SPIKE if name.startswith("input") else _SPIKE
+    logs = before.log()
+    deviation = 1.4826 * float((logs - logs.median()).abs().median())
+    least = max(least, math.exp(_DEVIATIONS * deviation), _ANEW * float(before.max()) / usual)
+    return spike if spike.ratio >= least else None
+
+
+def large_steps(victims: Victims, rows: Rows, sunk: str = "") -> Cause | None:
+    """Blame the learning rate where single steps were as large as the weights themselves."""
+    ratio, rate = _step_size(victims, rows)
+    if not ratio >= _BIG_STEP["adaptive" if victims.adaptive else "plain"]:
+        return None
+    evidence = f"with steps of {ratio:.0%} of the size of the weights, at a learning rate of {rate:.2g}"
+    evidence = f"{sunk}, {evidence}" if sunk else evidence
+    source = "an update should be about 1e-3 of the weights (CS231n, section on update ratios)"
+    return Cause("high_learning_rate", evidence, "likely", f"lr={rate / 10:.1g}", source)
+
+
+def _step_size(victims: Victims, rows: Rows) -> tuple[float, float]:
+    """Estimate a step over the weights it changed: lr for what Adam steps, lr times the gradient for others."""
+    steps = torch.tensor(rows.steps, dtype=torch.int64)
+    first, last = int(victims.last_fired.min()), int(victims.silent_from.max())
+    near = (steps >= first - LAG) & (steps < last)
+    rate = median(rows.column("rate")[near])
+    weights = math.sqrt(median(victims.alive.square))
+    if victims.adaptive:
+        return rate / weights if weights else math.nan, rate
+    norm = weights * (victims.fan_in * victims.size) ** 0.5
+    gradient = median(rows.column("gradient")[near])
+    return rate * gradient / (1 - min(victims.momentum, 0.99)) / norm if norm else math.nan, rate

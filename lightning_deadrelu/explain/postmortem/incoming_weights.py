@@ -1,0 +1,231 @@
+"""What feeds the units of each site: at the start, now, and when they were last alive."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_deadrelu.explain.postmortem.subsample import spread
+from lightning_deadrelu.model.sites import Site, clean
+
+_WEIGHTS = 1024  # of a layer, which tell their size: each takes a line of the cache
+_WINDOWS = 100
+_ADAPTIVE = frozenset({"betas", "alpha", "lr_decay", "rho", "beta2_decay"})
+
+
+class Source(NamedTuple):
+    """The parameters that feed a site, each where there is just one.
+
+    Args:
+        name: Of the bias, or of BatchNorm's beta; empty if there is none.
+        bias: It.
+        weight: The matrix or kernel whose rows are the units'; without one, BatchNorm's gamma.
+        normed: Whether a norm follows, which takes the size of the weights out again.
+    """
+
+    name: str = ""
+    bias: Tensor | None = None
+    weight: Tensor | None = None
+    normed: bool = False
+
+    @property
+    def fan_in(self) -> int:
+        """Weights per unit; 0 where it is not known, or says nothing."""
+        if self.weight is None or self.weight.ndim < 2 or self.normed:
+            return 0
+        return self.weight[0].numel()
+
+
+class Feeds:
+    """Keep the biases of all units, on the device, and how large the weights of each site are.
+
+    Of a unit three biases are kept, those at the start of training, of the window, and of the window in which it fired
+    last: 12 bytes. Of the weights of a layer 1,024 evenly strided entries are read at a window's end.
+
+    Example:
+        >>> feeds = Feeds()
+        >>> feeds.notes([], [], torch.device("cpu")).shape
+        torch.Size([2, 2, 0])
+    """
+
+    def __init__(self) -> None:
+        self._biases = torch.empty(3, 0)
+        self._weights = torch.empty(2, 0)  # mean square and mean at the start, by site
+        self._first: dict[Site, tuple[Tensor, Tensor]] = {}  # bias and weights of sites that have no place yet
+        self._squares: deque[tuple[int, list[float]]] = deque(maxlen=_WINDOWS)  # by site, and the step of the window
+
+    @torch.no_grad()
+    def meet(self, sites: Sequence[Site], sources: Sequence[Source]) -> None:
+        """Note what feeds new sites, before their first step.
+
+        Args:
+            sites: All sites met so far.
+            sources: What feeds them.
+        """
+        for site, source in list(zip(sites, sources, strict=True))[self._weights.shape[1] :]:
+            if site not in self._first:
+                self._first[site] = _bias(source, site.units).clone(), _weights(source)
+
+    @torch.no_grad()
+    def notes(self, sites: Sequence[Site], sources: Sequence[Source], device: torch.device) -> Tensor:
+        """Measure the weights, and make room for new units.
+
+        Args:
+            sites: The sites in the order of the counts.
+            sources: What feeds them.
+            device: Where the counts are.
+
+        Returns:
+            Mean square and mean of the weights, those at the start first, shape ``(2, 2, sites)``.
+        """
+        self.meet(sites, sources)
+        self._grow(sites, device)
+        now = [_weights(source).to(device) for source in sources]
+        return torch.stack([self._weights, torch.stack(now, 1) if now else self._weights])
+
+    @torch.inference_mode(False)  # what is changed in place later may be no inference tensor
+    def _grow(self, sites: Sequence[Site], device: torch.device) -> None:
+        fresh = [self._first[site] for site in sites[self._weights.shape[1] :]]
+        if fresh:
+            biases = torch.cat([bias.to(device) for bias, _ in fresh])
+            weights = torch.stack([weights.to(device) for _, weights in fresh], 1)
+            self._biases = torch.cat([self._biases.to(device), biases.expand(3, -1)], 1)
+            self._weights = torch.cat([self._weights.to(device), weights], 1)
+        self._first.clear()
+
+    def biases(self, places: Sequence[slice], sources: Sequence[Source]) -> list[Tensor]:
+        """Bring the biases of some sites to the host, in one transfer: at the start, when last alive, and now.
+
+        Args:
+            places: Where the sites' units are.
+            sources: What feeds them.
+
+        Returns:
+            For each site, shape ``(3, units)``; NaN where there is no bias.
+        """
+        known = [self._biases[::2, place] for place in places]
+        now = [_bias(source, rows.shape[1]).to(rows.device) for source, rows in zip(sources, known, strict=True)]
+        parts = [torch.cat([rows, row[None]]) for rows, row in zip(known, now, strict=True)]
+        return list(torch.cat(parts, 1).cpu().split([part.shape[1] for part in parts], 1))
+
+    def squares(self, site: int, steps: Tensor, start: float) -> Tensor:
+        """Say how large the weights of a site were at the start of the windows in which some steps were.
+
+        Args:
+            site: Number of the site.
+            steps: Any shape.
+            start: What holds for the first window.
+
+        Returns:
+            Mean squares, of the same shape.
+        """
+        known = [(step, squares[site]) for step, squares in self._squares if site < len(squares)]
+        ends = torch.tensor([step for step, _ in known], dtype=torch.int64)
+        return torch.tensor([start, *(square for _, square in known)])[torch.searchsorted(ends, steps)]
+
+    @torch.no_grad()
+    def close(
+        self, fired: Tensor, places: Sequence[slice], sources: Sequence[Source], weights: Tensor, step: int
+    ) -> None:
+        """End a window.
+
+        Args:
+            fired: Which units fired in it, bool.
+            places: Where the sites' units are.
+            sources: What feeds them.
+            weights: What :meth:`notes` returned, on the host.
+            step: The last observation.
+        """
+        _, before, alive = self._biases
+        torch.where(fired.to(before.device), before, alive, out=alive)
+        for place, source in zip(places, sources, strict=True):
+            if source.bias is not None:
+                before[place].copy_(source.bias.detach())
+        self._squares.append((step, weights[1, 0].tolist()))
+
+    # -- to be continued ---------------------------------------------------------------------------------
+
+    def state_dict(self, weights: Tensor) -> dict[str, Any]:
+        """Return plain values and tensors.
+
+        Args:
+            weights: What :meth:`notes` returned, on the host.
+        """
+        squares = [[step, list(squares)] for step, squares in self._squares]
+        return {"biases": self._biases.cpu().clone(), "weights": weights[0].clone(), "squares": squares}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Go on from what was saved.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+            device: Of the model.
+        """
+        self._biases, self._weights = state["biases"].to(device, copy=True), state["weights"].to(device, copy=True)
+        self._squares = deque(((step, list(squares)) for step, squares in state["squares"]), maxlen=_WINDOWS)
+
+
+def _bias(source: Source, units: int) -> Tensor:
+    return torch.full((units,), math.nan) if source.bias is None else source.bias.detach().float()
+
+
+def _weights(source: Source) -> Tensor:
+    """Measure mean square and mean of some entries, shape ``(2,)``; NaN where there are none."""
+    if source.weight is None:
+        return torch.full((2,), math.nan)
+    variance, mean = torch.var_mean(spread(source.weight.detach(), _WEIGHTS).float(), correction=0)
+    return torch.stack([variance + mean.square(), mean])
+
+
+# -- what feeds a site -----------------------------------------------------------------------------------
+
+
+def sources_of(sites: Sequence[Site], model: nn.Module) -> list[Source]:
+    """Find the bias and the weights that feed each site; where there are several of a kind, none.
+
+    Args:
+        sites: The sites.
+        model: Their model.
+    """
+    named = {clean(name): p for name, p in model.named_parameters(remove_duplicate=False)}
+    return [_source(site, named) for site in sites]
+
+
+def _source(site: Site, named: Mapping[str, Tensor]) -> Source:
+    if not site.traced or "-" in site.source:  # behind a negation, a bias that rises makes the input fall
+        return Source()
+    known = {name: named[name] for name in site.source if name in named and not hasattr(named[name], "to_local")}
+    mine = {name: p for name, p in known.items() if p.ndim and p.shape[0] == site.units}
+    scales = [name for name, p in mine.items() if p.ndim == 1 and name.endswith("weight")]
+    norms = {name.rpartition(".")[0] for name in scales}
+    biases = [name for name, p in mine.items() if p.ndim == 1 and name.endswith("bias")]
+    if norms:  # a bias before the norm is lost in it
+        biases = [name for name in biases if name.rpartition(".")[0] in norms]
+    weights = [p for p in mine.values() if p.ndim > 1] or [mine[name] for name in scales]
+    name = biases[0] if len(biases) == 1 else ""
+    return Source(name, mine.get(name), weights[0] if len(weights) == 1 else None, bool(norms))
+
+
+def trained(source: Source, optimizers: Sequence[Optimizer], travelled: float) -> dict[str, Any]:
+    """Tell how the parameters of a site are optimized."""
+    held = source.weight if source.bias is None else source.bias
+    groups = ((group, one) for one in optimizers for group in one.param_groups)
+    none: tuple[dict[str, Any], Any] = ({}, None)
+    group, optimizer = next((pair for pair in groups if any(p is held for p in pair[0]["params"])), none)
+    decay, momentum = (_number(group.get(key)) for key in ("weight_decay", "momentum"))
+    adaptive = bool(_ADAPTIVE & group.keys())
+    decoupled = group.get("decoupled_weight_decay", type(optimizer).__name__.endswith("W"))
+    left = math.exp(-decay * travelled / (1 - min(momentum, 0.99)))
+    if adaptive and decay and not decoupled:  # Adam divides it by the gradients' size
+        left = 0.0
+    return {"fan_in": source.fan_in, "adaptive": adaptive, "momentum": momentum, "decay": decay, "left": left}
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) else 0.0

@@ -1,0 +1,57 @@
+"""Know which modules' forwards are running."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import nn
+
+from lightning_deadrelu.model.sites import is_rectifier_module
+from lightning_deadrelu.observe.provenance import Lineage
+
+
+class Frame:
+    """One running forward: the module's path, and how often each untraced rectifier was called in it."""
+
+    __slots__ = ("calls", "module", "path")
+
+    def __init__(self, path: str, module: nn.Module) -> None:
+        self.path = path
+        self.module = module
+        self.calls: dict[str, int] = {}
+
+    def owned(self, producers: frozenset[str]) -> tuple[str, ...]:
+        """List the producers that are parameters of this module or of one inside it."""
+        prefix = f"{self.path}." if self.path else ""
+        return tuple(sorted(name for name in producers if name.startswith(prefix)))
+
+    def has_weights(self) -> bool:
+        """Whether this is a layer or a block of layers, and no mere activation."""
+        return not is_rectifier_module(self.module) and next(self.module.parameters(), None) is not None
+
+    def is_passed_by(self, lineage: Lineage) -> bool:
+        """Whether a stream comes in from several layers outside: which ones, differs where layers are skipped."""
+        return lineage.joined and bool(self.path) and not self.owned(lineage.producers)
+
+    def number(self, owner: str) -> str:
+        """Number the calls of one owner, for want of better."""
+        self.calls[owner] = self.calls.get(owner, -1) + 1
+        return f"#{self.calls[owner]}"
+
+
+def in_forward(model: nn.Module) -> bool:
+    """Whether the model's own forward is running: a hinge in ``training_step`` is a loss, not a layer."""
+    code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is code:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def may_be_fused(module: nn.Module) -> bool:
+    """Whether PyTorch runs a module as one kernel where nothing looks."""
+    fusible = isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention))
+    return fusible and not module.training and not torch.is_grad_enabled()

@@ -1,0 +1,251 @@
+"""Join a probe to a metric: which calls are counted, and where in the flat state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_deadrelu.attribution import Attributions, Tracer, merged
+from lightning_deadrelu.model.sites import Rectifier, Site, clean, is_rectifier_module, is_selected, names_of, unmatched
+from lightning_deadrelu.model.slices import Slice
+from lightning_deadrelu.observe.compiled import Compiled, Seen
+from lightning_deadrelu.observe.probe import Probe
+from lightning_deadrelu.statistics import Counts, Rules, UnitLiveness, count
+from lightning_deadrelu.statistics.confirmation import Confirmation
+
+NOT_TRACED = "it has not run while its layers were traced"
+
+
+class Watch:
+    """Count what a probe sees of a model.
+
+    Every site met gets a place in the layout, so that names do not depend on what is left out; a site that
+    is left out has no units there.
+
+    Args:
+        model: The model to watch.
+        include: Shell patterns over site names, or kinds; empty for all rectifiers.
+        exclude: Patterns or kinds to leave out.
+        rules: What a verdict asks for.
+        window: Observations per window.
+        unit_dims: See :class:`~lightning_deadrelu.observe.probe.Probe`.
+        keep_fused: See :class:`~lightning_deadrelu.observe.probe.Probe`.
+        device: Where to count; by default where the model's first parameter is.
+        blind: Why no site is to be counted; empty if all are.
+
+    Raises:
+        TypeError: If ``include`` or ``exclude`` is a string.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        rules: Rules = Rules(),
+        window: int = 1,
+        unit_dims: Mapping[str, int] | None = None,
+        keep_fused: bool = False,
+        device: torch.device | None = None,
+        blind: str = "",
+    ) -> None:
+        _check_lists(include=include, exclude=exclude)
+        self._model = model
+        self._include, self._exclude = tuple(include), tuple(exclude)
+        self._unit_dims = dict(unit_dims or {})
+        self._places: dict[Site, int] = {}
+        self._window, self._rules, self._blind = window, rules, blind
+        self.device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.liveness = self._new_liveness()
+        self.probe = Probe(model, self._take, unit_dims, keep_fused)
+        self.compiled = Compiled(
+            self.probe, self._index, self._add_counts, self._name, self._needs_values, self._is_complete
+        )
+        self.probe.compiled = self.compiled
+        self._tracer = Tracer(self.probe.model)
+        self.valid: Tensor | None = None
+        """True where the current batch holds data, False where padding; None where all is data."""
+        self.offsets: dict[int, Tensor] = {}
+        """By number of the site, what is added to each unit's input for a time; a verdict looks past it."""
+        self.confirmation: Confirmation | None = None
+        """Looks once more at some units."""
+        self.dims: dict[int, tuple[int, ...]] = {}
+        """By number of the site, the dimensions of its input that hold the units, counted from the end."""
+        self.hinges: dict[int, float] = {}
+        """By number of the site, what an input has to exceed to fire."""
+
+    def _new_liveness(self) -> UnitLiveness:
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64  # MPS has no float64
+        precise = any(parameter.dtype == torch.float64 for parameter in self._model.parameters())
+        peak_dtype = dtype if precise else torch.float32
+        return UnitLiveness(window=self._window, rules=self._rules, dtype=dtype, peak_dtype=peak_dtype).to(self.device)
+
+    @property
+    def judged_as(self) -> Mapping[str, Rectifier]:
+        """See :attr:`~lightning_deadrelu.observe.probe.Probe.judged_as`."""
+        return self.probe.judged_as
+
+    @judged_as.setter
+    def judged_as(self, rectifiers: Mapping[str, Rectifier]) -> None:
+        self.probe.judged_as = rectifiers
+
+    @property
+    def sites(self) -> list[Site]:
+        """The layout: every site met, in order; those left out have 0 units."""
+        return self.liveness.sites
+
+    def _take(self, site: Site, rectifier: Rectifier, x: Tensor, out: Tensor, dims: tuple[int, ...]) -> None:
+        place = self._places.get(site)
+        if place is None:
+            left_out = self._places.get(site._replace(units=0))
+            place = self._places[site] = self._add(site) if left_out is None else left_out
+        if not self.sites[place].units:
+            return
+        self.compiled.saw(place)
+        self.dims[place], self.hinges[place] = dims, rectifier.hinge
+        valid = _fit(self.valid, x, dims)
+        if place in self.offsets:
+            x, out, rectifier = _without(self.offsets[place], x, dims, rectifier)
+        self.liveness.add(place, count(x, out, dims, rectifier, valid))
+        if self.confirmation:
+            self.confirmation(place, rectifier, x, dims, valid)
+
+    def _needs_values(self) -> bool:
+        """Whether more is asked of the present batch than to be counted."""
+        probe = self.probe
+        busy = probe.tracer or probe.listeners or probe.judged_as or self.offsets or self.confirmation
+        return bool(busy) or self.valid is not None
+
+    def _index(self, seen: Seen) -> int | None:
+        """Number a site that was met before, and in the same way; -1 if it is left out."""
+        place = self._places.get(seen.site, self._places.get(seen.site._replace(units=0)))
+        if place is None or not self.sites[place].units:
+            return None if place is None else -1
+        known = (self.dims.get(place), self.hinges.get(place))
+        return place if known == (seen.dims, seen.rectifier.hinge) else None
+
+    def _add_counts(self, place: int, counts: Counts) -> None:
+        self.liveness.add(place, counts)
+
+    def _name(self, place: int) -> str:
+        return names_of(self.sites)[place]
+
+    def _add(self, site: Site) -> int:
+        name = names_of([*self.sites, site])[-1]
+        selected = is_selected(name, site.kind, site.smooth, self._include, self._exclude)
+        if self._blind and selected:
+            self.probe.unwatched[name] = self._blind
+            selected = False
+        return self.liveness.add_site(site if selected else site._replace(units=0))
+
+    def adopt(self, layout: Iterable[Site]) -> None:
+        """Move the counts to another layout, which has all sites of the present one and perhaps more."""
+        old = self.liveness
+        old.fold()
+        self.liveness = self._new_liveness()
+        self.liveness.observation = old.observation
+        for site in layout:
+            self.liveness.add_site(site)
+        self._places = {site: place for place, site in enumerate(self.sites)}
+        for place, site in enumerate(old.sites):
+            self.liveness.copy_site(old, place, self._places[site])
+        self.dims = {self._places[old.sites[place]]: dims for place, dims in self.dims.items()}
+        self.hinges = {self._places[old.sites[place]]: hinge for place, hinge in self.hinges.items()}
+        self.compiled.forget()
+
+    def trace(self) -> None:
+        """Follow the next observed batch from layers to sites and on; what was known before is added to."""
+        self.probe.tracer = self._tracer
+
+    @property
+    def attributions(self) -> Attributions:
+        """Which entries feed and read the units of each site, as far as all traced batches tell."""
+        tracer = self._tracer
+        known = merged(tracer.attributions(), self.sites, tracer.failure or NOT_TRACED)
+        named = zip(names_of(self.sites), self.sites, strict=True)
+        return Attributions({name: known[site] for name, site in named if site.units}, tracer.used)
+
+    @property
+    def traces(self) -> int:
+        """Batches traced so far, with one that is under way."""
+        return self._tracer.batches
+
+    def sole_readers(self) -> dict[Site, tuple[Slice, ...]]:
+        """Say, for every site traced, which entries feed its units and nothing else."""
+        return self._tracer.sole_readers()
+
+    @property
+    def used(self) -> frozenset[str]:
+        """Names of the parameters and buffers that traced batches have used."""
+        return self._tracer.used
+
+    @property
+    def tracer(self) -> Tracer:
+        """Knows who feeds and reads whom, as far as all traced batches tell."""
+        return self._tracer
+
+    def unwatched(self) -> dict[str, str]:
+        """Say, by name, why a rectifier of the model is not watched."""
+        return {**dict.fromkeys(self._idle(), "it has not run while observed"), **self.probe.unwatched}
+
+    def _is_complete(self) -> bool:
+        return not self._idle()
+
+    def _idle(self) -> list[str]:
+        """List the rectifiers that have not run yet."""
+        known = {*(site.owner for site in self.sites), *self.probe.unwatched}
+        exact = (clean(n) for n, m in self._model.named_modules() if is_rectifier_module(m) and _is_exact(m))
+        return [path for path in exact if path not in known]
+
+    def check_patterns(self) -> None:
+        """Refuse patterns that match nothing that ran or is known to exist.
+
+        Raises:
+            ValueError: If a pattern of ``include``, ``exclude`` or ``unit_dims`` matches no site.
+        """
+        modules = [clean(name) for name, _ in self._model.named_modules()]
+        late = [name for name in modules if name and name not in self.probe.entered]
+        names = [*names_of(self.sites), *self.unwatched(), *late]
+        kinds = [site.kind for site in self.sites]
+        given = {"include": list(self._include), "exclude": list(self._exclude), "unit_dims": list(self._unit_dims)}
+        for argument, patterns in given.items():
+            if missing := unmatched(patterns, names, kinds):
+                known = ", ".join(f"`{name}`" for name in names if name not in late) or "none"
+                raise ValueError(
+                    f"`{argument}={patterns}`: {missing} matches no activation that ran. Mend or drop it; the"
+                    f" sites of this model: {known}."
+                )
+
+
+def _check_lists(**arguments: Sequence[str]) -> None:
+    for name, patterns in arguments.items():
+        if isinstance(patterns, str):
+            raise TypeError(f"`{name}={patterns!r}`: it takes a list of patterns. Try `{name}={[patterns]}`.")
+
+
+_SMOOTH_MODULES = (nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.CELU, nn.SELU, nn.Softplus, nn.RReLU, nn.LeakyReLU, nn.PReLU)
+
+
+def _is_exact(module: nn.Module) -> bool:
+    return not isinstance(module, _SMOOTH_MODULES) and not (isinstance(module, nn.Hardtanh) and module.min_val != 0)
+
+
+def _without(
+    offset: Tensor, x: Tensor, dims: tuple[int, ...], rectifier: Rectifier
+) -> tuple[Tensor, Tensor, Rectifier]:
+    """Take a term off a rectifier's input, and say what it would put out then."""
+    shape = [x.shape[dim] if dim in dims else 1 for dim in range(-x.ndim, 0)]
+    x = x - offset.to(x.device, x.dtype).view(shape)
+    return x, (x - rectifier.hinge).clamp(min=0), rectifier._replace(plain=False)
+
+
+def _fit(valid: Tensor | None, x: Tensor, dims: tuple[int, ...]) -> Tensor | None:
+    """Give the padding mask the shape of the rows of ``x``; None where it does not speak of them."""
+    if valid is None or dims != (-1,):
+        return None
+    if x.shape[:-1] == valid.shape:
+        return valid
+    return valid.flatten() if x.shape[:-1] == (valid.numel(),) else None

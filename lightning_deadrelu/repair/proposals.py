@@ -1,0 +1,95 @@
+"""What is known of a site that was asked about, and what is proposed for it. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_deadrelu.model.slices import Attribution
+from lightning_deadrelu.remedies import Edits, Remedy, SiteView, Write
+from lightning_deadrelu.repair.policy import Request
+from lightning_deadrelu.statistics import SiteReport
+from lightning_deadrelu.statistics.confirmation import Evidence
+
+_LINEAR = (["weight"], ["weight", "bias"])
+
+
+class Case(NamedTuple):
+    """A site asked about, and what a remedy is shown of it."""
+
+    request: Request
+    view: SiteView
+
+
+def fed_by_linear(attribution: Attribution, tensors: Mapping[str, Tensor]) -> str:
+    """Name the linear module whose output alone is a site's input; empty where it is fed otherwise.
+
+    Args:
+        attribution: Of the site.
+        tensors: The model's parameters, by name.
+    """
+    layers = attribution.incoming
+    if attribution.no_incoming or attribution.outlet is None or [one.role for one in layers] not in _LINEAR:
+        return ""
+    path, weight = attribution.outlet.path, layers[0]
+    names = [f"{path}.{role}" for role in ("weight", "bias")][: len(layers)]
+    plain = not weight.shape and weight.dims == (0,) and tensors[weight.name].ndim == 2
+    return path if plain and [one.name for one in layers] == names else ""
+
+
+def fires_now(inputs: Tensor, attribution: Attribution, tensors: Mapping[str, Tensor], hinge: float = 0.0) -> Tensor:
+    """Tell which units of a site fire on some inputs with the weights as they are, shape ``(units,)``.
+
+    Args:
+        inputs: Of the linear layer that feeds it, shape ``(rows, features)``.
+        attribution: Of the site.
+        tensors: The model's parameters, by name.
+        hinge: What has to be exceeded.
+    """
+    weight, *bias = (one.read(tensors[one.name]).cpu().float() for one in attribution.incoming)
+    z = inputs.float() @ weight.T + (bias[0] if bias else 0.0)
+    return (z > hinge).any(0)
+
+
+def confirmed(request: Request, site: SiteReport, seen: Evidence) -> tuple[Tensor, Tensor]:
+    """Keep the units that were silent, or constant, once more; and spread their quantiles over all units."""
+    quantiles = torch.full((len(seen.sums), len(request.units)), float("nan"), dtype=torch.float64)
+    quantiles[:, request.units] = seen.quantiles
+    still = torch.zeros_like(request.units)
+    still[request.units] = (seen.fired == 0) & (seen.calls > 0)
+    constant = site.frozen & (quantiles[0] == quantiles[-1])
+    return still & site.silent | constant & request.units, quantiles
+
+
+def generator_of(remedy: Remedy, view: SiteView) -> torch.Generator:
+    """Seed alike on all ranks, and anew for each edit."""
+    text = f"{remedy.seed} {type(remedy).__name__} {view.step} {view.report.name}"
+    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+    return torch.Generator().manual_seed(seed)
+
+
+def digest(cases: Sequence[Case], proposals: Sequence[Edits | str | None]) -> bytes:
+    """Boil down what this rank would do, and to which weights."""
+    parts: list[Any] = []
+    for (request, view), proposal in zip(cases, proposals, strict=True):
+        parts += [request.site, request.rung, view.units.tolist()]
+        if isinstance(proposal, Edits):
+            parts += [_boiled(write, view.values) for write in proposal.writes]
+            parts += [proposal.warmth and proposal.warmth.gamma.tolist(), repr(proposal.activation)]
+        else:
+            parts.append(proposal)
+    return hashlib.sha256(repr(parts).encode()).digest()
+
+
+def _boiled(write: Write, values: Mapping[str, Tensor]) -> Any:
+    known = values.get(write.slice.name)  # of a sharded model, no more than what feeds and reads the site
+    old = () if known is None else _moments(write.slice.read(known))
+    return write.slice.name, *old, *_moments(torch.as_tensor(write.values))
+
+
+def _moments(values: Tensor) -> tuple[float, float]:
+    return float(values.double().sum()), float(values.double().square().sum())

@@ -1,0 +1,60 @@
+"""What is kept of a run for people to look at, in bounded memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning_deadrelu.report.raster import Raster
+from lightning_deadrelu.statistics import LivenessReport
+from lightning_deadrelu.statistics.forecast import Peaks, at_risk_fraction
+
+
+class Record:
+    """The history of all units over the windows of a run, and a forecast of who is about to fall silent.
+
+    Example:
+        >>> record = Record()
+        >>> record.close(LivenessReport((), step=9), {})
+        >>> record.raster.steps, record.at_risk_fraction
+        ((9,), 0.0)
+    """
+
+    def __init__(self) -> None:
+        self.raster = Raster()
+        self.at_risk_fraction = 0.0
+        """Share of the units whose peak falls towards zero, at the last window's end."""
+        self._peaks = Peaks()
+
+    @property
+    def peaks(self) -> Peaks:
+        """Largest inputs of the last windows by site, shape ``(windows, units)``, the latest last."""
+        return self._peaks
+
+    def close(self, report: LivenessReport, edited: Mapping[str, Sequence[int]]) -> None:
+        """Take in a window that has ended.
+
+        Args:
+            report: Its verdict.
+            edited: Units edited since the window before, by site.
+        """
+        self.raster.add(report, edited)
+        self.at_risk_fraction = at_risk_fraction(report, self._peaks.add(report))
+
+    def with_open(self, report: LivenessReport, edited: Mapping[str, Sequence[int]]) -> Raster:
+        """Return the history with a window that has not ended, which a resumed run will end."""
+        raster = copy.deepcopy(self.raster)
+        raster.add(report, edited)
+        return raster
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain values and tensors."""
+        peaks = self._peaks.state_dict()
+        return {"raster": self.raster.state_dict(), "peaks": peaks, "at_risk_fraction": self.at_risk_fraction}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what was saved."""
+        self.raster.load_state_dict(state["raster"])
+        self._peaks.load_state_dict(state["peaks"])
+        self.at_risk_fraction = state["at_risk_fraction"]

@@ -1,0 +1,179 @@
+"""Look once more at some units, in one observation, before they are edited."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_deadrelu.model.sites import Rectifier
+
+LEVELS = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
+"""The shares of which quantiles are kept of each unit's inputs."""
+MOST_ROWS = 256
+"""Of a layer's input that are kept for a moment."""
+_MOST_NUMBERS = 2**22  # of one call that are sorted; more are thinned out evenly
+
+
+class Evidence(NamedTuple):
+    """What one observation tells of the asked units, those of all sites end to end.
+
+    Args:
+        fired: 1 where a unit fired, else 0, shape ``(units,)``; merges by maximum.
+        sums: Quantiles of the units' inputs, summed over calls, shape ``(levels, units)``; merges by sum.
+        calls: In how many calls each unit took part, shape ``(units,)``; merges by sum.
+    """
+
+    fired: Tensor
+    sums: Tensor
+    calls: Tensor
+
+    @property
+    def quantiles(self) -> Tensor:
+        """The mean over calls and ranks, not a number where there was no call."""
+        return self.sums / self.calls
+
+    @classmethod
+    def nothing(cls, units: int, device: torch.device) -> Evidence:
+        """Start without a call."""
+        zeros = torch.zeros(len(LEVELS) + 2, units, dtype=torch.float64, device=device)
+        return cls(zeros[0], zeros[1:-1], zeros[-1])
+
+    def to_host(self) -> Evidence:
+        """Copy to the CPU in one transfer."""
+        host = torch.cat([self.fired[None], self.sums, self.calls[None]]).cpu()
+        return Evidence(host[0], host[1:-1], host[-1])
+
+    def part(self, place: slice) -> Evidence:
+        """Cut one site out."""
+        return Evidence(*(tensor[..., place] for tensor in self))
+
+
+class Confirmation:
+    """Collect the evidence.
+
+    Args:
+        asked: The units asked about, boolean, shape ``(units,)``, by the number of their site in the layout.
+        device: Where to collect.
+
+    Example:
+        >>> confirmation = Confirmation({0: torch.tensor([True, False])}, torch.device("cpu"))
+        >>> confirmation(0, Rectifier("relu"), torch.tensor([[-1.0, 2.0], [-3.0, 2.0]]), (-1,))
+        >>> confirmation.evidence.fired, confirmation.evidence.quantiles[[0, -1], 0]
+        (tensor([0.], dtype=torch.float64), tensor([-3., -1.], dtype=torch.float64))
+    """
+
+    def __init__(self, asked: Mapping[int, Tensor], device: torch.device) -> None:
+        self._columns: dict[int, Tensor] = {}
+        self._places: dict[int, slice] = {}
+        self._samples: dict[int, _Sample] = {}
+        self._rows: dict[int, int] = {}  # of a site's input, in all calls
+        start = 0
+        for number, units in asked.items():
+            columns = units.nonzero().flatten()
+            self._columns[number] = columns.to(device)
+            self._places[number] = slice(start, start := start + len(columns))
+        self.evidence = Evidence.nothing(start, device)
+
+    def __call__(
+        self, number: int, rectifier: Rectifier, x: Tensor, dims: tuple[int, ...], valid: Tensor | None = None
+    ) -> None:
+        """Take one call of a site's rectifier.
+
+        Args:
+            number: Of the site.
+            rectifier: What it is.
+            x: Its input.
+            dims: The dimensions that hold the units, counted from the end.
+            valid: Boolean, True for data and False for padding, of the shape of ``x`` without the units.
+        """
+        if number not in self._columns:
+            return
+        front = _units_last(x.detach(), dims)
+        rows = _rows_of(front, len(dims), valid)
+        if not len(rows):
+            return
+        self._rows[number] = self._rows.get(number, 0) + len(rows)
+        place, columns = self._places[number], self._columns[number].to(x.device)
+        fired = _fires(front, rectifier.hinge, len(dims), valid)[columns]
+        self.evidence.fired[place].logical_or_(fired.to(self.evidence.fired.device))
+        rows = rows[:: -(-len(rows) * len(columns) // _MOST_NUMBERS) or 1]
+        few = _cut(front, rows, columns, len(dims)).to(self.evidence.sums) - rectifier.hinge
+        self.evidence.sums[:, place].add_(torch.quantile(few, few.new_tensor(LEVELS), dim=0))
+        self.evidence.calls[place].add_(1)
+
+    def listen(self, number: int, x: Tensor, valid: Tensor | None = None) -> None:
+        """Keep some rows of the input of the layer that feeds a site.
+
+        Args:
+            number: Of the site.
+            x: Shape ``(..., features)``.
+            valid: Boolean, True for data and False for padding. Where it is not of the shape of ``x`` without the
+                features, possibly flattened, it speaks of something else, and all rows count.
+        """
+        fits = valid is not None and x.shape[:-1] in (valid.shape, (valid.numel(),))
+        front = _units_last(x.detach(), (-1,))
+        self._samples.setdefault(number, _Sample()).add(front, _rows_of(front, 1, valid if fits else None))
+
+    def rows(self, number: int) -> Tensor | None:
+        """Return what was kept, at most :data:`MOST_ROWS` rows, shape ``(rows, features)``.
+
+        None also where the site had another number of rows than the layer: then its input is not the layer's output,
+        but for instance the mean over tokens.
+        """
+        sample = self._samples.get(number)
+        if sample is None or sample.rows is None or self._rows.get(number, sample.seen) != sample.seen:
+            return None
+        return sample.rows.double() if len(sample.rows) else None
+
+    def of(self, number: int, evidence: Evidence) -> Evidence:
+        """Cut one site out of evidence that was merged over ranks."""
+        return evidence.part(self._places[number])
+
+
+class _Sample:
+    """Rows evenly spaced over all that were added; never more than :data:`MOST_ROWS` are held."""
+
+    def __init__(self) -> None:
+        self.rows: Tensor | None = None
+        self.seen, self._stride = 0, 1
+
+    def add(self, x: Tensor, rows: Tensor) -> None:
+        kept = x.new_empty(0, x.shape[-1]) if self.rows is None else self.rows
+        while -(-(self.seen + len(rows)) // self._stride) > MOST_ROWS:
+            kept, self._stride = kept[::2], self._stride * 2
+        chosen = rows[-self.seen % self._stride :: self._stride]
+        # copied: a view would keep the whole activation alive, and change with it
+        self.rows = torch.cat([kept, x[torch.unravel_index(chosen, x.shape[:-1])]])
+        self.seen += len(rows)
+
+
+def _units_last(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """View a tensor with the dimensions of its units behind all others, of which there is at least one."""
+    x = x if x.ndim > len(dims) else x[None]
+    return x.permute(*[dim for dim in range(-x.ndim, 0) if dim not in dims], *dims)
+
+
+def _rows_of(front: Tensor, count: int, valid: Tensor | None) -> Tensor:
+    """Number the rows that hold data; the last ``count`` dimensions are the units'."""
+    if valid is not None:
+        return valid.flatten().to(front.device).nonzero().flatten()
+    return torch.arange(math.prod(front.shape[:-count]), device=front.device)
+
+
+def _fires(front: Tensor, hinge: float, count: int, valid: Tensor | None) -> Tensor:
+    """Tell which units fire on any row, shape ``(units,)``. What is not a number does not, and hides no other row."""
+    above = front > hinge  # compared in its own precision, as the rectifier does
+    if valid is not None:
+        above &= valid.to(front.device).reshape(*front.shape[:-count], *[1] * count)
+    return above.any(tuple(range(front.ndim - count))).flatten()
+
+
+def _cut(front: Tensor, rows: Tensor, columns: Tensor, count: int) -> Tensor:
+    """Copy some units' inputs out of some rows, and nothing else, shape ``(rows, columns)``."""
+    across = torch.unravel_index(rows[:, None], front.shape[:-count])
+    along = torch.unravel_index(columns[None], front.shape[-count:])
+    return front[(*across, *along)]

@@ -1,0 +1,292 @@
+"""Kinds and causes of death: planted in real runs, and one by one."""
+
+import io
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from toys import Loader, fit
+from two_ranks import ddp_trainer, on_two_ranks
+
+from lightning_deadrelu import DeadReLUMonitor
+from lightning_deadrelu.explain.postmortem import Feed, Victims, Wave, explain, joined, most_telling, told
+from lightning_deadrelu.explain.postmortem.step_log import Rows
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+WATCH = {"every_n_steps": 4, "window": 5, "min_samples": 20}
+
+
+def pushed(layers=1, bias=1.0):
+    """Units that fire on all positive inputs, of which each step takes an eighth of the learning rate."""
+    net = nn.Sequential(*(layer for _ in range(layers) for layer in (nn.Linear(8, 8), nn.ReLU())))
+    with torch.no_grad():
+        for layer in net[::2]:
+            layer.weight.fill_(1.0)
+            layer.bias.fill_(bias)
+    return net
+
+
+class Pushed(LightningModule):
+    """Puts out less at each step; ``rate``, ``scale`` and ``push`` by the number of the batch."""
+
+    def __init__(self, net=None, rate=lambda step: 1e-3, push=lambda step: 1.0, decay=0.0):
+        super().__init__()
+        self.net, self.rate, self.push, self.decay = net or pushed(), rate, push, decay
+
+    def on_train_batch_start(self, batch, batch_idx):
+        for group in self.trainer.optimizers[0].param_groups[:2]:
+            group["lr"] = self.rate(batch_idx)
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch).mean() * self.push(batch_idx)
+
+    def configure_optimizers(self):
+        first, others = self.net[0], list(self.net[1:].parameters())
+        groups = [{"params": [first.bias], "weight_decay": self.decay}, {"params": [first.weight]}]
+        return torch.optim.SGD([*groups, *([{"params": others}] if others else [])], lr=1e-6)
+
+
+def inputs(steps=100, scale=lambda step: 1.0):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.rand(5, 8, generator=generator) * scale(step) + 0.1 for step in range(steps)]
+
+
+def deaths(model, data=None, **options):
+    monitor = DeadReLUMonitor(**{**WATCH, **options})
+    fit(model, Loader(data or inputs()), monitor)
+    return monitor.deaths
+
+
+def at(step, value, usual=1.0):
+    return lambda now: value if now == step else usual
+
+
+# -- planted in real runs --------------------------------------------------------------------------------
+
+
+def test_a_learning_rate_spike_word_by_word():
+    (wave,) = deaths(Pushed(rate=at(41, 100.0, 1e-3)))
+    assert str(wave) == (
+        "8 units of `net.1` died between steps 40 and 44, when the learning rate rose 100,000-fold at step 41, from"
+        " 0.001 to 100; bias moved by -12"
+    )
+    assert (wave.kind, wave.cause, wave.units) == ("shock", "learning_rate_spike", (8,))
+    assert wave.finding.edit == "lr=0.001"
+
+
+def test_a_gradient_spike_before_the_last_sign_of_life():
+    data = inputs(scale=lambda step: 0.0 if 41 < step < 44 else 1.0)
+    (wave,) = deaths(Pushed(push=at(41, 1e5)), data)
+    assert (wave.kind, wave.cause) == ("shock", "gradient_spike")
+    assert (wave.first_step, wave.last_step) == (40, 44)
+    assert "when the gradient norm rose" in str(wave)
+    assert str(wave).endswith("bias moved by -12")
+
+
+def test_an_outlier_comes_before_the_gradient_it_makes():
+    (wave,) = deaths(Pushed(), inputs(scale=at(41, 1e5)))
+    assert (wave.kind, wave.cause) == ("shock", "outlier_batch")
+    assert "when the largest input rose" in str(wave)
+
+
+def test_decay_is_a_drift():
+    net = pushed()
+    with torch.no_grad():
+        net[0].weight.fill_(-0.05)
+    (wave,) = deaths(Pushed(net, rate=lambda step: 0.1, push=lambda step: 0.0, decay=0.5))
+    assert (wave.kind, wave.cause, wave.units) == ("drift", "bias_decay", (8,))
+    assert "while a weight decay of 0.5 took their biases from 1 to 0." in str(wave)
+
+
+def test_upstream_is_told_apart_and_comes_second():
+    net = pushed(2)
+    with torch.no_grad():
+        net[2].bias[:3] = -0.5  # fire as long as the layer before does
+    first, second = deaths(Pushed(net, rate=at(41, 1000.0, 1e-4)))
+    assert (first.kind, first.cause, first.sites) == ("shock", "learning_rate_spike", ("net.1",))
+    assert (second.kind, second.cause, second.units) == ("upstream", "upstream_death", (3,))
+    assert str(second) == (
+        "3 units of `net.3` died between steps 40 and 44, their input being constant since `net.1` is dead"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        (lambda layer: layer.bias.fill_(-9.0), "negative_bias"),
+        (lambda layer: (layer.weight.copy_(-layer.weight), layer.bias.zero_()), "bad_init"),
+    ],
+)
+def test_born_dead(change, cause):
+    net = pushed()
+    with torch.no_grad():
+        change(net[0])
+    (wave,) = deaths(Pushed(net), [x - x.mean() if cause == "negative_bias" else x.abs() / 8 for x in inputs()])
+    assert wave.kind == "born dead"
+    assert wave.cause in (cause, "uncentred_inputs")
+    assert str(wave).startswith("8 units of `net.1` were born dead: ")
+
+
+def test_a_few_deaths_have_no_cause():
+    net = pushed()
+    with torch.no_grad():
+        net[0].weight[0], net[0].bias[0] = -1.0, 1.35  # fires on the smallest inputs alone
+    waves = deaths(Pushed(net, rate=lambda step: 1e-2))
+    assert waves
+    assert {wave.cause for wave in waves} == {"unknown"}
+    assert all(wave.finding is None for wave in waves)
+
+
+def test_the_waves_are_told(tmp_path, capsys):
+    monitor = DeadReLUMonitor(**WATCH, report_dir=str(tmp_path))
+    fit(Pushed(rate=at(41, 100.0, 1e-3)), Loader(inputs()), monitor)
+    sentence = f"{monitor.deaths[0]}."
+    assert sentence in capsys.readouterr().out
+    assert sentence in monitor.summary()
+    assert '"cause": "learning_rate_spike"' in (tmp_path / "report.json").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "When units died, and why" in page
+    assert "died between steps 40 and 44" in page
+
+
+def test_a_resumed_run_tells_the_same(tmp_path):
+    whole, resumed = (DeadReLUMonitor(**WATCH) for _ in range(2))
+    keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=46, save_top_k=-1, auto_insert_metric_name=False)
+    fit(Pushed(rate=at(41, 100.0, 1e-3)), Loader(inputs()), whole, keep, enable_checkpointing=True)
+    state = torch.load(tmp_path / "46.ckpt", weights_only=True)["callbacks"][whole.state_key]["inquest"]
+    assert state["vitals"]["rows"].shape == (46, 6)
+    fit(Pushed(rate=at(41, 100.0, 1e-3)), Loader(inputs()), resumed, ckpt=tmp_path / "46.ckpt")
+    assert resumed.deaths == whole.deaths
+    assert len(whole.deaths) == 1
+
+
+def two_ranks(rank):
+    monitor = DeadReLUMonitor(**WATCH)
+    trainer = ddp_trainer(callbacks=[monitor], max_epochs=1)
+    trainer.fit(Pushed(rate=at(41, 100.0, 1e-3)), Loader(inputs()))
+    return [str(wave) for wave in monitor.deaths]
+
+
+def test_two_ranks_tell_the_same():
+    one, other = on_two_ranks(two_ranks)
+    assert one == other
+    assert len(one) == 1
+    assert one[0].startswith("8 units of `net.1` died between steps 40 and 44, when the learning rate rose")
+
+
+# -- one by one ------------------------------------------------------------------------------------------
+
+
+def rows(steps=200, **columns):
+    signs = torch.full((steps, 6), float("nan"))
+    signs[:, 0] = 1.0
+    for name, values in columns.items():
+        if name != "rates":
+            signs[:, ("gradient", "bias_gradient", "loss", "input_0").index(name)] = torch.as_tensor(values)
+    return Rows(tuple(range(steps)), tuple(columns.get("rates", [1e-3] * steps)), signs)
+
+
+def victims(units=20, size=50, last=100, until=110, peaks=((3.0,), (-1.0,)), **more):
+    unknown = Feed(*(torch.full((units,), float("nan")) for _ in range(3)))
+    start = Feed(*(torch.full((size,), float("nan")) for _ in range(3)))
+    number, no = torch.arange(units), torch.zeros(units, dtype=torch.bool)
+    plain = {"first": False, "born": no, "constant": no, "upstream": "", "alive": unknown, "now": unknown}
+    plain |= {
+        "last_fired": torch.full_like(number, last),
+        "silent_from": torch.full_like(number, until),
+        "start": start,
+    }
+    peaks = torch.tensor(peaks).expand(-1, units)
+    return Victims("fc", size, units=number, peaks=peaks, **{**plain, **more})
+
+
+def spiked(step, times, count=200):
+    return [times if now == step else 1.0 for now in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("row", "cause"),
+    [
+        (rows(gradient=spiked(97, 80.0)), "gradient_spike"),
+        (rows(gradient=spiked(70, 80.0)), "unknown"),  # long before
+        (rows(gradient=spiked(111, 80.0)), "unknown"),  # after
+        (rows(gradient=spiked(97, 4.0)), "unknown"),  # as happens in any run
+        (rows(gradient=torch.rand(200, generator=torch.Generator().manual_seed(0)) ** 6), "unknown"),  # always so
+        (rows(gradient=[1e4 if now == 50 else 1.0 + 99 * (now == 97) for now in range(200)]), "unknown"),  # aftermath
+        (rows(input_0=spiked(100, 9.0)), "outlier_batch"),
+        (rows(rates=spiked(103, 5.0)), "learning_rate_spike"),
+        (rows(rates=[step / 1000 for step in range(200)]), "unknown"),  # a warm-up
+        (rows(rates=[0.001 if step < 95 else 1.0 for step in range(200)]), "learning_rate_spike"),
+        (rows(loss=[3.0] * 10 + [0.1] * 90 + [3.0] * 20 + [0.1] * 80), "distribution_shift"),
+        (rows(), "unknown"),
+    ],
+)
+def test_what_came_just_before(row, cause):
+    (wave,) = explain([victims()], row)
+    assert wave.cause == cause
+    assert (wave.finding is None) == (cause == "unknown")
+
+
+def test_a_spike_before_the_interval_says_how_long_before():
+    (wave,) = explain([victims()], rows(gradient=spiked(97, 80.0)))
+    assert str(wave) == "20 units of `fc` died between steps 100 and 110, 3 steps after the gradient norm rose 80-fold"
+
+
+def test_a_few_of_one_layer_share_the_cause_of_many_of_another():
+    few = victims(units=2)._replace(site="fc1")
+    (wave,) = explain([few, victims()], rows(gradient=spiked(97, 80.0)))
+    assert wave.units == (2, 20)
+    assert str(wave).startswith("22 units of 2 layers (most in `fc`, 20) died between steps 100 and 110, 3 steps after")
+    (alone,) = explain([few], rows(gradient=spiked(97, 80.0)))
+    assert alone.cause == "unknown"
+
+
+def test_steps_as_large_as_the_weights():
+    small = Feed(torch.zeros(20), torch.full((20,), 0.01), torch.zeros(20))
+    (wave,) = explain([victims(alive=small, adaptive=True)], rows(rates=[0.1] * 200))
+    assert wave.cause == "high_learning_rate"
+    assert wave.evidence == "with steps of 100% of the size of the weights, at a learning rate of 0.1"
+    (calm,) = explain([victims(alive=small, adaptive=True)], rows(rates=[1e-3] * 200))
+    assert calm.cause == "unknown"
+
+
+def test_sinking_over_windows_is_a_drift_and_a_fall_is_not():
+    sinking = ((8.0,), (6.0,), (5.0,), (3.0,), (1.0,), (-0.5,))
+    falling = ((8.0,), (8.0,), (8.0,), (7.0,), (8.0,), (-0.5,))
+    plunging = ((8.0,), (6.0,), (5.0,), (3.0,), (1.0,), (-50.0,))
+    kinds = [explain([victims(peaks=peaks)], rows())[0].kind for peaks in (sinking, falling, plunging)]
+    assert kinds == ["drift", "shock", "shock"]
+
+
+def test_units_that_die_at_other_times_are_other_waves():
+    times = torch.tensor([0, 0, 0, 4, 40, 40])
+    part = victims(units=6)._replace(last_fired=times, silent_from=times + 5)
+    assert [(w.units, w.first_step, w.last_step) for w in explain([part], rows())] == [((4,), 0, 9), ((2,), 40, 45)]
+
+
+def test_waves_outlive_a_checkpoint_and_join():
+    (wave,) = explain([victims()], rows(gradient=spiked(97, 80.0)))
+    paper = io.BytesIO()
+    torch.save(wave.to_dict(), paper)
+    paper.seek(0)
+    assert Wave.from_dict(torch.load(paper, weights_only=True)) == wave
+    (both,) = joined([wave, wave])
+    assert both.units == (40,)
+
+
+def test_of_many_waves_the_largest_are_told():
+    waves = [Wave("shock", "unknown", (f"fc{n}",), (n,), 100 * n, 100 * n + 10, "unseen") for n in range(1, 20)]
+    lines = told(waves).splitlines()
+    assert [line.split()[0] for line in lines] == ["15", "16", "17", "18", "19", "105"]
+    assert lines[-1] == "105 more units died; see `monitor.deaths`."
+
+
+def test_a_large_wave_outlasts_any_number_of_small_ones():
+    large = Wave("shock", "unknown", ("fc1",), (80,), 10, 20, "as seen")
+    small = [Wave("shock", "unknown", ("fc1",), (1,), step, step + 1, "as seen") for step in range(30, 230)]
+    waves = []
+    for wave in [large, *small]:
+        waves = most_telling([*waves, wave], 100)
+    assert waves == [large, *small[-99:]]

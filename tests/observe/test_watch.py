@@ -1,0 +1,127 @@
+"""The layout: what gets a place, under which name, and how counts move to another layout."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_deadrelu.observe.watch import Watch
+from lightning_deadrelu.statistics import Rules
+
+
+class Shared(nn.Module):
+    """One ReLU behind three layers, so that its sites are numbered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, width) for width in (4, 4, 4))
+        self.relu = nn.ReLU()
+        self.head = nn.Sequential(nn.Linear(4, 2), nn.ReLU6())
+
+    def forward(self, x, order=(0, 1, 2)):
+        for i in order:
+            x = self.relu(self.layers[i](x))
+        return self.head(x)
+
+
+def names(watch: Watch) -> list[str]:
+    return [site.name for site in watch.liveness.report().sites]
+
+
+def run(order=(0, 1, 2), **arguments) -> Watch:
+    torch.manual_seed(0)
+    watch = Watch(Shared(), **arguments)
+    with watch.probe:
+        watch._model(torch.randn(5, 4, generator=torch.Generator().manual_seed(1)), order)
+    assert watch.probe.failure is None
+    return watch
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "expected"),
+    [
+        ([], [], ["relu", "relu-1", "relu-2", "head.1"]),
+        ([], ["relu-1"], ["relu", "relu-2", "head.1"]),  # names do not depend on what is left out
+        (["head.*"], [], ["head.1"]),
+        (["relu6"], [], ["head.1"]),
+        (["relu*"], ["relu-2"], ["relu", "relu-1"]),
+    ],
+)
+def test_include_and_exclude(include, exclude, expected):
+    watch = run(include=include, exclude=exclude)
+    assert names(watch) == expected
+    watch.check_patterns()
+
+
+def test_counts_move_with_their_sites_to_another_layout():
+    ours, theirs = run(order=(0, 1)), run(order=(2, 1))
+    ours.liveness.fold()
+    before = {site.source: site for site in ours.sites}
+    layout = list(dict.fromkeys([*theirs.sites, *ours.sites]))
+    counts = {ours.sites[i].source: ours.liveness.fired[ours.liveness.place(i)].clone() for i in range(len(ours.sites))}
+    ours.adopt(layout)
+    assert ours.sites == layout
+    for i, site in enumerate(ours.sites):
+        fired = ours.liveness.fired[ours.liveness.place(i)]
+        assert torch.equal(fired, counts[site.source]) if site.source in before else not fired.any()
+    with ours.probe:  # and what comes next goes to the right place
+        ours._model(torch.ones(1, 4), (2,))
+    assert ours.liveness.totals().elements.tolist() == [1, 5, 6, 5]
+
+
+def test_a_site_left_out_stays_out_in_another_layout():
+    watch = run(exclude=["relu-1"])
+    watch.adopt(list(watch.sites))
+    with watch.probe:
+        watch._model(torch.ones(1, 4))
+    assert names(watch) == ["relu", "relu-2", "head.1"]
+    assert len(watch.sites) == 4
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4), (6, 4)])
+def test_the_mask_tells_padding_from_data(shape):
+    watch = Watch(nn.Sequential(nn.Linear(4, 2), nn.ReLU()), rules=Rules(1))
+    watch.valid = torch.tensor([[True, True, False], [True, False, False]])
+    with watch.probe:
+        watch._model(torch.ones(shape))
+    assert watch.liveness.report().sites[0].samples == 3
+
+
+def test_the_mask_does_not_speak_of_other_shapes():
+    watch = Watch(nn.Sequential(nn.Conv1d(4, 2, 1), nn.ReLU()), rules=Rules(1))
+    watch.valid = torch.tensor([[True, True, False], [True, False, False]])
+    with watch.probe:
+        watch._model(torch.ones(2, 4, 3))
+    assert watch.liveness.report().sites[0].samples == 2
+
+
+def test_unwatched_names_what_has_not_run():
+    watch = run(order=())
+    assert watch.unwatched() == {"relu": "it has not run while observed"}
+
+
+def test_a_pattern_for_what_has_not_run_yet_is_no_mistake():
+    run(order=(), include=["relu*", "head.1", "layers.*"]).check_patterns()
+    with pytest.raises(ValueError, match=r"`include=\['head'\]`: \['head'\] matches no activation"):
+        run(include=["head"]).check_patterns()
+
+
+def test_a_dimension_given_for_no_site_is_refused():
+    watch = run(unit_dims={"nowhere.*": 1})
+    with pytest.raises(ValueError, match=r"`unit_dims=\['nowhere.\*'\]`: \['nowhere.\*'\] matches no activation"):
+        watch.check_patterns()
+
+
+def test_unit_dims_override_the_producer():
+    class Columns(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.act = nn.Linear(4, 3), nn.ReLU()
+
+        def forward(self, x):
+            return self.act(self.fc(x))
+
+    for dim, units in ((1, 5), (-1, 3), (0, 2)):
+        watch = Watch(Columns(), unit_dims={"act": dim})
+        with watch.probe:
+            watch._model(torch.randn(2, 5, 4))
+        assert watch.sites[0].units == units

@@ -1,0 +1,44 @@
+"""The batched study of the benchmark is the Trainer's run, edit by edit and bit by bit."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.utils import parameters_to_vector
+
+from lightning_deadrelu import DeadReLUMonitor
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import absolute
+import causes
+import healthy
+
+
+@pytest.mark.filterwarnings("ignore:dead_relu")
+def test_the_batched_study_does_what_the_trainer_does():
+    seed, steps = 2, 120
+    monitor = DeadReLUMonitor(remedy=replace(absolute.REMEDY, seed=seed), **absolute.SETTING)
+    alone = absolute.train(seed, steps, monitor)
+    study = absolute.Batched([seed], steps, absolute.REMEDY, **absolute.SETTING)
+    for step in range(steps):
+        study.step(step)
+    events = study.ones[0].repair.events
+    assert sum(event.action == "edited" for event in events) > 5
+    assert [event[:6] for event in events] == [event[:6] for event in monitor.events]
+    torch.testing.assert_close(study.weights[0], parameters_to_vector(alone.parameters()), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("planted", ["outlier batch", "negative biases", "uncentred inputs"])
+def test_a_planted_cause_kills_and_is_named_first(planted):
+    row = causes.PLANTED[planted]
+    found = causes.outcome(row.build(causes.Shape.of(1)))
+    assert found.dead > 0.2
+    assert found.first in row.causes
+
+
+def test_of_a_healthy_network_nothing_is_said():
+    found = causes.outcome(healthy.SETUPS["MLP, SGD, warm-up, cosine"](0))
+    assert found.findings == ()
+    assert found.first == "nothing"

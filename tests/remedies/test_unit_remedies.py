@@ -1,0 +1,514 @@
+"""What remedies propose, and what they refuse."""
+
+import dataclasses
+import itertools
+import time
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_deadrelu.model.slices import Attribution, Slice
+from lightning_deadrelu.remedies import (
+    LEVELS,
+    BiasWarming,
+    Edits,
+    Law,
+    LeakySlope,
+    Remedy,
+    Reset,
+    SiteView,
+    SwapActivation,
+    ThermalKick,
+    Write,
+    ladder_of,
+    remedy_of,
+)
+from lightning_deadrelu.statistics import SiteReport
+
+REMEDIES = [Reset, ThermalKick, BiasWarming, LeakySlope, SwapActivation]
+
+
+def rows(name, role, count, dims=(0,)):
+    return Slice(name, role, torch.arange(count), torch.arange(count)[:, None], dims)
+
+
+def report_of(dead, frozen=None, peak=None):
+    units = len(dead)
+    frozen = torch.zeros(units, dtype=torch.bool) if frozen is None else frozen
+    fields = {field.name: torch.zeros(units, dtype=torch.bool) for field in dataclasses.fields(SiteReport)}
+    fields |= {name: torch.zeros(units) for name in ("firing_rate", "dormancy")}
+    fields |= {"name": "act", "kind": "relu", "units": units, "samples": 9, "elements": 9}
+    fields |= {"trainable": True, "smooth": False, "dead": dead, "silent": dead, "frozen": frozen}
+    fields |= {"age": torch.zeros(units, dtype=torch.int64)}
+    fields |= {"peak": torch.where(dead, -1.0, 1.0) if peak is None else peak}
+    return SiteReport(**fields)
+
+
+def view_of(attribution, dead, values, laws, frozen=None, quantiles=None, peak=None):
+    units = dead if frozen is None else dead | frozen
+    if quantiles is None:
+        quantiles = torch.full((len(LEVELS), len(dead)), torch.nan, dtype=torch.float64)
+    return SiteView(report_of(dead, frozen, peak), units, attribution, values, laws, quantiles)
+
+
+def layer(units=6, width=4, bias=True, norm=False):
+    """Values, laws and attribution of a layer that was trained away from its laws."""
+    values = {"fc.weight": torch.full((units, width), 0.3), "head.weight": torch.randn(3, units)}
+    laws = {"fc.weight": Law(0.0, 0.5, True)}
+    incoming = [rows("fc.weight", "weight", units)]
+    if bias:
+        values["fc.bias"], laws["fc.bias"] = torch.full((units,), -9.0), Law(0.25, 0.0, False)
+        incoming.append(rows("fc.bias", "bias", units))
+    if norm:
+        for name, role in (("weight", "scale"), ("bias", "shift"), ("mean", "mean"), ("var", "variance")):
+            values[f"bn.{name}"] = torch.full((units,), -3.0)
+            laws[f"bn.{name}"] = Law(0.0, 0.0, False)
+            incoming.append(rows(f"bn.{name}", role, units))
+    return values, laws, Attribution(tuple(incoming), (rows("head.weight", "reader", units, (1,)),))
+
+
+def normal_quantiles(units, mean, std):
+    inside = torch.tensor(LEVELS, dtype=torch.float64).clamp(1e-4, 1 - 1e-4)
+    return (mean + std * torch.special.ndtri(inside))[:, None].repeat(1, units)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def mask(*flags):
+    return torch.tensor(flags, dtype=torch.bool)
+
+
+DEAD = mask(0, 1, 0, 1, 0, 0)
+
+
+# -- all of them -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", REMEDIES)
+def test_proposals_are_pure_and_repeatable(make):
+    values, laws, attribution = layer(norm=True)
+    view = view_of(attribution, DEAD, values, laws, quantiles=normal_quantiles(6, -4.0, 1.0))
+    before = {name: (value.clone(), value._version) for name, value in values.items()}
+    state = torch.get_rng_state()
+    one, two = (make().propose(view, seeded(3)) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, (value, version) in before.items():
+        assert torch.equal(values[name], value)
+        assert values[name]._version == version
+    assert len(one.writes) == len(two.writes)
+    for a, b in zip(one.writes, two.writes, strict=True):
+        assert torch.equal(torch.as_tensor(a.values), torch.as_tensor(b.values))
+        assert not set(a.slice.units.tolist()) - {1, 3}
+    assert (one.warmth is None) == (two.warmth is None)
+    assert one.writes or one.warmth or one.activation
+
+
+@pytest.mark.parametrize("make", [Reset, ThermalKick, BiasWarming, LeakySlope])
+def test_nothing_to_treat_is_nothing_to_change(make):
+    values, laws, attribution = layer()
+    view = view_of(attribution, mask(0, 0, 0, 0, 0, 0), values, laws)
+    assert make().propose(view, seeded()) == Edits()
+
+
+def test_own_fields_tell_remedies_apart():
+    shared = {field.name for field in dataclasses.fields(Remedy)}
+    own = [{field.name for field in dataclasses.fields(one)} - shared for one in REMEDIES]
+    for one, other in itertools.combinations(own, 2):
+        assert one
+        assert not one & other
+
+
+def test_needs():
+    assert [sorted(one.needs) for one in REMEDIES] == [
+        ["incoming", "outgoing"],
+        ["incoming"],
+        ["outlet"],
+        ["module"],
+        ["module"],
+    ]
+    assert not any(one().treats_frozen for one in REMEDIES[1:])
+    assert [Reset(frozen=frozen).treats_frozen for frozen in (True, False)] == [True, False]
+
+
+# -- reset -------------------------------------------------------------------------------------------------------------
+
+
+def written(edits, values):
+    """Apply writes to copies."""
+    copies = {name: value.clone() for name, value in values.items()}
+    for write in edits.writes:
+        write.slice.write_(copies[write.slice.name], write.values)
+    return copies
+
+
+def test_reset_redraws_and_clears():
+    values, laws, attribution = layer(units=400, width=50, norm=True)
+    dead = torch.arange(400) % 2 == 0
+    edits = Reset().propose(view_of(attribution, dead, values, laws), seeded())
+    assert edits.writes[0].slice.role == "reader"  # readers let go first
+    new = written(edits, values)
+    fresh = new["fc.weight"][dead]
+    assert fresh.std().item() == pytest.approx(0.5, rel=0.03)
+    assert fresh.abs().max() <= 0.5 * 3**0.5
+    assert (new["fc.bias"][dead] == 0.25).all()
+    for name, value in {"weight": 1, "bias": 0, "mean": 0, "var": 1}.items():
+        assert (new[f"bn.{name}"][dead] == value).all()
+    assert not new["head.weight"][:, dead].any()
+    for name, value in values.items():
+        live = (slice(None), ~dead) if name == "head.weight" else ~dead
+        assert torch.equal(new[name][live], value[live])
+
+
+def test_reset_keeps_the_readers_of_frozen_units():
+    values, laws, attribution = layer()
+    frozen = mask(1, 0, 0, 0, 0, 0)
+    view = view_of(attribution, DEAD, values, laws, frozen=frozen)
+    new = written(Reset(frozen=True).propose(view, seeded()), values)
+    assert new["head.weight"].any(0).tolist() == [True, False, True, False, True, True]
+    assert torch.equal(new["head.weight"][:, 0], values["head.weight"][:, 0])
+    changed = (new["fc.weight"] != values["fc.weight"]).any(1)
+    assert changed.tolist() == [True, True, False, True, False, False]
+    new = written(Reset(frozen=False).propose(view, seeded()), values)
+    assert torch.equal((new["fc.weight"] != values["fc.weight"]).any(1), DEAD)
+
+
+def test_reset_with_a_bias_of_ones_own():
+    values, laws, attribution = layer(norm=True)
+    new = written(Reset(bias=0.1).propose(view_of(attribution, DEAD, values, laws), seeded()), values)
+    assert torch.equal(new["fc.bias"][DEAD], torch.full((2,), 0.1))
+    assert torch.equal(new["bn.bias"][DEAD], torch.full((2,), 0.1))
+
+
+@pytest.mark.parametrize("hinge", [0.0, 3.0])
+def test_new_units_exceed_the_site_s_hinge(hinge):
+    values, laws, attribution = layer()
+    view = view_of(attribution, DEAD, values, laws)
+    x = torch.randn(50, 4, generator=seeded(1))
+    new = written(Reset().propose(dataclasses.replace(view, inputs=x, hinge=hinge), seeded()), values)
+    share = ((x @ new["fc.weight"].T + new["fc.bias"]) > hinge).double().mean(0)[DEAD]
+    assert ((share > 0.08) & (share < 0.92)).all()
+
+
+def test_weights_that_began_as_zeros_get_the_default_law():
+    values, _, attribution = layer(units=300, width=25)
+    dead = torch.ones(300, dtype=torch.bool)
+    for laws in ({}, {"fc.weight": Law.of(torch.zeros(3, 3)), "fc.bias": Law(0.0, 0.0, False)}):
+        new = written(Reset().propose(view_of(attribution, dead, values, laws), seeded()), values)
+        assert new["fc.weight"].abs().max() <= 0.2
+        assert new["fc.weight"].std().item() == pytest.approx(0.2 / 3**0.5, rel=0.03)
+        assert not new["fc.bias"].any()
+
+
+@pytest.mark.parametrize(
+    "module", [nn.Linear(20, 10), nn.Conv2d(6, 10, 3, groups=2), nn.Conv1d(4, 10, 5)], ids=lambda one: str(one)
+)
+def test_default_law_is_that_of_torch(module):
+    """What torch draws by itself has the law that zeros are replaced by."""
+    values = {"m.weight": torch.zeros_like(module.weight)}
+    attribution = Attribution((rows("m.weight", "weight", 10),))
+    dead = torch.ones(10, dtype=torch.bool)
+    edits = Reset().propose(view_of(attribution, dead, values, {}), seeded())
+    bound = module.weight.detach().abs().max().item()
+    assert edits.writes[0].values.abs().max().item() == pytest.approx(bound, rel=0.05)
+
+
+def test_laws_are_told_from_what_was_drawn():
+    flat, normal = torch.rand(4000) * 2 - 1, torch.randn(4000)
+    assert Law.of(flat).uniform
+    assert not Law.of(normal).uniform
+    assert Law.of(torch.full((3, 3), 0.1)).std == 0  # also where the mean is rounded
+    assert Law.of(torch.zeros(0)) == Law(0.0, 0.0, False)
+    for drawn in (flat, normal):
+        again = Law.of(drawn).draw(torch.zeros(4000), seeded())
+        assert again.std().item() == pytest.approx(drawn.std().item(), rel=0.05)
+
+
+@pytest.mark.parametrize("make", [torch.rand, torch.randn])
+def test_the_law_of_a_large_tensor_is_told_from_some_of_its_entries(make):
+    drawn = make(3000, 1001).T  # not as it lies in memory
+    started = time.process_time()
+    law = Law.of(drawn)
+    assert time.process_time() - started < 0.1
+    assert law == Law.of(drawn)
+    assert law.mean == pytest.approx(drawn.mean().item(), abs=0.02)
+    assert law.std == pytest.approx(drawn.std().item(), rel=0.02)
+    assert law.uniform == (make is torch.rand)
+    assert Law.of(torch.full((3000, 1001), 0.1)).std == 0
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (2, 0), (300, 300), (7, 5, 3)])
+def test_of_a_small_tensor_all_entries_count(shape):
+    drawn = torch.randn(shape)
+    law = Law.of(drawn)
+    if drawn.numel() > 1:
+        assert law.std == pytest.approx(drawn.double().std(correction=0).item())
+        drawn.view(-1)[-1] = 1e6
+        assert Law.of(drawn).mean > 1
+    else:
+        assert law == Law(float(drawn) if drawn.numel() else 0.0, 0.0, False)
+
+
+# -- thermal kick ------------------------------------------------------------------------------------------------------
+
+
+def kicked(remedy, mean, units=2000, scale=1.0, bias=True):
+    """Kick units whose inputs are normal, far below the hinge, and see how many fire."""
+    generator = seeded(5)
+    x = torch.randn(500, 8, generator=generator)
+    values = {"fc.weight": torch.randn(units, 8, generator=generator) * scale / 8**0.5}
+    laws = {"fc.weight": Law(0.0, 0.35 * scale, False), "fc.bias": Law(0.0, 0.0, False)}
+    incoming = [rows("fc.weight", "weight", units)]
+    shift = torch.full((units,), mean * scale)
+    if bias:
+        values["fc.bias"] = shift
+        incoming.append(rows("fc.bias", "bias", units))
+    z = x @ values["fc.weight"].T + shift
+    quantiles = torch.quantile(z.double(), torch.tensor(LEVELS, dtype=torch.float64), dim=0)
+    dead = z.amax(0) <= 0
+    view = view_of(Attribution(tuple(incoming)), dead, values, laws, quantiles=quantiles)
+    new = written(remedy.propose(view, seeded(7)), values)
+    after = x @ new["fc.weight"].T + new.get("fc.bias", shift)
+    assert torch.equal(after[:, ~dead], z[:, ~dead])
+    return ((after.amax(0) > 0) & dead).sum().item() / dead.sum().item()
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 100.0])
+@pytest.mark.parametrize("mean", [-5.0, -50.0])
+def test_a_kick_revives_a_third_at_any_depth_and_scale(mean, scale):
+    assert 0.3 < kicked(ThermalKick(), mean, scale=scale) < 0.5
+    assert kicked(ThermalKick(depth=2.0), mean, scale=scale) > 0.55
+
+
+def test_a_kick_bridges_the_distance_by_weights_where_there_is_no_bias():
+    assert kicked(ThermalKick(), -10.0, bias=False) > 0.3
+
+
+def test_a_kick_reaches_what_counts_behind_a_norm():
+    values, laws, attribution = layer(norm=True)
+    new = written(ThermalKick().propose(view_of(attribution, DEAD, values, laws), seeded()), values)
+    changed = {name for name, value in values.items() if not torch.equal(new[name], value)}
+    assert changed == {"fc.weight", "bn.weight", "bn.bias"}
+    assert (new["bn.bias"][DEAD] > values["bn.bias"][DEAD]).all()  # never further down
+
+
+def test_a_kick_uses_the_report_where_the_batch_tells_nothing():
+    values, laws, attribution = layer(units=4000)
+    dead = torch.ones(4000, dtype=torch.bool)
+    view = view_of(attribution, dead, values, laws, peak=torch.full((4000,), -7.0))
+    lift = written(ThermalKick().propose(view, seeded()), values)["fc.bias"] + 9
+    assert lift.square().mean().sqrt().item() == pytest.approx(7.05, rel=0.05)
+
+
+# -- bias warming ------------------------------------------------------------------------------------------------------
+
+
+def warmed(remedy, quantiles, dead=DEAD, **options):
+    values, laws, attribution = layer()
+    return remedy.propose(view_of(attribution, dead, values, laws, quantiles=quantiles, **options), seeded())
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.1, 0.25, 0.5])
+def test_warming_makes_a_share_fire(rate):
+    z = torch.randn(20_000, 6, dtype=torch.float64) * torch.linspace(0.1, 9, 6) - 50
+    quantiles = torch.quantile(z, torch.tensor(LEVELS, dtype=torch.float64), dim=0)
+    gamma = warmed(BiasWarming(firing_rate=rate, cap=9.0), quantiles).warmth.gamma
+    assert gamma[~DEAD].eq(0).all()
+    fires = ((z + gamma) > 0).double().mean(0)[DEAD]
+    assert (fires >= rate).all()
+    assert fires.max() < rate + 0.25  # the margin is the same for narrow and broad units
+
+
+def test_warming_to_just_above_the_peak():
+    quantiles = normal_quantiles(6, -5.0, 1.0)
+    gamma = warmed(BiasWarming(firing_rate=None), quantiles).warmth.gamma
+    above = quantiles[-1] + gamma
+    assert (above[DEAD] > 0).all()
+    assert (above[DEAD] < 0.1).all()
+
+
+def test_warming_is_capped():
+    quantiles = normal_quantiles(6, -5.0, 1.0)
+    quantiles[:8] -= 1e6  # outliers below
+    warmth = warmed(BiasWarming(firing_rate=0.5, steps=7), quantiles).warmth
+    depth, spread = -quantiles[-1, 1], quantiles[7, 1] - quantiles[2, 1]
+    assert warmth.steps == 7
+    assert warmth.gamma[1] <= 1.02 * (depth + spread)
+    half = warmed(BiasWarming(firing_rate=0.5, cap=0.5), quantiles).warmth.gamma[1]
+    assert half <= 0.52 * (depth + spread)
+
+
+def test_warming_never_pulls_down_and_leaves_unknown_units_alone():
+    quantiles = normal_quantiles(6, -5.0, 1.0)
+    quantiles[0, 1], quantiles[-1, 3] = -torch.inf, torch.nan
+    assert warmed(BiasWarming(), quantiles) == Edits()
+    high = normal_quantiles(6, -5.0, 1.0) + 100
+    assert (warmed(BiasWarming(), high).warmth.gamma >= 0).all()
+
+
+def test_warming_lifts_a_layer_whose_inputs_are_all_zero():
+    gamma = warmed(BiasWarming(), torch.zeros(len(LEVELS), 6, dtype=torch.float64)).warmth.gamma
+    assert (gamma[DEAD] > 0).all()
+
+
+# -- sites -------------------------------------------------------------------------------------------------------------
+
+
+def test_leaky_slopes():
+    values, laws, attribution = layer()
+    view = view_of(attribution, DEAD, values, laws)
+    edit = LeakySlope(slope=0.2).propose(view, seeded()).activation
+    assert (edit.kind, edit.steps) == ("leaky_relu", 0)
+    assert torch.equal(edit.slopes, torch.where(DEAD, 0.2, 0.0))
+    edit = LeakySlope(per_unit=False, ramp_steps=50).propose(view, seeded()).activation
+    assert edit.steps == 50
+    assert torch.equal(edit.slopes, torch.full((6,), 0.01))
+
+
+@pytest.mark.parametrize("make", [LeakySlope, SwapActivation])
+def test_what_stays_is_done_once_and_judged_late(make):
+    assert (make().attempts, make().cooldown) == (1, 10)
+    assert (make(attempts=3, cooldown=2).attempts, make(attempts=3, cooldown=2).cooldown) == (3, 2)
+    with pytest.raises(ValueError, match="at least 1"):
+        make(attempts=0)
+    assert (Reset().attempts, Reset().cooldown) == (3, 2)
+
+
+# -- flags and arguments -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flag", "remedy"),
+    [
+        ("reset", Reset()),
+        ("thermal_kick", ThermalKick()),
+        ("bias_warming", BiasWarming()),
+        ("leaky", LeakySlope()),
+        *[(kind, SwapActivation(activation=kind)) for kind in ("leaky_relu", "rrelu", "elu", "selu", "gelu", "silu")],
+    ],
+)
+def test_flags(flag, remedy):
+    assert remedy_of(flag) == remedy
+    assert ladder_of(flag) == ladder_of(remedy) == ladder_of([flag]) == (remedy,)
+
+
+def test_ladders():
+    assert ladder_of(None) == ()
+    assert ladder_of(("reset", LeakySlope(slope=0.1), "gelu")) == (
+        Reset(),
+        LeakySlope(slope=0.1),
+        SwapActivation(activation="gelu"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("remedy", "reason"),
+    [
+        ("rest", "Did you mean `remedy='reset'`\\? Known: reset, thermal_kick, bias_warming, leaky, leaky_relu"),
+        ("zzz", "`remedy='zzz'` is no remedy. Known: reset"),
+        ("prelu", "PReLU brings parameters.*Call `swap_activations_"),
+        ([], "a ladder needs a rung. Try `remedy=None`"),
+        (["reset", None], "`remedy=None`: it takes a flag"),
+        (["reset", ["leaky"]], "it takes a flag, a remedy, or a list"),
+        (3, "`remedy=3`: it takes a flag"),
+        ({"reset"}, "it takes a flag"),
+        (Reset, "`remedy=Reset` is a class.*Try `remedy=Reset\\(\\)`"),
+        (Remedy(), "`remedy=Remedy\\(\\)` has no `propose`"),
+    ],
+)
+def test_bad_ladders_are_refused(remedy, reason):
+    with pytest.raises(ValueError, match=reason):
+        ladder_of(remedy)
+
+
+WHOLE = ("patience", "cooldown", "attempts", "max_edits", "stop_step", "evidence")
+
+
+@pytest.mark.parametrize(
+    ("make", "field", "value", "reason"),
+    [
+        *[(Reset, field, value, "whole number of at least 1") for field in WHOLE for value in (0, 1.5, True, "3")],
+        (Reset, "patience", None, "at least 1. Try"),
+        (Reset, "start_step", -1, "at least 0. Try `start_step=0`"),
+        (Reset, "seed", -1, "at least 0"),
+        (Reset, "significance", 0.0, "above 0 and below 1. Try `significance=0.001`"),
+        (Reset, "significance", 1, "above 0 and below 1"),
+        (Reset, "significance", True, "above 0 and below 1"),
+        (Reset, "dry_run", 1, "a switch. Try `dry_run=True`"),
+        (Reset, "bias", float("nan"), "a number finite"),
+        (Reset, "bias", float("inf"), "a number"),
+        (Reset, "frozen", None, "a switch"),
+        (ThermalKick, "strength", 0, "above 0"),
+        (ThermalKick, "depth", -1.0, "above 0"),
+        (ThermalKick, "depth", "deep", "above 0"),
+        (BiasWarming, "firing_rate", 0, "above 0 and below 1"),
+        (BiasWarming, "firing_rate", 1.0, "above 0 and below 1"),
+        (BiasWarming, "steps", 0, "at least 1"),
+        (BiasWarming, "cap", 0, "above 0"),
+        (BiasWarming, "margin", 0, "above 0"),
+        (LeakySlope, "slope", 0, "above 0 and below 1"),
+        (LeakySlope, "slope", 1, "above 0 and below 1"),
+        (LeakySlope, "per_unit", 2, "a switch"),
+        (LeakySlope, "ramp_steps", 1, "at least 2"),
+        (SwapActivation, "activation", "relu", "one of leaky_relu, rrelu, elu, selu, gelu, silu"),
+        (SwapActivation, "activation", None, "one of leaky_relu"),
+        (SwapActivation, "activation", "prelu", "PReLU brings parameters"),
+    ],
+)
+def test_bad_arguments_are_refused(make, field, value, reason):
+    with pytest.raises(ValueError, match=reason) as caught:
+        make(**{field: value})
+    assert str(caught.value).startswith(f"`{make.__name__}({field}={value!r})`")
+
+
+def test_a_stop_before_the_start_is_refused():
+    with pytest.raises(ValueError, match=r"behind `start_step=10`, or it never acts\. Try `stop_step=1010`"):
+        Reset(start_step=10, stop_step=10)
+    assert Reset(start_step=10, stop_step=11).stop_step == 11
+
+
+# -- one's own ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lift(Remedy):
+    height: float = 0.1
+
+    def propose(self, view, generator):
+        bias = view.attribution.bias.of(view.units)
+        lift = self.height - view.report.peak[bias.units]
+        return Edits(writes=(Write(bias, bias.read(view.values[bias.name]) + lift),))
+
+
+def test_ones_own_remedy():
+    values, laws, attribution = layer()
+    new = written(Lift(height=0.5).propose(view_of(attribution, DEAD, values, laws), seeded()), values)
+    assert torch.equal(new["fc.bias"], torch.where(DEAD, -7.5, -9.0))
+    assert ladder_of([Lift(), "gelu"])[0] == Lift()
+    with pytest.raises(ValueError, match=r"`Lift\(patience=0\)`"):
+        Lift(patience=0)
+
+
+def test_needs_that_no_site_has_are_refused():
+    class Odd(Lift):
+        needs = frozenset({"incomming"})
+
+    with pytest.raises(ValueError, match=r"`Odd.needs` names \['incomming'\], which no site has"):
+        Odd()
+
+
+def test_one_remedy_from_the_command_line():
+    """jsonargparse tells the members of a union by their fields."""
+    jsonargparse = pytest.importorskip("jsonargparse")
+    parser = jsonargparse.ArgumentParser()
+    union = Reset | ThermalKick | BiasWarming | LeakySlope | SwapActivation | None
+    parser.add_argument("--remedy", type=union)
+    for given in (LeakySlope(slope=0.2), ThermalKick(depth=2.0), BiasWarming(cap=2.0), Reset(bias=0.1)):
+        name = f"lightning_deadrelu.remedies.{type(given).__name__}"
+        own = {f.name for f in dataclasses.fields(given)} - {f.name for f in dataclasses.fields(Remedy)}
+        fields = {field: getattr(given, field) for field in own}
+        config = parser.parse_object({"remedy": {"class_path": name, "init_args": fields}})
+        assert parser.instantiate_classes(config).remedy == given

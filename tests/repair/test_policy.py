@@ -1,0 +1,288 @@
+"""When a remedy acts, whether it helped, and which comes next."""
+
+import math
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_deadrelu.remedies import Edits, Remedy
+from lightning_deadrelu.repair.policy import Event, Ladder, Loss, candidates, improbable
+from lightning_deadrelu.statistics import LivenessReport, SiteReport
+
+
+@dataclass(frozen=True, kw_only=True)
+class First(Remedy):
+    def propose(self, view, generator):
+        return Edits()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Second(First):
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithFrozen(First):
+    @property
+    def treats_frozen(self):
+        return True
+
+
+def site(dead=(), units=10, name="fc", age=10_000, frozen=(), trainable=True, usual_rate=0.5):
+    def mask(numbers):
+        return torch.tensor([unit in numbers for unit in range(units)])
+
+    silent, off = mask(dead), mask(())
+    masks = dict.fromkeys(("rare", "always_on", "dormant", "nonfinite", "born_dead", "newly_dead"), off)
+    masks |= dict.fromkeys(("revived", "redied"), off)
+    ages = torch.where(silent, age, 0)
+    number = torch.zeros(units, dtype=torch.float64)
+    return SiteReport(
+        name, "relu", units, 1000, 1000, trainable, False, dead=silent & (ages >= 299), silent=silent,
+        frozen=mask(frozen), judged=~off, firing_rate=number, peak=number, dormancy=number, age=ages,
+        usual_rate=number + usual_rate, last_fired=ages, **masks,
+    )  # fmt: skip
+
+
+def report(*sites, step=0):
+    return LivenessReport(tuple(sites), step)
+
+
+def ladder(*rungs, threshold=0.1, min_samples=299):
+    return Ladder(rungs or (First(),), threshold, min_samples)
+
+
+def run(it, verdicts, loss=None):
+    """Give one verdict after the other, edit what is asked for at once, and list what happened."""
+    told = []
+    for step, verdict in enumerate(verdicts):
+        now = report(*verdict, step=step) if isinstance(verdict, tuple) else report(verdict, step=step)
+        requests, events = it.decide(now, loss[step] if loss else None)
+        told += [(event.step, event.action) for event in events]
+        for request in requests:
+            before = now[request.site].dead_fraction
+            told.append((step, it.edited(request, request.units, before, loss[step] if loss else None, step).action))
+    return told
+
+
+def test_only_what_is_strictly_above_the_threshold_is_treated():
+    assert ladder().decide(report(site(dead=[1])))[0] == []
+    (request,), _ = ladder().decide(report(site(dead=[1, 4])))
+    assert request.site == "fc"
+    assert request.units.nonzero().flatten().tolist() == [1, 4]
+    assert ladder(threshold=0).decide(report(site(dead=[1])))[0]
+    assert not ladder(threshold=0).decide(report(site()))[0]
+
+
+def test_an_edit_asks_for_ten_times_the_evidence_of_a_verdict():
+    assert not ladder().decide(report(site(dead=range(5), age=2989)))[0]
+    assert ladder().decide(report(site(dead=range(5), age=2990)))[0]
+    assert ladder(min_samples=100).decide(report(site(dead=range(5), age=1000)))[0]
+    assert ladder(First(evidence=299)).decide(report(site(dead=range(5), age=299)))[0]
+
+
+def test_frozen_layers_and_smooth_sites_are_left_alone():
+    assert not ladder().decide(report(site(dead=range(5), trainable=False)))[0]
+    assert not ladder().decide(report(replace(site(dead=range(5)), smooth=True)))[0]
+
+
+def test_patience_counts_verdicts_in_a_row():
+    bad, good = site(dead=range(5)), site()
+    assert run(ladder(First(patience=3)), [bad, bad, good, bad, bad, bad]) == [(5, "edited")]
+
+
+def test_it_acts_between_start_and_stop():
+    bad = site(dead=range(5))
+    it = ladder(First(start_step=2, stop_step=4, cooldown=1, attempts=None))
+    assert [told for told in run(it, [bad] * 8) if told[1] == "edited"] == [(2, "edited"), (3, "edited")]
+
+
+def test_a_site_rests_for_the_cooldown_and_is_then_judged():
+    bad = site(dead=range(5))
+    told = run(ladder(First(cooldown=3, attempts=None)), [bad] * 7)
+    assert told == [(0, "edited"), (3, "failed"), (3, "edited"), (6, "failed"), (6, "edited")]
+
+
+def test_a_revived_site_is_said_to_be_and_may_be_treated_again():
+    bad, good = site(dead=range(5)), site()
+    told = run(ladder(), [bad, good, good, good, bad, bad, bad])
+    assert told == [(0, "edited"), (2, "revived"), (4, "edited"), (6, "failed"), (6, "edited")]
+
+
+def test_units_that_die_again_at_once_are_not_revived_for_ever():
+    bad, good = site(dead=range(5)), site()
+    verdicts = [bad, good, good] * 6
+    told = run(ladder(First(attempts=3)), verdicts)
+    assert told[-1][1] == "given up"
+    assert [action for _, action in told].count("edited") <= 5
+
+
+def test_units_that_die_again_much_later_start_anew():
+    bad, good = site(dead=range(5)), site()
+    told = run(ladder(First(attempts=2)), ([bad] + [good] * 15) * 6)
+    assert [action for _, action in told] == ["edited", "revived"] * 6
+
+
+def test_a_site_that_does_not_run_is_not_judged():
+    bad = site(dead=range(5))
+    idle = replace(site(), elements=0, samples=0)
+    assert run(ladder(), [bad, idle, idle, idle, bad]) == [(0, "edited"), (4, "failed"), (4, "edited")]
+
+
+def test_the_freshly_dead_cost_no_attempt():
+    """An edit waits until enough units have the evidence, rather than treat the first of them again and again."""
+    dead = site(dead=range(5))
+    first = replace(dead, age=torch.where(torch.arange(10) == 0, 5000, dead.age.clamp(max=300)))
+    assert run(ladder(), [first, first, dead]) == [(2, "edited")]
+
+
+def test_harm_is_noticed_while_a_term_is_in_flight():
+    it, bad, high = ladder(First(attempts=1)), report(site(dead=range(5))), Loss(30.0, 1.0)
+    (request,), _ = it.decide(bad, Loss(1.0, 0.1))
+    it.edited(request, request.units, 0.5, Loss(1.0, 0.1), 0)
+    _, events = it.decide(bad, high, busy={"fc"})
+    assert [event.action for event in events] == ["harmed", "given up"]
+
+
+def test_half_of_the_treated_units_have_to_fire():
+    treated = site(dead=range(4))
+    assert run(ladder(), [treated, treated, site(dead=[0, 1])])[1] == (2, "revived")
+    assert run(ladder(), [treated, treated, site(dead=[0, 1, 2])])[1] == (2, "failed")
+
+
+def test_units_that_became_frozen_are_not_revived():
+    treated = site(dead=range(4))
+    assert run(ladder(), [treated, treated, site(frozen=range(4))])[1] == (2, "failed")
+
+
+def test_the_next_remedy_takes_over_and_behind_the_last_the_site_is_given_up():
+    bad = site(dead=range(5))
+    it = ladder(First(attempts=2, cooldown=1), Second(attempts=1, cooldown=1))
+    told = run(it, [bad] * 6)
+    assert told == [
+        (0, "edited"), (1, "failed"), (1, "edited"), (2, "failed"), (2, "escalated"), (2, "edited"),
+        (3, "failed"), (3, "given up"),
+    ]  # fmt: skip
+    assert it.edits == [2, 1]
+
+
+def test_a_refused_remedy_gives_way_to_the_next_once():
+    it, bad = ladder(First(), Second()), report(site(dead=range(5)))
+    (request,), _ = it.decide(bad)
+    told = it.refused(request, "feeds two layers", 0)
+    assert [(event.action, event.remedy) for event in told] == [("refused", "First"), ("escalated", "First")]
+    (request,), _ = it.decide(bad)
+    assert request.rung == 1
+    assert [event.action for event in it.refused(request, "no", 1)] == ["refused", "given up"]
+    assert it.decide(bad) == ([], [])
+
+
+def test_a_jump_of_the_loss_is_noticed_and_the_remedy_not_repeated():
+    bad, calm, high = site(dead=range(5)), Loss(1.0, 0.1), Loss(30.0, 1.0)
+    it = ladder(First(attempts=1), Second())
+    told = run(it, [bad, bad, bad], [calm, high, high])
+    assert told == [(0, "edited"), (1, "harmed"), (1, "escalated"), (1, "edited")]
+
+
+def test_a_remedy_that_may_fail_for_ever_may_not_do_harm_for_ever():
+    bad = site(dead=range(5))
+    it = ladder(First(attempts=None))
+    told = run(it, [bad] * 6, [Loss(30.0**number, 0.1) for number in range(6)])
+    assert told == [
+        (0, "edited"), (1, "harmed"), (1, "edited"), (2, "harmed"), (2, "edited"), (3, "harmed"), (3, "given up"),
+    ]  # fmt: skip
+
+
+def test_one_jump_of_the_loss_convicts_nobody():
+    bad, good, calm, high = site(dead=range(5)), site(), Loss(1.0, 0.1), Loss(30.0, 1.0)
+    told = run(ladder(First(cooldown=1)), [bad, bad, bad, good], [calm, high, high, high])
+    assert told == [(0, "edited"), (1, "harmed"), (1, "edited"), (2, "failed"), (2, "edited"), (3, "revived")]
+
+
+def test_a_loss_that_was_no_number_before_convicts_nobody():
+    assert not Loss(math.nan, 1.0).jumped_to(Loss(5.0, 1.0))
+    assert Loss(1.0, 0.1).jumped_to(Loss(math.nan, 0.1))
+
+
+def test_the_number_of_edits_in_a_run_is_capped_over_all_sites():
+    both = site(dead=range(5)), site(dead=range(5), name="fc2")
+    it = ladder(First(max_edits=3, cooldown=1, attempts=None))
+    edits = [told for told in run(it, [both] * 5) if told[1] == "edited"]
+    assert len(edits) >= 3
+    assert not it.may(0, 9)
+
+
+def test_the_number_of_edits_of_a_site_is_capped():
+    both = site(dead=range(5)), site(dead=range(5), name="fc2")
+    told = run(ladder(First(max_edits_per_site=2, cooldown=1, attempts=None)), [both] * 5)
+    assert [step for step, action in told if action == "edited"] == [0, 0, 1, 1]
+
+
+def test_a_dry_run_rests_as_if_it_had_acted_and_fails_nobody():
+    bad = site(dead=range(5))
+    told = run(ladder(First(dry_run=True, attempts=1)), [bad] * 5)
+    assert told == [(0, "would edit"), (2, "would edit"), (4, "would edit")]
+
+
+def test_a_busy_site_waits():
+    it, bad = ladder(), report(site(dead=range(5)))
+    assert it.decide(bad, busy={"fc"}) == ([], [])
+    assert it.decide(bad)[0]
+
+
+def test_frozen_units_are_treated_along_with_dead_ones():
+    both = report(site(dead=range(5), frozen=[7]))
+    (request,), _ = ladder(WithFrozen()).decide(both)
+    assert request.units.nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 7]
+    (request,), _ = ladder().decide(both)
+    assert request.units.nonzero().flatten().tolist() == [0, 1, 2, 3, 4]
+    assert not ladder(WithFrozen()).decide(report(site(frozen=range(9))))[0]
+
+
+@pytest.mark.parametrize(("rate", "age"), [(0.5, 5), (0.1, 29), (0.01, 299), (0.001, 2995)])
+def test_improbable_silence_matches_the_published_ages(rate, age):
+    one = site(dead=range(10), age=age, usual_rate=rate)
+    assert improbable(one, 0.05).all()
+    assert not improbable(replace(one, age=one.age - 1), 0.05).any()
+
+
+@given(st.floats(1e-4, 1.0), st.integers(0, 5000), st.sampled_from([0.01, 0.05, 0.5]))
+def test_improbable_silence_is_the_product_over_samples(rate, age, significance):
+    probability = 1.0
+    for _ in range(age):
+        probability *= 1 - rate
+    if math.isclose(probability, significance, rel_tol=1e-6):
+        return
+    one = site(dead=[0], units=1, age=age, usual_rate=rate)
+    assert bool(improbable(one, significance)) == (probability <= significance)
+
+
+def test_rare_units_are_protected_by_their_own_history_and_busy_ones_treated_early():
+    remedy = First(significance=0.05)
+    assert not candidates(site(dead=[0], age=2000, usual_rate=0.001), remedy, 2990).any()
+    assert candidates(site(dead=[0], age=30, usual_rate=0.5), remedy, 2990).any()
+    assert not candidates(site(dead=[0], age=2000, usual_rate=0.0), remedy, 2990).any()  # has never fired
+    assert ladder(remedy).decide(report(site(dead=range(5), age=30, usual_rate=0.5)))[0]
+
+
+def test_progress_survives_saving_in_plain_values(tmp_path):
+    bad = site(dead=range(5))
+    verdicts = [bad] * 9
+    rungs = First(attempts=2, cooldown=2), Second(attempts=1)
+    whole, half = ladder(*rungs), ladder(*rungs)
+    told = run(whole, verdicts)
+    first = run(half, verdicts[:3])
+    torch.save(half.state_dict(), tmp_path / "state")
+    resumed = ladder(*rungs)
+    resumed.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+    rest = [(step + 3, action) for step, action in run(resumed, verdicts[3:])]
+    assert first + rest == told
+    assert resumed.edits == whole.edits
+
+
+def test_an_event_reads_as_a_sentence():
+    event = Event(7, "fc", "edited", "Reset", (1, 2), "30.0% dead, above the threshold 10.0%")
+    assert str(event) == "step 7: Reset edited `fc` (2 units): 30.0% dead, above the threshold 10.0%"

@@ -1,0 +1,309 @@
+"""Real trackers, read back: the same values everywhere, and pictures that are there."""
+
+import csv
+import importlib.util
+import io
+import json
+import subprocess
+import sys
+import textwrap
+import time
+import warnings
+from pathlib import Path
+
+import lightning.pytorch as new
+import numpy as np
+import pytest
+import pytorch_lightning as old
+from test_raster import report, run, site
+from test_reporting import KEYS, as_wandb, wandb_records
+from toys import EVERYTHING, KEY, Log, Net, Verdicts, batches, fit
+
+from lightning_deadrelu.report.loggers import Reporter, metrics_of
+from lightning_deadrelu.report.loggers.adapters import names_of
+from lightning_deadrelu.report.loggers.images import card_of, overview_of
+from lightning_deadrelu.report.loggers.media import MOST_SITES, is_due, media_of, row_of
+from lightning_deadrelu.report.raster import Raster
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def loggers_of(package, folder):
+    found = package.loggers
+    return {
+        "wandb": found.WandbLogger(save_dir=folder, offline=True, project="test"),
+        "tensorboard": found.TensorBoardLogger(folder / "tensorboard"),
+        "csv": found.CSVLogger(folder / "csv"),
+        "mlflow": found.MLFlowLogger(
+            tracking_uri=f"sqlite:///{folder}/runs.db", artifact_location=str(folder / "artifacts")
+        ),
+    }
+
+
+@pytest.fixture(scope="module", params=[new, old], ids=["lightning", "pytorch_lightning"])
+def everywhere(request, tmp_path_factory):
+    """One run with all loggers: its folder, loggers and reports."""
+    import wandb
+
+    folder = tmp_path_factory.mktemp("runs")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loggers = loggers_of(request.param, folder)
+        monitor = Verdicts(alerts=True, **EVERYTHING)
+        fit(Net(), batches(16), monitor, logger=list(loggers.values()), log_every_n_steps=1)
+        wandb.finish()
+    return folder, loggers, monitor.reports
+
+
+def test_the_values_are_the_same_everywhere(everywhere):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, loggers, reports = everywhere
+    expected = {one.step: metrics_of(one) for one in reports}
+    assert list(expected) == [3, 7, 11, 15]
+    items = [record["history"]["item"] for record in wandb_records(folder) if record["type"] == "history"]
+    rows = {item["trainer/global_step"]: item for item in items if KEY in item}
+    assert {step: {key: row[key] for key in as_wandb(expected[step])} for step, row in rows.items()} == {
+        step: as_wandb(metrics) for step, metrics in expected.items()
+    }
+    (file,) = folder.rglob("metrics.csv")
+    rows = [row for row in csv.DictReader(file.read_text().splitlines()) if row[KEY]]
+    assert {int(row["step"]): {key: float(row[key]) for key in KEYS} for row in rows} == expected
+    (file,) = (folder / "tensorboard").rglob("events.*")
+    events, mlflow = EventAccumulator(str(file)).Reload(), loggers["mlflow"]
+    for key in KEYS:
+        curve = {step: metrics[key] for step, metrics in expected.items()}
+        assert {event.step: event.value for event in events.Scalars(key)} == pytest.approx(curve)
+        assert {p.step: p.value for p in mlflow.experiment.get_metric_history(mlflow.run_id, key)} == curve
+
+
+def table_of(reports):
+    """What each tracker's table should hold, for the windows that draw."""
+    return [{"step": one.step, **row_of(site)} for one in reports if one.step in (3, 7, 15) for site in one.sites]
+
+
+def test_wandb_media(everywhere):
+    folder, _, reports = everywhere
+    records = wandb_records(folder)
+    items = [record["history"]["item"] for record in records if record["type"] == "history"]
+    drawn = [item for item in items if "dead_relu_table/sites._type" in item]
+    assert [item["trainer/global_step"] for item in drawn] == [3, 7, 15]
+    assert {item["dead_relu_raster/net_1._type"] for item in drawn} == {"image-file"}
+    assert {item["dead_relu_rates/net_3._type"] for item in drawn} == {"histogram"}
+    assert sum(drawn[0]["dead_relu_rates/net_1.values"]) == 8
+    tables = sorted(folder.rglob("media/table/**/*.json"), key=lambda path: path.stat().st_mtime)
+    rows = [json.loads(path.read_text()) for path in tables]
+    read = [dict(zip(table["columns"], row, strict=True)) for table in rows for row in table["data"]]
+    assert read == [{key: row[key] for key in row if key != "step"} for row in table_of(reports)]
+    alerts = [record["alert"] for record in records if record["type"] == "alert"]
+    assert len(alerts) == 1
+    assert alerts[0]["title"].startswith("Dead ReLU units in ")
+    assert f"net.1: {int(reports[0]['net.1'].dead.sum())} of 8" in alerts[0]["text"]
+    updates = [record["summary"]["update"] for record in records if record["type"] == "summary"]
+    summary = {key: value for update in updates for key, value in update.items()}
+    assert summary["dead_relu_summary/dead_fraction"] == reports[-1].dead_fraction
+    assert summary["dead_relu_summary/worst_site"] == "net.1"
+
+
+def test_tensorboard_media(everywhere):
+    from PIL import Image
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, _, reports = everywhere
+    (file,) = (folder / "tensorboard").rglob("events.*")
+    events = EventAccumulator(str(file), size_guidance={"images": 0, "histograms": 0, "tensors": 0}).Reload()
+    assert set(events.Tags()["images"]) == {
+        "dead_relu_overview/sites",
+        "dead_relu_raster/net.1",
+        "dead_relu_raster/net.3",
+    }
+    images = events.Images("dead_relu_raster/net.1")
+    assert [image.step for image in images] == [3, 7, 15]
+    raster = Raster()
+    for one in reports:
+        raster.add(one)
+    painted = np.array(Image.open(io.BytesIO(images[-1].encoded_image_string)))
+    assert np.array_equal(painted, card_of(raster.sites["net.1"], reports[-1]["net.1"]))
+    histogram = events.Histograms("dead_relu_rates/net.1")[0].histogram_value
+    assert histogram.num == 8
+    layouts = events.Tensors("custom_scalars__config__")
+    assert len(layouts) == 1
+    assert b"dead_relu_sites/" in layouts[0].tensor_proto.string_val[0]
+
+
+def test_mlflow_media(everywhere):
+    folder, _, reports = everywhere
+    (file,) = (folder / "artifacts").rglob("sites.json")
+    table = json.loads(file.read_text())
+    read = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    assert read == [pytest.approx(row) for row in table_of(reports)]  # it rounds to ten digits
+    pictures = [path.name for path in (folder / "artifacts").rglob("*.png")]
+    assert sum("net.1" in name for name in pictures) == sum("overview" in name for name in pictures) == 3
+
+
+def test_files_beside_csv(everywhere):
+    from PIL import Image
+
+    folder, _, reports = everywhere
+    (beside,) = (folder / "csv").rglob("dead_relu")
+    assert (beside.parent / "metrics.csv").exists()
+    assert {path.name for path in beside.iterdir()} == {
+        "overview.png",
+        "raster_net.1.png",
+        "raster_net.3.png",
+        "sites.csv",
+    }
+    read = list(csv.DictReader((beside / "sites.csv").read_text().splitlines()))
+    expected = [{key: "" if value is None else str(value) for key, value in row.items()} for row in table_of(reports)]
+    assert read == expected
+    assert Image.open(beside / "raster_net.1.png").width > 400
+
+
+# -- when, and how much --------------------------------------------------------------------------------------
+
+
+def test_long_runs_draw_some_dozen_times():
+    assert [n for n in range(1, 101) if is_due(n, 20)] == [1, 2, 4, 8, 16, 20, 40, 60, 80, 100]
+    assert not any(is_due(n, 0) for n in range(100))
+    raster, one, drawn = Raster(), report(site()), 0
+    for _ in range(3000):
+        raster.add(one)
+        drawn += is_due(raster.windows, 50, raster.stride)
+    assert drawn < 40
+
+
+class Csv(Log):
+    """Takes files, into a folder."""
+
+    log_dir = None
+
+
+Csv.__name__ = "CSVLogger"
+
+
+def taker(folder):
+    logger = Csv()
+    logger.log_dir = str(folder)
+    return logger
+
+
+def test_only_the_sites_with_most_dead_units_are_drawn_and_all_are_in_the_table(tmp_path):
+    sites = [site(40, f"layer{i}", dead=range(i % 40)) for i in range(60)]
+    raster = Raster()
+    raster.add(report(*sites, step=5))
+    media = media_of(report(*sites, step=5), raster)
+    assert len(media.cards) == len(media.rates) == MOST_SITES
+    assert (media.left_out, len(media.rows)) == (28, 60)
+    assert "layer39" in media.cards
+    assert "layer0" not in media.cards
+    assert list(media.cards) == sorted(media.cards, key=lambda name: int(name[5:]))
+    assert len(raster.site_curves) == 60
+
+
+def test_the_end_of_fit_draws_once_and_other_ranks_never(tmp_path):
+    raster, one = run(Raster(), [0], [1], [1]), report(site(), step=29)
+    reporter, logger = Reporter("a"), taker(tmp_path)
+    reporter.media(one, raster, [logger], is_global_zero=False, final=True)
+    reporter.media(one, raster, [logger])
+    assert not list(tmp_path.iterdir())
+    reporter.media(one, raster, [logger], final=True)
+    reporter.media(one, raster, [logger], final=True)
+    assert len((tmp_path / "a" / "sites.csv").read_text().splitlines()) == 2
+    Reporter("b", media_every_n_windows=0).media(one, raster, [logger], final=True)
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_logger_that_fails_with_pictures_still_gets_scalars(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    raster, one, reporter = run(Raster(), [0]), report(site(), step=9), Reporter("dead_relu")
+    bad, good = taker(tmp_path / "file"), taker(tmp_path / "folder")
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        for step in (9, 19):
+            one = report(site(), step=step)
+            reporter(one, [bad, good])
+            reporter.media(one, raster, [bad, good], final=True)
+    assert len([w for w in record if "CSVLogger took no media and is left out" in str(w.message)]) == 1
+    assert len(bad.rows) == len(good.rows) == 2
+    assert (tmp_path / "folder" / "dead_relu" / "overview.png").exists()
+
+
+def test_without_pillow_there_is_one_warning_and_scalars_and_tables_work(tmp_path):
+    script = f"""
+        import sys, warnings
+        sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+        import importlib.util
+        real = importlib.util.find_spec
+        importlib.util.find_spec = lambda name, *rest: None if name == "PIL" else real(name, *rest)
+        from test_trackers import *
+        raster, reporter, logger = run(Raster(), [0]), Reporter("a"), taker({str(tmp_path)!r})
+        sys.modules["PIL"] = sys.modules["matplotlib"] = None
+        with warnings.catch_warnings(record=True) as record:
+            warnings.simplefilter("always")
+            for step in (9, 19):
+                one = report(site(), step=step)
+                reporter(one, [logger])
+                reporter.media(one, raster, [logger], final=True)
+        assert [str(w.message) for w in record if "Pillow is missing" in str(w.message)].__len__() == 1, record
+        assert len(record) == 1, [str(w.message) for w in record]
+        assert len(logger.rows) == 2
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, timeout=120)
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["sites.csv"]
+
+
+def test_mlflow_names_are_legal_and_never_collide():
+    class MLFlowLogger:
+        pass
+
+    names = names_of(MLFlowLogger(), ["a/x[0]", "a/x(0]", "a/x.0-relu"])
+    assert names == {"a/x_0_": "a/x[0]", "a/x_0__": "a/x(0]", "a/x.0-relu": "a/x.0-relu"}
+
+
+def test_alerts_are_off_unless_asked_for_and_are_joined_if_they_come_too_soon():
+    calls = []
+
+    class WandbLogger(Log):
+        class experiment:
+            @staticmethod
+            def alert(title, text, level):
+                calls.append((title, text))
+
+    logger, one = WandbLogger(), report(site(name="a" * 99), site(name="b", dead=[0]))
+    Reporter("x").alert(["b"], one, [logger])
+    Reporter("x", alerts=True).alert(["b"], one, [logger], is_global_zero=False)
+    assert not calls
+    reporter = Reporter("x", alerts=True, alert_wait=0.2)
+    for name in ("a" * 99, "b", "b"):
+        reporter.alert([name], one, [logger])
+    assert len(calls) == 1
+    assert len(calls[0][0]) < 64
+    time.sleep(0.25)
+    reporter.alert([], one, [logger])
+    assert calls[1][0] == "Dead ReLU units in 2 sites"
+    assert "b: 1 of 8" in calls[1][1]
+
+
+@pytest.mark.parametrize("sites", [1, 3, 30, 200, 1000])
+def test_pictures_of_any_size(sites):
+    raster = Raster()
+    for step in (9, 19):
+        raster.add(report(*(site(3, f"a.very.long.path.{'x' * 60}.{i}") for i in range(sites)), step=step))
+    picture = overview_of(raster.site_curves, raster.steps, "title")
+    assert max(picture.shape) < 1300
+    assert card_of(next(iter(raster.sites.values()))).shape[1] > 500
+
+
+def test_names_that_the_font_does_not_have():
+    raster = run(Raster(), [0], name="größe.層")
+    assert card_of(raster.sites["größe.層"]).ndim == 3
+
+
+def test_the_saved_workspace_is_built():
+    pytest.importorskip("wandb_workspaces")
+    spec = importlib.util.spec_from_file_location("view", Path(__file__).parents[3] / "examples" / "wandb_workspace.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    view = module.workspace_of("me", "mine", "dead_relu")
+    assert [section.name for section in view.sections] == ["Dead ReLU units", "Dead ReLU rasters"]
+    assert view.sections[0].panels[2].metric_regex == "dead_relu_sites/.*"

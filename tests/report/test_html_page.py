@@ -1,0 +1,224 @@
+"""The files of a run: strict JSON, and a page that stands alone and opens without errors."""
+
+import base64
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+import zlib
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from histories import LONG, SHORT, run_of
+from torch import nn
+
+from lightning_deadrelu import LivenessReport, find_dead_units
+from lightning_deadrelu.render import svg
+from lightning_deadrelu.report import html_page as page
+from lightning_deadrelu.report.raster import Raster
+from lightning_deadrelu.report.site_summary import conclusion, shortened, stories
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+SIZES = [(0, SHORT), (1, SHORT), (3, SHORT), (30, LONG), (200, LONG)]
+
+
+@pytest.fixture(scope="module")
+def runs():
+    return {count: run_of(count, windows=10, units=20, pattern=pattern) for count, pattern in SIZES if count}
+
+
+class Page(HTMLParser):
+    """Check that all that opens closes, in order, and gather what is told and what is asked for."""
+
+    VOID = frozenset({"meta", "link", "img", "br", "line", "path", "rect", "image"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open, self.addresses, self.tags, self.words = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.addresses += [value for key, value in attrs if key in ("src", "href", "action", "data", "xlink:href")]
+        assert not any(key.startswith("on") for key, _ in attrs)
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+@pytest.mark.parametrize("count", [1, 3, 30, 200])
+def test_the_page_stands_alone(runs, count):
+    text = page.to_html(*runs[count])
+    read = Page(text)
+    assert all(address.startswith("data:") for address in read.addresses)
+    assert "script" not in read.tags
+    assert not re.search(r"url\(|@import", text)
+    assert len(text) < 5_000 * count + 40_000
+
+
+def test_the_page_tells_all(runs):
+    report, raster, events, attribution = runs[3]
+    words = " ".join(Page(page.to_html(report, raster, events, attribution)).words)
+    for site in report.sites:
+        assert site.name in words
+    assert "Reset" in words
+    assert "its parameters are sharded" in words
+    assert "feeds are shared by 2 layers: <b>" in words
+    assert "it has not run" in words
+    assert "299 silent samples" in words
+    assert re.sub("`", "", conclusion(report, raster, events)) in "".join(
+        Page(page.to_html(report, raster, events, attribution)).words
+    )
+
+
+def test_odd_names_are_escaped():
+    name = '<img src=x onerror="alert(1)">&`'
+    run = run_of(2, windows=3, units=4, pattern=name + "{}")
+    read = Page(page.to_html(*run))
+    assert all(address.startswith("data:") for address in read.addresses)
+    assert any(name in word for word in read.words)
+
+
+def test_an_audit_has_a_page_without_curves():
+    report = find_dead_units(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), [torch.rand(300, 4)])
+    words = " ".join(Page(page.to_html(report)).words)
+    assert "By depth" in words
+    assert "Over the run" not in words
+
+
+@pytest.mark.parametrize("raster", [None, Raster()])
+def test_nothing_is_no_error(raster):
+    assert "No rectifier was watched." in page.to_html(LivenessReport(()), raster)
+    assert json.loads(page.to_json(LivenessReport(()), raster))["events"] == []
+
+
+def strict(text: str) -> dict:
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_json_holds_all(runs, tmp_path):
+    report, raster, events, attribution = runs[3]
+    raster.add(LivenessReport(report.sites[:2], 9999))  # a site that is missing leaves a gap
+    written = page.write(report, raster, events, attribution, tmp_path / "new" / "folder")
+    assert [path.name for path in written] == ["report.json", "report.html"]
+    content = strict(written[0].read_text(encoding="utf-8"))
+    assert content["dead_units"] == report.dead_units
+    assert [site["dead"] for site in content["sites"]] == [
+        site.dead.nonzero().flatten().tolist() for site in report.sites
+    ]
+    assert content["curves"]["steps"] == list(raster.steps)
+    assert content["curves"]["model"]["dead_fraction"] == list(raster.curves["dead_fraction"])
+    assert content["curves"]["sites"]["layer2.relu"][-1] is None
+    assert [event["units"] for event in content["events"]] == [list(event.units) for event in events]
+    assert content["events"][-1]["before"] is None
+    assert content["refused"]["layer0.relu"]["Reset"] == "its parameters are sharded"
+    assert content["refused"]["head.relu"] == {"not watched": "it has not run"}
+    assert content["run"][1]["remedied"] > content["run"][1]["revived"] > 0
+    assert content["conclusion"] == conclusion(report, raster, events)
+
+
+def test_curves_and_bars_are_where_the_values_are():
+    drawn = svg.curves({"dead": [0.0, 0.5, math.nan, 0.25]}, [9, 19, 29, 39], {}, "curves")
+    points = re.search(r'd="M([^"]*)"', drawn)[1].split(" L")
+    heights = [float(point.split(",")[1]) for point in points]
+    assert len(points) == 3
+    floor, half, quarter = heights
+    assert floor - half == pytest.approx(2 * (floor - quarter), abs=0.2)
+
+
+def test_a_picture_is_what_was_given():
+    pixels = torch.tensor([[0, 1, 2], [2, 1, 0]], dtype=torch.uint8)
+    raw = base64.b64decode(svg.png(pixels, ["#000000", "#D55E00", "#FFFFFF"]).split(",")[1])
+    data = raw.index(b"IDAT")
+    rows = zlib.decompress(raw[data + 4 : data + 4 + int.from_bytes(raw[data - 4 : data], "big")])
+    assert list(rows) == [0, 0, 1, 2, 0, 2, 1, 0]
+    assert raw[16:24] == (3).to_bytes(4, "big") + (2).to_bytes(4, "big")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+@pytest.mark.parametrize("count", [3, 200])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_a_browser_opens_it_without_errors(runs, tmp_path, count, theme):
+    _, path = page.write(*runs[count], tmp_path)
+    picture = tmp_path / "page.png"
+    flags = [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-logging=stderr",
+        "--v=0",
+        f"--user-data-dir={tmp_path}",
+    ]
+    theme = ["--blink-settings=preferredColorScheme=0"] if theme == "dark" else []
+    command = [CHROMIUM, *flags, *theme, "--window-size=1000,800", f"--screenshot={picture}", path.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "CONSOLE" not in done.stderr
+    assert picture.stat().st_size > 10_000
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_the_example_writes_a_page_and_its_picture(tmp_path):
+    pytest.importorskip("sklearn")
+    script = Path(__file__).parents[2] / "examples" / "report.py"
+    options = ["--epochs", "2", "--out", str(tmp_path), "--picture", str(tmp_path / "page.png")]
+    done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "of 192 units" in done.stdout
+    assert (tmp_path / "page.png").stat().st_size > 10_000
+    strict((tmp_path / "report.json").read_text(encoding="utf-8"))
+
+
+# -- what is told ----------------------------------------------------------------------------------------
+
+
+def test_few_sites_are_all_told_and_many_are_gathered(runs):
+    for count in (3, 30, 200):
+        rows = shortened(stories(*runs[count][:3]))
+        told = [story for row in rows for story in (row.stories if hasattr(row, "stories") else [row])]
+        assert [story.site.name for story in told] == [site.name for site in runs[count][0].sites]
+        assert len(rows) <= max(count, 3) if count <= 12 else len(rows) <= 62
+
+
+def test_the_worst_and_the_step_of_death_are_those_of_the_curve(runs):
+    report, raster, events, _ = runs[30]
+    for story in stories(report, raster, events):
+        curve = raster.site_curves[story.site.name]
+        assert story.worst == max(curve)
+        rises = [b - a for a, b in zip((0.0, *curve), curve, strict=False)]
+        assert story.died == (raster.steps[rises.index(max(rises))] if max(rises) > 0 else None)
+
+
+def test_the_conclusion_counts(runs):
+    report, raster, events, _ = runs[3]
+    line = conclusion(report, raster, events)
+    edited = {unit for event in events if event.action == "edited" for unit in event.units}
+    fire = sum(not report["layer1.relu"].silent[unit] for unit in edited)
+    assert line.startswith(f"{report.dead_units} of 60 units are dead")
+    assert line.endswith(f"; {len(edited)} were reset, {fire} of them fire.")
+
+
+def test_a_healthy_model_needs_few_words():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
+    nn.init.constant_(model[0].bias, 5.0)
+    report = find_dead_units(model, [torch.rand(300, 4)])
+    assert conclusion(report) == "None of 8 units is dead."
+    nn.init.constant_(model[0].bias[:1], -50.0)
+    assert conclusion(find_dead_units(model, [torch.rand(300, 4)])) == "1 of 8 units is dead (12.5%), in `1`."
+    nn.init.constant_(model[0].bias, -50.0)
+    assert conclusion(find_dead_units(model, [torch.rand(300, 4)])) == "8 of 8 units are dead (100.0%), all in `1`."

@@ -1,0 +1,206 @@
+import math
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lightning_deadrelu import LivenessReport, find_dead_units
+from lightning_deadrelu.report.metrics import EVENTS, headline_metrics, metrics_of, site_metrics
+from lightning_deadrelu.report.raster import (
+    MOST_COLUMNS,
+    MOST_ROWS,
+    Raster,
+    SiteRaster,
+    State,
+    image_of,
+    rows_of,
+    states_of,
+)
+
+
+def audit(units=8, name="act"):
+    torch.manual_seed(units)
+    layer = nn.Linear(2, units)
+    report = find_dead_units(nn.Sequential(layer, nn.ReLU()), [torch.rand(300, 2)])
+    return replace(report.sites[0], name=name)
+
+
+NONE = dict.fromkeys(("dead", "silent", "rare", "always_on", "frozen", "dormant", "nonfinite", "judged"), ())
+
+
+def site(units=8, name="act", **masks):
+    """A site report with the units listed in each mask."""
+    base, marks = audit(units, name), {}
+    for mask, marked in (NONE | {"judged": range(units)} | masks).items():
+        marks[mask] = torch.zeros(units, dtype=torch.bool)
+        marks[mask][list(marked)] = True
+    return replace(base, **marks)
+
+
+def report(*sites, step=0):
+    return LivenessReport(sites, step)
+
+
+def run(raster, *windows, name="act", units=8):
+    """Add windows with the given units dead."""
+    base = site(units, name)
+    for dead in windows:
+        mask = torch.zeros(units, dtype=torch.bool)
+        mask[list(dead)] = True
+        raster.add(report(replace(base, dead=mask), step=10 * raster.windows + 9))
+    return raster
+
+
+def test_each_unit_is_in_the_most_telling_state():
+    one = site(8, dead=[0], nonfinite=[0, 1], frozen=[2, 3], rare=[3, 4], always_on=[5], judged=[0, 1, 2, 3, 4, 5, 7])
+    states = [State(value) for value in states_of(one).tolist()]
+    names = ["DEAD", "NOT_FINITE", "FROZEN", "FROZEN", "RARE", "ALWAYS_ON", "NOT_JUDGED", "ALIVE"]
+    assert [state.name for state in states] == names
+    assert len({state.colour for state in State}) == len(State)
+
+
+def test_smooth_sites_are_dormant_or_alive_and_without_data_not_judged():
+    one = replace(site(3, dormant=[1], judged=[], rare=[0]), smooth=True)
+    assert states_of(one).tolist() == [State.ALIVE, State.DORMANT, State.ALIVE]
+    assert states_of(replace(one, samples=0)).tolist() == [State.NOT_JUDGED] * 3
+
+
+def test_a_column_per_window():
+    raster = run(Raster(), [], [0], [0, 1])
+    act = raster.sites["act"]
+    assert (act.kind, act.units, act.steps) == ("relu", 8, (9, 19, 29))
+    assert act.states.shape == (8, 3)
+    assert act.states.dtype == torch.uint8
+    assert (act.states == State.DEAD).sum(0).tolist() == [0, 1, 2]
+    assert raster.curves["dead_fraction"] == raster.site_curves["act"] == (0.0, 1 / 8, 2 / 8)
+
+
+def test_remedied_units_are_marked_once():
+    raster = run(Raster(), [0])
+    raster.add(report(site(dead=[0]), step=19), edited={"act": (0, 3)})
+    raster.add(report(site(), step=29))
+    assert raster.sites["act"].states[0].tolist() == [State.DEAD, State.REMEDIED, State.ALIVE]
+    assert raster.sites["act"].remedied_columns == [1]
+    assert raster.curves["remedied_units"] == (0.0, 2.0, 0.0)
+
+
+def test_sites_that_come_late_or_are_absent_are_not_judged_meanwhile():
+    raster = run(Raster(), [])
+    raster.add(report(site(name="late", dead=[1]), step=19))
+    assert list(raster.sites) == ["act", "late"]
+    assert raster.sites["late"].states[1].tolist() == [State.NOT_JUDGED, State.DEAD]
+    assert raster.sites["act"].states[1].tolist() == [State.ALIVE, State.NOT_JUDGED]
+    assert math.isnan(raster.site_curves["late"][0])
+    assert math.isnan(raster.site_curves["act"][1])
+
+
+def test_a_name_that_passes_to_a_layer_of_another_size_starts_anew():
+    raster = run(Raster(), [0])
+    raster.add(report(site(5, dead=[4]), step=19))
+    assert raster.sites["act"].states.tolist()[4] == [State.NOT_JUDGED, State.DEAD]
+
+
+@pytest.mark.parametrize("units", [1, 2, 255, 256, 257, 300, 4096, 100_000])
+def test_rows_are_units_in_order_and_no_stretch_is_left_out(units):
+    rows = rows_of(units)
+    assert len(rows) == min(units, MOST_ROWS)
+    assert torch.equal(rows, rows.unique())
+    assert int(rows.max()) < units
+    assert (rows.diff() <= 2 * max(units // MOST_ROWS, 1)).all()
+
+
+@pytest.mark.parametrize("period", [2, 4, 16, 64])
+def test_a_patterned_layer_is_shown_in_its_shares(period):
+    raster = run(Raster(), range(0, 4096, period), units=4096)
+    assert (raster.sites["act"].states == State.DEAD).float().mean() == pytest.approx(1 / period, abs=0.03)
+
+
+def columns_of(windows, stride):
+    """By brute force: the merged columns of a list of windows."""
+    return [windows[at : at + stride] for at in range(0, len(windows), stride)]
+
+
+@pytest.mark.parametrize("count", [511, 512, 513, 514, 1023, 1024, 1025, 1500, 2049, 5000])
+def test_halving_equals_merging_the_whole_history(count):
+    generator = torch.Generator().manual_seed(count)
+    base, raster, states, steps, rows = site(4), Raster(), [], [], []
+    for step in range(count):
+        dead, rare = torch.rand(2, 4, generator=generator) < 0.2
+        new = replace(base, dead=dead, rare=rare & ~dead, newly_dead=dead)
+        edited = {"act": (step % 4,)} if step % 50 == 0 else {}
+        raster.add(report(new, step=step), edited)
+        states.append(states_of(new))
+        steps.append(step)
+        for unit in edited.get("act", ()):
+            states[-1][unit] = State.REMEDIED
+        rows.append(headline_metrics(report(new), len(edited)))
+    assert len(raster.steps) <= MOST_COLUMNS
+    assert raster.windows == count
+    merged = [torch.stack(column).amax(0) for column in columns_of(states, raster.stride)]
+    assert torch.equal(raster.sites["act"].states, torch.stack(merged, 1))
+    assert raster.steps == tuple(column[-1] for column in columns_of(steps, raster.stride))
+    for key, curve in raster.curves.items():
+        parts = columns_of([row[key] for row in rows], raster.stride)
+        assert curve == pytest.approx([sum(part) if key in EVENTS else part[-1] for part in parts])
+
+
+def as_values(raster):
+    sites = {name: (one.kind, one.units, one.steps, one.states.tolist()) for name, one in raster.sites.items()}
+    return repr((raster.windows, raster.stride, sites, raster.curves, raster.site_curves))
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 600])
+def test_resume_is_continuation(count, tmp_path):
+    first = run(Raster(), *[[number % 8] for number in range(count)])
+    if count:
+        run(first, [0], name="late", units=300)
+    torch.save(first.state_dict(), tmp_path / "state")
+    second = Raster()
+    second.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+    assert as_values(first) == as_values(second)
+    assert as_values(run(first, *[[1], [2]] * 300)) == as_values(run(second, *[[1], [2]] * 300))
+
+
+def test_bounded_in_memory_file_and_time():
+    base, raster = site(4096), Raster()
+    generator = torch.Generator().manual_seed(0)
+    sites = tuple(replace(base, name=f"layer{i}", dead=torch.rand(4096, generator=generator) < 0.3) for i in range(64))
+    raster.add(report(*sites, step=0))
+    start = time.perf_counter()
+    raster.add(report(*sites, step=1))
+    assert time.perf_counter() - start < 0.5
+    for step in range(2, 512):
+        turned = replace(sites[0], dead=torch.rand(4096, generator=generator) < 0.3)
+        raster.add(report(turned, *sites[1:], step=step))
+    assert all(one.states.shape == (256, 512) for one in raster.sites.values())
+    state = raster.state_dict()
+    assert state["states"].numel() + state["values"].numel() < 1_000_000
+
+
+def test_the_picture_shows_each_unit_and_window_at_its_place():
+    raster = run(Raster(), [], [0], [0, 1], units=3)
+    picture = image_of(raster.sites["act"])
+    assert picture.dtype == np.uint8
+    assert picture.shape == (192, 510, 3)
+    alive, dead = (list(bytes.fromhex(state.colour[1:])) for state in (State.ALIVE, State.DEAD))
+    assert [picture[32, column].tolist() for column in (85, 255, 425)] == [alive, dead, dead]
+    assert [picture[96, column].tolist() for column in (85, 255, 425)] == [alive, alive, dead]
+    assert picture[63, 5].tolist() == [255, 255, 255]
+
+
+def test_a_full_picture_is_painted_one_to_one():
+    full = SiteRaster("a", "relu", 256, torch.arange(256), torch.zeros(256, 512, dtype=torch.uint8), tuple(range(512)))
+    assert image_of(full).shape == (256, 512, 3)
+
+
+def test_curves_hold_what_is_logged():
+    one = report(site(dead=[0]), replace(site(name="smooth", dormant=[0, 1]), smooth=True))
+    logged = metrics_of(one, remedied_units=3)
+    assert {key: logged[f"dead_relu/{key}"] for key in headline_metrics(one, 3)} == headline_metrics(one, 3)
+    assert site_metrics(one) == {
+        "act": logged["dead_relu_sites/act"],
+        "smooth": logged["dead_relu_dormant/smooth"],
+    }
