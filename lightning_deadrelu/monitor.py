@@ -17,10 +17,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_deadrelu.attribution import Attributions
-from lightning_deadrelu.explain.checkup import Examination
+from lightning_deadrelu.explain.checkup import CheckRun
 from lightning_deadrelu.explain.finding import Finding
-from lightning_deadrelu.explain.postmortem import Wave, told
-from lightning_deadrelu.explain.postmortem.recorder import Inquest, Notes
+from lightning_deadrelu.explain.postmortem import DeathEvent, told
+from lightning_deadrelu.explain.postmortem.recorder import FlightRecorder, Notes
 from lightning_deadrelu.model.sharding import split_layer
 from lightning_deadrelu.model.sites import Site
 from lightning_deadrelu.model.trainable import Gradients, trainable_sites
@@ -31,9 +31,9 @@ from lightning_deadrelu.remedies import Remedy, ladder_of
 from lightning_deadrelu.repair.activation_swap import records, rectifiers, reinstate_, restore
 from lightning_deadrelu.repair.policy import Event
 from lightning_deadrelu.repair.repair import Diverged, Patient, Repair
-from lightning_deadrelu.report.history import Record
+from lightning_deadrelu.report.history import RunHistory
 from lightning_deadrelu.report.loggers import Reporter
-from lightning_deadrelu.statistics import History, LivenessReport, Rules, Totals, judge
+from lightning_deadrelu.statistics import LivenessReport, Rules, Totals, UnitHistory, judge
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,7 +75,7 @@ class Monitoring(Callback):
         return tuple(self._repair.events)
 
     @property
-    def deaths(self) -> tuple[Wave, ...]:
+    def deaths(self) -> tuple[DeathEvent, ...]:
         """When units died, where and why; 100 waves at most, the largest of all and the latest."""
         return self._inquest.waves
 
@@ -91,16 +91,16 @@ class Monitoring(Callback):
     def _clear(self) -> None:
         self.report = None
         self._watch: Watch | None = None
-        self._history = History.empty()
+        self._history = UnitHistory.empty()
         self._repair = self._new_repair()
         self._gradients = Gradients()
         self._evidence = self._new_evidence()
-        self._examination = Examination() if self.checkup else None  # until the first observed batch is done
+        self._examination = CheckRun() if self.checkup else None  # until the first observed batch is done
         self.findings: tuple[Finding, ...] = ()
         """What the check-up found, the surest first; empty without one, and before the first observed batch."""
         self._reporter = Reporter(self.name, alerts=self.alerts)
-        self._record = Record()
-        self._inquest = Inquest(3 * self.every_n_steps * self.window)
+        self._record = RunHistory()
+        self._inquest = FlightRecorder(3 * self.every_n_steps * self.window)
         self._raster = self._record.raster  # with the open window, where there was a verdict in it
         self._failure: Exception | None = None
         self._batches = 0  # training batches done, accumulated ones as one
@@ -231,7 +231,7 @@ class Monitoring(Callback):
         if self._observation == self.window:
             self._verdict(trainer, pl_module, close=True)
 
-    def _examine(self, examination: Examination, watch: Watch, trainer: Trainer) -> None:
+    def _examine(self, examination: CheckRun, watch: Watch, trainer: Trainer) -> None:
         """Conclude the check-up, and tell it once."""
         self._examination = None
         self.findings = examination.conclude(
@@ -498,7 +498,7 @@ class Monitoring(Callback):
         )
         if self._evidence and state["evidence"]:
             self._evidence.load_state_dict(state["evidence"], self._watch.sites)
-        self._history = History.loaded(state["history"])
+        self._history = UnitHistory.loaded(state["history"])
         self._inquest.load_state_dict(state["inquest"], pl_module.device)
         totals = Totals.loaded(state["totals"])
         if totals.samples.shape[-1] != self.window:  # the open window has another length: start anew

@@ -22,7 +22,7 @@ OUTLET = "outlet"
 _MOST_LABELS = 2**24  # what would take more memory is not followed
 
 
-class Misfit(Exception):
+class NotFollowable(Exception):
     """What cannot be followed, in words that end up in a refusal."""
 
 
@@ -69,7 +69,7 @@ class Weight(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Leak:
+class UnaccountedRead:
     """Rows of an origin, units of a site, or a whole parameter, read where it cannot be accounted for."""
 
     origin: Origin | Site | str
@@ -93,7 +93,7 @@ class Flow(NamedTuple):
 
     streams: tuple[Stream, ...] = ()
     why: str = ""
-    pending: frozenset[Leak] = frozenset()
+    pending: frozenset[UnaccountedRead] = frozenset()
     constant: bool = False
     derived: frozenset[str] = frozenset()
     weight: Weight | None = None
@@ -170,12 +170,12 @@ class Outcome(NamedTuple):
     """What a call did: the flow of each output, and what it read."""
 
     flows: tuple[Flow, ...] = ()
-    leaks: tuple[Leak, ...] = ()
+    leaks: tuple[UnaccountedRead, ...] = ()
     reads: tuple[Read, ...] = ()
     uses: tuple[Origin, ...] = ()
 
 
-def leaks_of(flow: Flow, before: str, behind: str) -> tuple[Leak, ...]:
+def leaks_of(flow: Flow, before: str, behind: str) -> tuple[UnaccountedRead, ...]:
     """Leak all that a flow holds.
 
     Args:
@@ -183,8 +183,11 @@ def leaks_of(flow: Flow, before: str, behind: str) -> tuple[Leak, ...]:
         before: Why, for what comes from layers.
         behind: Why, for what comes from sites.
     """
-    names = [Leak(name, torch.empty(0), before) for name in sorted(flow.learned)]
-    spilt = [Leak(origin, labels, before if isinstance(origin, Origin) else behind) for origin, labels in flow.streams]
+    names = [UnaccountedRead(name, torch.empty(0), before) for name in sorted(flow.learned)]
+    spilt = [
+        UnaccountedRead(origin, labels, before if isinstance(origin, Origin) else behind)
+        for origin, labels in flow.streams
+    ]
     return (*names, *spilt)
 
 
@@ -234,7 +237,7 @@ def filled(labels: Tensor, shape: Sequence[int], dims: Sequence[int]) -> Tensor:
     for dim in dims:
         sizes[dim] = shape[dim]
     if math.prod(sizes) > _MOST_LABELS:
-        raise Misfit("it is too large to be followed")
+        raise NotFollowable("it is too large to be followed")
     return labels.expand(sizes)
 
 

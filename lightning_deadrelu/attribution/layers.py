@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from lightning_deadrelu.attribution.labels import (
     OUTLET,
     Flow,
-    Leak,
-    Misfit,
+    NotFollowable,
     Origin,
     Outcome,
     Read,
     Step,
     Stream,
+    UnaccountedRead,
     Weight,
     along,
     leaks_of,
@@ -109,7 +109,7 @@ def _layer(step: Step) -> Layer:
 def _matrix(weight: Weight) -> tuple[Origin, Origin]:
     """Take rows for outputs and columns for inputs, or the other way round."""
     if len(weight.shape) != 2:
-        raise Misfit("its weight is no matrix")
+        raise NotFollowable("its weight is no matrix")
     out, into = (1, 0) if weight.flipped else (0, 1)
     sizes = weight.shape
     return Origin(weight.name, "weight", (out,), (sizes[out],)), Origin(weight.name, "reader", (into,), (sizes[into],))
@@ -127,15 +127,15 @@ def _product(step: Step) -> Layer:
     left, right = step.operands[-2:]
     bias = step.operands[0] if step.name == "addmm" else None
     if step.name == "addmm" and (len(step.operands) != 3 or step.kwargs.get("beta", 1) != 1):
-        raise Misfit("it scales what it adds")
+        raise NotFollowable("it scales what it adds")
     if len(step.operands) < 2 or (left.ndim > 2 and right.ndim > 2):
-        raise Misfit("it multiplies stacks")
+        raise NotFollowable("it multiplies stacks")
     if step.look(right).weight and right.ndim == 2:
         return Layer(left, right, bias, -1, -1, _turned)
     if step.look(left).weight and left.ndim == 2 and bias is None:
         place = -1 if right.ndim == 1 else -2
         return Layer(right, left, None, place, place, _matrix)
-    raise Misfit("it multiplies activations")
+    raise NotFollowable("it multiplies activations")
 
 
 def _convolution(step: Step, transposed: bool, positions: int) -> Layer:
@@ -182,7 +182,7 @@ def _readers(step: Step) -> tuple[str, str]:
     return f"`{step.name}`", f"`{step.name}` reads it, and not unit by unit"
 
 
-def _read(step: Step, layer: Layer, rows: Origin) -> tuple[tuple[Read, ...], list[Leak]]:
+def _read(step: Step, layer: Layer, rows: Origin) -> tuple[tuple[Read, ...], list[UnaccountedRead]]:
     """Tell which unit of which site each feature is; what comes straight from layers must not be read."""
     flow = step.look(layer.x)
     if flow.zero:
@@ -205,7 +205,7 @@ def _features(layer: Layer, labels: Tensor, count: int) -> Tensor | None:
     return None if alike is None else alike.flatten().expand(count)
 
 
-def _bias(step: Step, layer: Layer) -> tuple[list[Stream], tuple[Leak, ...]]:
+def _bias(step: Step, layer: Layer) -> tuple[list[Stream], tuple[UnaccountedRead, ...]]:
     if not isinstance(layer.bias, Tensor):
         return [], ()
     flow = step.look(layer.bias)
@@ -249,10 +249,10 @@ def _is_idle(step: Step, origin: Any, learned: bool) -> bool:
     return origin.role == OUTLET or (origin.role == "bias" and batch_wise and not learned)
 
 
-def _own_rows(step: Step) -> tuple[list[Stream], list[Leak]]:
+def _own_rows(step: Step) -> tuple[list[Stream], list[UnaccountedRead]]:
     """Follow a norm's scale and shift, and its running statistics."""
     own: list[Stream] = []
-    leaks: list[Leak] = []
+    leaks: list[UnaccountedRead] = []
     for role, (place, word) in _places(step.name).items():
         tensor = step.argument(place, word)
         if not isinstance(tensor, Tensor):

@@ -7,7 +7,17 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from lightning_deadrelu.attribution.labels import OUTLET, Flow, Leak, Origin, Outcome, Read, Stream, distinct, pairs
+from lightning_deadrelu.attribution.labels import (
+    OUTLET,
+    Flow,
+    Origin,
+    Outcome,
+    Read,
+    Stream,
+    UnaccountedRead,
+    distinct,
+    pairs,
+)
 from lightning_deadrelu.model.sites import Site, base_name
 from lightning_deadrelu.model.slices import Attribution, Outlet, Slice
 
@@ -17,7 +27,7 @@ _UNREAD = "nothing was seen to read it"
 _MIXED = "`{}` also multiplies other things"
 
 
-class Ledger:
+class Connectivity:
     """Collects who feeds and who reads whom, over any number of calls and batches; holds no activations."""
 
     def __init__(self) -> None:
@@ -33,7 +43,7 @@ class Ledger:
 
     # -- what was seen
 
-    def leak(self, leaks: Iterable[Leak]) -> None:
+    def leak(self, leaks: Iterable[UnaccountedRead]) -> None:
         """Note what was read where it cannot be accounted for."""
         for leak in leaks:
             if isinstance(leak.origin, str):
@@ -60,7 +70,7 @@ class Ledger:
             assert isinstance(origin, Origin)
             new = pairs(labels, units)
             if origin.role == OUTLET and bool((labels < 0).any()):
-                self.leak([Leak(origin, labels, f"only a part of each unit of `{_name(site)}`")])
+                self.leak([UnaccountedRead(origin, labels, f"only a part of each unit of `{_name(site)}`")])
             fed[origin] = distinct(torch.cat([fed[origin], new])) if origin in fed else new
         why = flow.why or ("" if flow.before else _UNFED)
         if flow.behind:

@@ -12,12 +12,12 @@ from lightning_deadrelu.attribution import layers, reshaping
 from lightning_deadrelu.attribution.labels import (
     OUTLET,
     Flow,
-    Leak,
-    Misfit,
+    NotFollowable,
     Origin,
     Outcome,
     Step,
     Stream,
+    UnaccountedRead,
     grown,
     leaks_of,
     over,
@@ -55,7 +55,7 @@ def follow(step: Step) -> Outcome:
         return _unknown(step, f"`{step.name}`")
     try:
         return rule(step)
-    except Misfit as misfit:
+    except NotFollowable as misfit:
         return _unknown(step, f"`{step.name}` ({misfit})")
     except Exception as error:  # one call that is not understood is no reason to give up on all others
         return _unknown(step, f"`{step.name}` (it could not be followed: {type(error).__name__})")
@@ -149,7 +149,7 @@ def _move(step: Step) -> Outcome:
     return Outcome(tuple(flows), (*leaks, *lost))
 
 
-def _passing(step: Step, flow: Flow) -> tuple[list[Stream], list[Leak]]:
+def _passing(step: Step, flow: Flow) -> tuple[list[Stream], list[UnaccountedRead]]:
     """Give up the outlets where a constant added before the call is another one behind it."""
     if reshaping.keeps_sums(step):
         return list(flow.streams), []
@@ -171,7 +171,7 @@ def _silent(step: Step) -> Outcome:
     reader = f"`{step.name}`"
     leaks = [leak for other in others for leak in leaks_of(other, reader, f"{reader} reads it")]
     if not _keeps_zero(step):
-        raise Misfit("it makes something of nothing")
+        raise NotFollowable("it makes something of nothing")
     kept = flow.behind
     if step.name == "masked_fill":
         kept, lost = _passing(step, flow)
@@ -236,9 +236,9 @@ def _labels(flow: Flow, origin: Any, place: int) -> Tensor | None:
 def _add(step: Step) -> Outcome:
     """Add layers up; a site's output must not be added to anything."""
     if step.kwargs.get("alpha", 1) != 1:
-        raise Misfit("it is weighted")
+        raise NotFollowable("it is weighted")
     streams: list[Stream] = []
-    leaks: list[Leak] = []
+    leaks: list[UnaccountedRead] = []
     why = ""
     negated = _subtracted(step)
     reader = f"`{step.name}`"
@@ -287,7 +287,7 @@ def _multiply(step: Step) -> Outcome:
     gated = sum(bool(_layers_in(step, tensor)) for tensor in step.operands) > 1
     gated = gated or any(flow.behind for flow in flows)
     streams: list[Stream] = []
-    leaks: list[Leak] = []
+    leaks: list[UnaccountedRead] = []
     for tensor, flow in zip(step.operands, flows, strict=True):
         lost = step.name == "div" and tensor is divisor
         row = step.look(tensor).weight is not None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_deadrelu.attribution.labels import NONE, Misfit, Step, filled, grown, shrunk
+from lightning_deadrelu.attribution.labels import NONE, NotFollowable, Step, filled, grown, shrunk
 from lightning_deadrelu.observe.provenance import _blocks as blocks
 
 _SAME = frozenset({"clone", "contiguous", "detach", "data", "to", "type", "type_as", "float", "half", "double"})
@@ -61,7 +61,7 @@ def _same(step: Step, main: Tensor, labels: Tensor) -> list[Tensor]:
 
 def _reshaped(step: Step, main: Tensor, labels: Tensor) -> list[Tensor]:
     if any(isinstance(value, torch.dtype) for value in step.args[1:]):
-        raise Misfit("its bits are read as another type")
+        raise NotFollowable("its bits are read as another type")
     return [_reshape(labels, tuple(main.shape), tuple(step.output.shape))]
 
 
@@ -133,11 +133,11 @@ def _gathered(step: Step, index: tuple[Any, ...], labels: Tensor) -> Tensor:
     """Take rows by one index tensor in front: which ones, does not matter where all are alike."""
     first, *rest = index
     if not isinstance(first, Tensor) or not all(item is Ellipsis or _is_whole(item) for item in rest):
-        raise Misfit("it is indexed by tensors")
+        raise NotFollowable("it is indexed by tensors")
     gone = first.ndim if first.dtype is torch.bool else 1
     alike = shrunk(labels, range(gone))
     if alike is None:
-        raise Misfit("its units are picked by an index tensor")
+        raise NotFollowable("its units are picked by an index tensor")
     kept = alike.shape[gone:]
     return grown(alike.reshape(kept), step.output.ndim)
 
@@ -181,7 +181,7 @@ def tidy(labels: Tensor) -> Tensor:
 def _alike(labels: Tensor, dims: Iterable[int]) -> Tensor:
     less = shrunk(labels, list(dims))
     if less is None:
-        raise Misfit("it joins units")
+        raise NotFollowable("it joins units")
     return less
 
 
@@ -197,7 +197,7 @@ def _resized(step: Step, main: Tensor, labels: Tensor) -> list[Tensor]:
 
 def _reduced(step: Step, main: Tensor, labels: Tensor) -> list[Tensor]:
     if len(step.operands) > 1:
-        raise Misfit("it compares tensors")
+        raise NotFollowable("it compares tensors")
     dim = step.argument(1, "dim", step.kwargs.get("axis"))
     if dim is None or isinstance(dim, (bool, torch.dtype)) or dim == ():
         dim = range(main.ndim)
@@ -219,7 +219,7 @@ def _padded(step: Step, main: Tensor, labels: Tensor) -> list[Tensor]:
     if all(labels.shape[dim] == 1 for dim in changed):
         return [labels]
     if step.argument(2, "mode", "constant") != "constant":
-        raise Misfit("it joins units")
+        raise NotFollowable("it joins units")
     whole = filled(labels, main.shape, changed)
     return [torch.nn.functional.pad(whole, _fitting(step.argument(1, "pad"), whole, main), value=NONE)]
 
@@ -253,7 +253,7 @@ def joined(step: Step, parts: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
         whole.append(one)
     wide = [one.expand([*sizes[:dim], one.shape[dim], *sizes[dim + 1 :]]) for one in whole]
     if sum(math.prod(one.shape) for one in wide) > 2**24:
-        raise Misfit("it is too large to be followed")
+        raise NotFollowable("it is too large to be followed")
     return tidy_along(torch.cat(wide, dim), dim)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_deadrelu.attribution.labels import Flow, Leak, Outcome, Step, Stream, Weight, leaks_of
-from lightning_deadrelu.attribution.ledger import Ledger, merged
+from lightning_deadrelu.attribution.labels import Flow, Outcome, Step, Stream, UnaccountedRead, Weight, leaks_of
+from lightning_deadrelu.attribution.ledger import Connectivity, merged
 from lightning_deadrelu.attribution.propagation import follow, plain
 from lightning_deadrelu.attribution.storage import Memory, storage_of
 from lightning_deadrelu.model.sharding import is_sharded
@@ -50,7 +50,7 @@ class Tracer:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._ledger = Ledger()
+        self._ledger = Connectivity()
         self._named: dict[int, tuple[Tensor, Flow]] = {}
         self._sharded = False
         self._known: dict[int, tuple[weakref.ref[Tensor], Flow, int, bool]] = {}
@@ -178,7 +178,7 @@ class Tracer:
             self._keep(step)
         outcome = self._rectify(step, *met) if met else self._follow(step)
         trained = any(out.requires_grad for out in outputs) or name == "__setitem__"
-        pending = frozenset[Leak]().union(*(look(tensor).pending for tensor in step.operands), outcome.leaks)
+        pending = frozenset[UnaccountedRead]().union(*(look(tensor).pending for tensor in step.operands), outcome.leaks)
         if trained:
             self._ledger.leak(pending)
             pending = frozenset()
@@ -211,7 +211,7 @@ class Tracer:
         """Close what feeds a site, and open what it feeds."""
         units = _units(site, tuple(step.output.shape), dims)
         flow = step.look(x)
-        leaks: list[Leak] = []
+        leaks: list[UnaccountedRead] = []
         if rectifier.fused:
             leaks = [
                 leak

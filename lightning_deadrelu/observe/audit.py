@@ -13,7 +13,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_deadrelu.observe.watch import Watch
-from lightning_deadrelu.statistics import History, LivenessReport, Rules, judge
+from lightning_deadrelu.statistics import LivenessReport, Rules, UnitHistory, judge
 
 
 def find_dead_units(
@@ -65,7 +65,7 @@ def find_dead_units(
         raise RuntimeError("The audit itself failed; the model ran through.") from watch.probe.failure
     watch.check_patterns()
     totals = watch.liveness.totals().to_host()
-    return judge(totals, History.empty(), watch.sites, watch.liveness.rules, unwatched=watch.unwatched())[0]
+    return judge(totals, UnitHistory.empty(), watch.sites, watch.liveness.rules, unwatched=watch.unwatched())[0]
 
 
 def trace(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] | None = None) -> Watch:

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from lightning_deadrelu.model.sites import is_rectifier_module
-from lightning_deadrelu.observe.provenance import Lineage
+from lightning_deadrelu.observe.provenance import Provenance
 
 
-class Frame:
+class ModuleCall:
     """One running forward: the module's path, and how often each untraced rectifier was called in it."""
 
     __slots__ = ("calls", "module", "path")
@@ -30,7 +30,7 @@ class Frame:
         """Whether this is a layer or a block of layers, and no mere activation."""
         return not is_rectifier_module(self.module) and next(self.module.parameters(), None) is not None
 
-    def is_passed_by(self, lineage: Lineage) -> bool:
+    def is_passed_by(self, lineage: Provenance) -> bool:
         """Whether a stream comes in from several layers outside: which ones, differs where layers are skipped."""
         return lineage.joined and bool(self.path) and not self.owned(lineage.producers)
 

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import _push_mode
 
 from lightning_deadrelu.model.sites import Rectifier, Site
-from lightning_deadrelu.observe.call_stack import Frame
+from lightning_deadrelu.observe.call_stack import ModuleCall
 from lightning_deadrelu.observe.probe import Probe
 from lightning_deadrelu.observe.torch_modes import remove_mode
 
@@ -83,13 +83,13 @@ class _Replay(Probe):
         self.met: tuple[Site, Rectifier, tuple[int, ...], Tensor, bool, Tensor] | None = None
         self.found: list[Found] = []
 
-    def _frames_down_to(self, path: str) -> list[Frame]:
+    def _frames_down_to(self, path: str) -> list[ModuleCall]:
         """Put the modules in place that a region lies in: their forwards run outside of it."""
         above = [
             (name, module) for module, name in self._modules.values() if not name or f"{path}.".startswith(f"{name}.")
         ]
         called = [(name, module) for name, module in above if type(module).forward is not nn.Module.forward]
-        return [Frame(name, module) for name, module in sorted(called, key=lambda pair: len(pair[0]))]
+        return [ModuleCall(name, module) for name, module in sorted(called, key=lambda pair: len(pair[0]))]
 
     def enter(self, node: fx.Node) -> None:
         """Let the modules run that a call is noted to come from; a key differs from call to call of a module."""
@@ -98,7 +98,9 @@ class _Replay(Probe):
         same = next((i for i, (old, new) in enumerate(zip(running, keys, strict=False)) if old != new), None)
         kept = min(len(running), len(keys)) if same is None else same
         del self._running[len(self._home) + kept :]
-        self._running += [(key, Frame(module[1], module[0])) for key in keys[kept:] if (module := self._module(key))]
+        self._running += [
+            (key, ModuleCall(module[1], module[0])) for key in keys[kept:] if (module := self._module(key))
+        ]
         self._frames[:] = [frame for _, frame in self._running]
 
     def _module(self, key: str) -> tuple[nn.Module, str] | None:

@@ -30,9 +30,9 @@ from lightning_deadrelu.model.sites import (
     matches,
     rectifier_of,
 )
-from lightning_deadrelu.observe.call_stack import Frame, in_forward, may_be_fused
-from lightning_deadrelu.observe.provenance import Call, Lineage, function_name, of_module, parameter, tensors_in
-from lightning_deadrelu.observe.tensor_origins import Trail
+from lightning_deadrelu.observe.call_stack import ModuleCall, in_forward, may_be_fused
+from lightning_deadrelu.observe.provenance import Call, Provenance, function_name, of_module, parameter, tensors_in
+from lightning_deadrelu.observe.tensor_origins import TensorOrigins
 from lightning_deadrelu.observe.torch_modes import EagerCompiler, no_caching_modes, remove_mode
 
 # asked for all the time, and never a tensor that matters
@@ -107,7 +107,7 @@ class Probe(TorchFunctionMode):
         self._sink = sink
         self.unit_dims = dict(unit_dims or {})
         """The dimension that holds the units, by pattern over site names."""
-        self._trail = Trail(self._model)
+        self._trail = TensorOrigins(self._model)
         self._widths: dict[tuple[Any, ...], set[int]] = {}
         self._handles: list[RemovableHandle] = []
         self._compiler = EagerCompiler()
@@ -121,7 +121,7 @@ class Probe(TorchFunctionMode):
         """Paths of the modules whose forward has run while the probe looked."""
         self._sources: dict[tuple[Any, ...], tuple[str, ...]] = {}
         self._settled: dict[tuple[Any, ...], tuple[Site, Rectifier, tuple[int, ...]]] = {}
-        self._frames: list[Frame] = []
+        self._frames: list[ModuleCall] = []
         self.unwatched: dict[str, str] = {}
         """Why, by name, a rectifier that ran is not watched."""
         self.failure: Exception | None = None
@@ -239,7 +239,7 @@ class Probe(TorchFunctionMode):
             self.entered.add(entry[1])
             if entry[1] in self.listeners and args and isinstance(args[0], Tensor) and not recomputes():
                 self._guard(self.listeners[entry[1]], args[0].detach())
-            self._frames.append(Frame(entry[1], module))
+            self._frames.append(ModuleCall(entry[1], module))
             if entry[1] in self._judged_as and self._standing_in is None:
                 self._guard(self._enter_substitute, entry[1], module, args)
             if self._keep_fused and self._fused is None and may_be_fused(module):
@@ -367,7 +367,7 @@ class Probe(TorchFunctionMode):
             tracer.see(name, func, args, kwargs, output, frame, (*met, found[1]) if met and found else None)
 
     def _rectified(self, rectifier: Rectifier, x: Tensor, values: Tensor, output: Tensor) -> None:
-        lineage = self._lineage(x) or Lineage()
+        lineage = self._lineage(x) or Provenance()
         self._trail.remember(output, lineage._replace(passed=lineage.passed + 1, weight=False))
         if _holds_data(values):
             self._hand_over(rectifier, lineage, self._plain(values), self._plain(output))
@@ -382,7 +382,9 @@ class Probe(TorchFunctionMode):
             x = x.as_subclass(Tensor)
         return x.detach()
 
-    def _hand_over(self, rectifier: Rectifier, lineage: Lineage, values: Tensor | None, output: Tensor | None) -> None:
+    def _hand_over(
+        self, rectifier: Rectifier, lineage: Provenance, values: Tensor | None, output: Tensor | None
+    ) -> None:
         key = (*[frame.path for frame in self._frames], lineage, rectifier, None if values is None else values.shape)
         known = None if output is None else self._settled.get(key)
         self._met = known or self._settle(key, rectifier, lineage, values, output)
@@ -392,7 +394,7 @@ class Probe(TorchFunctionMode):
                 self._sink(site, rectifier, values, output, dims)
 
     def _settle(
-        self, key: Any, rectifier: Rectifier, lineage: Lineage, values: Tensor | None, output: Tensor | None
+        self, key: Any, rectifier: Rectifier, lineage: Provenance, values: Tensor | None, output: Tensor | None
     ) -> tuple[Site, Rectifier, tuple[int, ...]] | None:
         """Tell the site of a call and its unit dimensions, once for all calls alike; None if it is not watched."""
         place = self._place(lineage)
@@ -423,14 +425,14 @@ class Probe(TorchFunctionMode):
             self._settled[key] = site, rectifier, dims
         return site, rectifier, dims
 
-    def _dims(self, name: str, lineage: Lineage, x: Tensor) -> tuple[int, ...] | None:
+    def _dims(self, name: str, lineage: Provenance, x: Tensor) -> tuple[int, ...] | None:
         for pattern, dim in self.unit_dims.items():
             if matches(name, pattern):
                 return (dim if dim < 0 else dim - x.ndim,)
         fits = lineage.dims is not None and all(-dim <= x.ndim for dim in lineage.dims)
         return (lineage.dims or guess_dims(x.ndim)) if fits else None
 
-    def _place(self, lineage: Lineage) -> tuple[str, bool, tuple[str, ...]] | None:
+    def _place(self, lineage: Provenance) -> tuple[str, bool, tuple[str, ...]] | None:
         """Tell the owner of this call and what tells it from the owner's other calls; None if it is no site."""
         frames = self._frames
         owner = frames[-1].path if frames else ""
@@ -454,11 +456,11 @@ class Probe(TorchFunctionMode):
     def _in_forward(self) -> bool:
         return in_forward(self._model)
 
-    def _lineage(self, tensor: Tensor) -> Lineage | None:
+    def _lineage(self, tensor: Tensor) -> Provenance | None:
         known = self._trail.lineage(tensor)
         return self._gathered(tensor) if known is None else known
 
-    def _gathered(self, tensor: Tensor) -> Lineage | None:
+    def _gathered(self, tensor: Tensor) -> Provenance | None:
         """Recognise a weight that was put in the place of a module's own for this forward (sharding)."""
         if not self._frames:
             return None
@@ -472,7 +474,7 @@ def recomputes() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _detail(lineage: Lineage) -> list[str]:
+def _detail(lineage: Provenance) -> list[str]:
     """Tell apart what the same producers feed: slices of their output, and a rectifier behind a rectifier."""
     return [*([lineage.part] if lineage.part else []), *([f"+{lineage.passed}"] if lineage.passed else [])]
 

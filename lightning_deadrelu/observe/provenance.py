@@ -15,7 +15,7 @@ from torch import Tensor
 Dims = tuple[int, ...] | None
 
 
-class Lineage(NamedTuple):
+class Provenance(NamedTuple):
     """What is known of a tensor's origin.
 
     Args:
@@ -73,14 +73,14 @@ def function_name(func: Callable[..., Any]) -> str:
     return str(name)
 
 
-def parameter(name: str) -> Lineage:
+def parameter(name: str) -> Provenance:
     """Start a lineage at a parameter.
 
     Example:
         >>> sorted(parameter("fc.weight").producers)
         ['fc.weight']
     """
-    return Lineage(frozenset({name}), weight=True)
+    return Provenance(frozenset({name}), weight=True)
 
 
 def tensors_in(args: Iterable[Any]) -> list[Tensor]:
@@ -123,10 +123,10 @@ class Call:
         self.operands = tensors_in((*self.args, *self.kwargs.values()))
 
 
-Known = Sequence[tuple[Tensor, Lineage]]
+Known = Sequence[tuple[Tensor, Provenance]]
 
 
-def follow(call: Call, known: Known) -> Lineage:
+def follow(call: Call, known: Known) -> Provenance:
     """Derive the lineage of a function's output from those of its inputs.
 
     Layers that mix features (linear, convolution, attention, recurrent) start anew at their weights; a
@@ -173,29 +173,29 @@ def _holds_numbers(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-def _of_weights(call: Call, weights: Known) -> Lineage:
+def _of_weights(call: Call, weights: Known) -> Provenance:
     """Keep what is computed from parameters alone a parameter, and tell slices of a stack apart."""
     gathered = call.name in _GATHERS and not _is_view(call.output, weights[0][0])
     lost = gathered or any(lineage.dims is None for _, lineage in weights)
-    return Lineage(_union(weights), None if lost else (), part=_weight_part(call, weights), weight=True)
+    return Provenance(_union(weights), None if lost else (), part=_weight_part(call, weights), weight=True)
 
 
-def _contract(call: Call, weights: Known) -> Lineage:
+def _contract(call: Call, weights: Known) -> Provenance:
     convolutional = call.name in _CONVOLUTIONS
     dims = _convolution_dims(call) if convolutional else _weight_dims(call, weights)
-    return Lineage(_union(weights), dims, convolutional, part=_join_parts(weights))
+    return Provenance(_union(weights), dims, convolutional, part=_join_parts(weights))
 
 
-def _mix(call: Call, activations: Known) -> Lineage:
+def _mix(call: Call, activations: Known) -> Provenance:
     """Follow the last operand: attention weights times values keep the values' features."""
     place = 2 if call.name == "scaled_dot_product_attention" and len(call.operands) > 2 else -1
     values = [lineage for tensor, lineage in activations if tensor is call.operands[place]]
     if values and values[0].dims and -1 in values[0].dims:
         return values[0]._replace(weight=False)
-    return Lineage(_union(activations), None)
+    return Provenance(_union(activations), None)
 
 
-def of_module(parameters: Sequence[tuple[str, Tensor]], output: Tensor) -> Lineage | None:
+def of_module(parameters: Sequence[tuple[str, Tensor]], output: Tensor) -> Provenance | None:
     """Take a module's own parameters for the producers of an output that no seen function returned.
 
     Custom autograd functions and scripted modules compute out of sight.
@@ -217,7 +217,7 @@ def of_module(parameters: Sequence[tuple[str, Tensor]], output: Tensor) -> Linea
         for dim in ((1 - output.ndim, -1) if wide else (-1, 1 - output.ndim))
         if dim < 0 and output.shape[dim] == units
     ]
-    return Lineage(frozenset(name for name, _ in parameters), tuple(fits[:1]), convolutional=wide)
+    return Provenance(frozenset(name for name, _ in parameters), tuple(fits[:1]), convolutional=wide)
 
 
 def _union(known: Known) -> frozenset[str]:
@@ -267,14 +267,14 @@ def _einsum_dims(call: Call, weight: Tensor) -> Dims:
     return tuple(i - len(tail) for i, letter in enumerate(tail) if letter in terms.split(",")[place])
 
 
-def _pass_on(call: Call, weights: Known, activations: Known) -> Lineage:
+def _pass_on(call: Call, weights: Known, activations: Known) -> Provenance:
     nearest = min((lineage.passed for _, lineage in activations), default=0)
     near = [(tensor, lineage) for tensor, lineage in activations if lineage.passed == nearest]
-    main, lineage = near[0] if near else (call.output, Lineage())
+    main, lineage = near[0] if near else (call.output, Provenance())
     joined = any(other.joined or other.producers != lineage.producers for _, other in near)
     dims = _norm_dims(call) or _travel(call, main, lineage)
     own_norm = bool(weights) and call.name in _CHANNEL_NORMS | _LAST_NORMS
-    return Lineage(
+    return Provenance(
         # what reaches a norm through a residual stream differs from call to call: its own weights do not
         _union(weights if own_norm and joined else [*near, *weights]),
         dims,
@@ -291,7 +291,7 @@ def _norm_dims(call: Call) -> Dims:
     return (-1,) if call.name in _LAST_NORMS else ()
 
 
-def _part(call: Call, main: Tensor, lineage: Lineage, dims: Dims) -> str:
+def _part(call: Call, main: Tensor, lineage: Provenance, dims: Dims) -> str:
     if call.name in _NEGATIONS:
         return lineage.part.removesuffix("-") if lineage.part.endswith("-") else lineage.part + "-"
     if not dims or not lineage.dims or call.name in _REGROUPINGS:
@@ -311,7 +311,7 @@ def _spell(value: Any) -> str:
     return str(value)
 
 
-def _travel(call: Call, main: Tensor, lineage: Lineage) -> Dims:
+def _travel(call: Call, main: Tensor, lineage: Provenance) -> Dims:
     """Say where the unit dimensions of ``main`` are in the output."""
     output, dims = call.output, lineage.dims
     if not dims or output.ndim == 0:
@@ -328,7 +328,7 @@ def _travel(call: Call, main: Tensor, lineage: Lineage) -> Dims:
     return _refitted(call, main, lineage)
 
 
-def _refitted(call: Call, main: Tensor, lineage: Lineage) -> Dims:
+def _refitted(call: Call, main: Tensor, lineage: Provenance) -> Dims:
     """Guess where units are after a dimension came or went; None where sizes belie the guess."""
     output, dims = call.output, lineage.dims or ()
     place = 1 - output.ndim if lineage.convolutional and output.ndim >= 2 else -1

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_deadrelu.model.sites import Site
 from lightning_deadrelu.observe.watch import Watch
 from lightning_deadrelu.statistics import Totals
-from lightning_deadrelu.statistics.confirmation import Evidence
+from lightning_deadrelu.statistics.confirmation import SilenceSample
 
 
 def is_joint(world_size: int) -> bool:
@@ -83,7 +83,7 @@ def any_failed(failed: bool, device: torch.device) -> bool:
     return bool(flag)
 
 
-def confirm(evidence: Evidence, failed: bool) -> Evidence | None:
+def confirm(evidence: SilenceSample, failed: bool) -> SilenceSample | None:
     """Merge what all ranks saw of the units asked about; None if any has failed. Two collectives.
 
     Args:
@@ -94,7 +94,7 @@ def confirm(evidence: Evidence, failed: bool) -> Evidence | None:
     sums = torch.cat([evidence.sums, evidence.calls[None]])
     dist.all_reduce(maxima, dist.ReduceOp.MAX)
     dist.all_reduce(sums, dist.ReduceOp.SUM)
-    return None if maxima[-1] else Evidence(maxima[:-1], sums[:-1], sums[-1])
+    return None if maxima[-1] else SilenceSample(maxima[:-1], sums[:-1], sums[-1])
 
 
 def share(rows: Tensor | None, features: int, most: int, device: torch.device) -> Tensor | None:

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from lightning_deadrelu.model.sharding import is_sharded
 from lightning_deadrelu.model.sites import clean
-from lightning_deadrelu.observe.provenance import STEADY, Call, Lineage, follow, parameter
+from lightning_deadrelu.observe.provenance import STEADY, Call, Provenance, follow, parameter
 
 _ZEROS = frozenset({"zeros", "zeros_like", "new_zeros"})
 
 
-class Trail:
+class TensorOrigins:
     """What is known of the tensors of a forward: their lineage, and which of them hold nothing but zeros.
 
     Args:
@@ -26,10 +26,10 @@ class Trail:
         zeros = (buffer for buffer in model.buffers() if buffer.numel() == 1 and not buffer.any())
         self._zero_buffers = [(buffer, _version(buffer)) for buffer in zeros]
         self._model = model
-        self._parameters: dict[int, tuple[Tensor, Lineage]] = {}
+        self._parameters: dict[int, tuple[Tensor, Provenance]] = {}
         self._sharded = False
-        self._derived: dict[tuple[Any, ...], Lineage | None] = {}
-        self._known: dict[int, tuple[weakref.ref[Tensor], Lineage]] = {}
+        self._derived: dict[tuple[Any, ...], Provenance | None] = {}
+        self._known: dict[int, tuple[weakref.ref[Tensor], Provenance]] = {}
         self._zeros: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self.error: Exception | None = None
         """The first call whose producers could not be followed, which stopped nothing."""
@@ -63,11 +63,11 @@ class Trail:
         given = self._parameter(tensor)
         return None if given is None else next(iter(given.producers))
 
-    def _parameter(self, tensor: Any) -> Lineage | None:
+    def _parameter(self, tensor: Any) -> Provenance | None:
         given = self._parameters.get(id(tensor))
         return given[1] if given is not None and given[0] is tensor else None  # whatever was done to it in place
 
-    def lineage(self, tensor: Tensor) -> Lineage | None:
+    def lineage(self, tensor: Tensor) -> Provenance | None:
         """Tell where a tensor comes from, as far as known."""
         if (given := self._parameter(tensor)) is not None:
             return given
@@ -77,7 +77,7 @@ class Trail:
             self._name_parameters()  # it was gathered for this forward
         return self._parameter(tensor)
 
-    def remember(self, tensor: Tensor, lineage: Lineage | None) -> None:
+    def remember(self, tensor: Tensor, lineage: Provenance | None) -> None:
         """Keep a tensor's lineage as long as the tensor is there."""
         if lineage is not None:
             self._known[id(tensor)] = weakref.ref(tensor), lineage
@@ -95,7 +95,7 @@ class Trail:
         known = [(made[0](), made[1])] if made else self._zero_buffers
         return any(value is zeros and _version(value) == version for zeros, version in known)  # and none filled since
 
-    def follow(self, call: Call, lineages: list[Lineage | None]) -> Lineage | None:
+    def follow(self, call: Call, lineages: list[Provenance | None]) -> Provenance | None:
         """Follow a call; the layers that make up most of a model once for all calls alike.
 
         Args:
@@ -109,7 +109,7 @@ class Trail:
             self._derived[key] = self._try_to_follow(call, lineages)
         return self._derived[key]
 
-    def _try_to_follow(self, call: Call, lineages: list[Lineage | None]) -> Lineage | None:
+    def _try_to_follow(self, call: Call, lineages: list[Provenance | None]) -> Provenance | None:
         known = [(tensor, own) for tensor, own in zip(call.operands, lineages, strict=True) if own is not None]
         try:
             return follow(call, known) if known else None

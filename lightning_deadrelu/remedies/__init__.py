@@ -3,7 +3,7 @@
 from lightning_deadrelu.remedies.base import (
     Activation,
     Edits,
-    Law,
+    InitDistribution,
     Remedy,
     SiteView,
     Warmth,
@@ -19,7 +19,7 @@ __all__ = [
     "Activation",
     "BiasWarming",
     "Edits",
-    "Law",
+    "InitDistribution",
     "LeakySlope",
     "Remedy",
     "Reset",

@@ -31,7 +31,7 @@ _MOST_ENTRIES = 100_000  # of a tensor that its law is told from
 _UNIFORM_KURTOSIS, _NORMAL_KURTOSIS = 1.8, 3.0
 
 
-class Law(NamedTuple):
+class InitDistribution(NamedTuple):
     """The law that a tensor's entries were drawn from, as far as its moments tell.
 
     Args:
@@ -45,12 +45,12 @@ class Law(NamedTuple):
     uniform: bool
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Law:
+    def of(cls, tensor: Tensor) -> InitDistribution:
         """Take the moments of a tensor that was just drawn; of a large one, of entries evenly spaced over it.
 
         Example:
-            >>> Law.of(torch.zeros(5))
-            Law(mean=0.0, std=0.0, uniform=False)
+            >>> InitDistribution.of(torch.zeros(5))
+            InitDistribution(mean=0.0, std=0.0, uniform=False)
         """
         values = _evenly(tensor.detach()).cpu().double()
         if not len(values) or bool((values == values[0]).all()):  # rounding would give a constant a spread
@@ -102,7 +102,7 @@ class SiteView:
     units: Tensor
     attribution: Attribution
     values: Mapping[str, Tensor]
-    laws: Mapping[str, Law]
+    laws: Mapping[str, InitDistribution]
     quantiles: Tensor
     step: int = 0
     inputs: Tensor | None = None

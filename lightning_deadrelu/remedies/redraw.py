@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_deadrelu.remedies.base import Law
+from lightning_deadrelu.remedies.base import InitDistribution
 
 _MOST_NUMBERS = 2**22  # that are drawn, or looked at, at a time
 _LEAST_SHARE, _MOST_SHARE = 0.1, 0.9
@@ -18,7 +18,7 @@ def choose(
     weight: Tensor,
     bias: Tensor | None,
     units: Tensor,
-    law: Law,
+    law: InitDistribution,
     tries: int,
     generator: torch.Generator,
     hinge: float = 0.0,
@@ -48,7 +48,7 @@ def choose(
         >>> generator = torch.Generator().manual_seed(0)
         >>> inputs = torch.tensor([[1.0], [-1.0]])
         >>> fires_on_one_side = torch.tensor([[1.0], [0.0]])
-        >>> second, law = torch.tensor([False, True]), Law(0, 1, False)
+        >>> second, law = torch.tensor([False, True]), InitDistribution(0, 1, False)
         >>> new, _ = choose(inputs, fires_on_one_side, None, second, law, 8, generator)
         >>> bool(new < 0)
         True

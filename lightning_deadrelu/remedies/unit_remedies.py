@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_deadrelu.model.slices import Slice
-from lightning_deadrelu.remedies.base import Edits, Law, Remedy, SiteView, Warmth, Write
+from lightning_deadrelu.remedies.base import Edits, InitDistribution, Remedy, SiteView, Warmth, Write
 from lightning_deadrelu.remedies.redraw import choose
 
 _NEUTRAL = {"scale": 1.0, "shift": 0.0, "mean": 0.0, "variance": 1.0}
@@ -216,13 +216,13 @@ def _rows(slices: tuple[Slice, ...], units: Tensor) -> list[Slice]:
     return [rows for one in slices if len((rows := one.of(units)).index)]
 
 
-def _law_of(entries: Slice, old: Tensor, view: SiteView) -> Law:
+def _law_of(entries: Slice, old: Tensor, view: SiteView) -> InitDistribution:
     """Look up the law; weights that began as a constant get the one of ``torch.nn.Linear`` and ``torch.nn.Conv2d``."""
-    law = view.laws.get(entries.name, Law(0.0, 0.0, False))
+    law = view.laws.get(entries.name, InitDistribution(0.0, 0.0, False))
     if entries.role != "weight" or law.std > 0:
         return law
     fan_in = max(old[0].numel(), 1)
-    return Law(0.0, 1 / math.sqrt(3 * fan_in), True)
+    return InitDistribution(0.0, 1 / math.sqrt(3 * fan_in), True)
 
 
 def _depth(view: SiteView) -> Tensor:

@@ -1,7 +1,7 @@
 """What enters the forward for a time: constants added to units' inputs, and slopes that come and go.
 
-Both are there during training batches alone, between :meth:`Terms.begin` and :meth:`Terms.end`. What is copied,
-validated, averaged or exported between two batches is the model itself.
+Both are there during training batches alone, between :meth:`ForwardEdits.begin` and :meth:`ForwardEdits.end`.
+What is copied, validated, averaged or exported between two batches is the model itself.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ class _Ramp(_Term):
             setattr(parent, name, new)
 
 
-class Terms:
+class ForwardEdits:
     """What enters a model's forward in training batches, and fades.
 
     Values change in :meth:`advance` alone, so that a forward recomputed in backward sees what the first one saw. They
@@ -213,7 +213,7 @@ class Terms:
     Example:
         >>> from lightning_deadrelu.remedies.base import Warmth
         >>> from lightning_deadrelu.model.slices import Outlet
-        >>> model, terms = nn.Sequential(nn.Linear(3, 2), nn.ReLU()), Terms()
+        >>> model, terms = nn.Sequential(nn.Linear(3, 2), nn.ReLU()), ForwardEdits()
         >>> terms.warm(model, "1", Outlet("0", torch.arange(2), -1), Warmth(torch.tensor([0.0, 5.0]), 2))
         >>> terms.begin(); terms.offset("1"); terms.end(); terms.advance()
         tensor([0., 5.])

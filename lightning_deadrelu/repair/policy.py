@@ -145,7 +145,7 @@ class Progress:
     trial: Trial | None = None
 
 
-class Ladder:
+class EscalationPolicy:
     """Decide, verdict by verdict, which remedy acts on which units.
 
     Args:

@@ -13,7 +13,7 @@ from lightning_deadrelu.model.slices import Attribution
 from lightning_deadrelu.remedies import Edits, Remedy, SiteView, Write
 from lightning_deadrelu.repair.policy import Request
 from lightning_deadrelu.statistics import SiteReport
-from lightning_deadrelu.statistics.confirmation import Evidence
+from lightning_deadrelu.statistics.confirmation import SilenceSample
 
 _LINEAR = (["weight"], ["weight", "bias"])
 
@@ -55,7 +55,7 @@ def fires_now(inputs: Tensor, attribution: Attribution, tensors: Mapping[str, Te
     return (z > hinge).any(0)
 
 
-def confirmed(request: Request, site: SiteReport, seen: Evidence) -> tuple[Tensor, Tensor]:
+def confirmed(request: Request, site: SiteReport, seen: SilenceSample) -> tuple[Tensor, Tensor]:
     """Keep the units that were silent, or constant, once more; and spread their quantiles over all units."""
     quantiles = torch.full((len(seen.sums), len(request.units)), float("nan"), dtype=torch.float64)
     quantiles[:, request.units] = seen.quantiles

@@ -19,15 +19,15 @@ from lightning_deadrelu.model.slices import Attribution
 from lightning_deadrelu.model.trainable import Gradients
 from lightning_deadrelu.observe import ranks
 from lightning_deadrelu.observe.watch import NOT_TRACED, Watch
-from lightning_deadrelu.remedies import Activation, Edits, Law, Remedy, SiteView
+from lightning_deadrelu.remedies import Activation, Edits, InitDistribution, Remedy, SiteView
 from lightning_deadrelu.repair.activation_swap import no_module, records, rectifiers, reinstate_, substitute_
-from lightning_deadrelu.repair.forward_edits import Terms, is_compiled
+from lightning_deadrelu.repair.forward_edits import ForwardEdits, is_compiled
 from lightning_deadrelu.repair.optimizer_state import left_alone
-from lightning_deadrelu.repair.policy import Event, Ladder, Loss, Request
+from lightning_deadrelu.repair.policy import EscalationPolicy, Event, Loss, Request
 from lightning_deadrelu.repair.proposals import Case, confirmed, digest, fed_by_linear, fires_now, generator_of
 from lightning_deadrelu.repair.writer import check_writes, laws_of, tensors_of, values_of, why_not, write_
 from lightning_deadrelu.statistics import LivenessReport, SiteReport
-from lightning_deadrelu.statistics.confirmation import MOST_ROWS, Confirmation, Evidence
+from lightning_deadrelu.statistics.confirmation import MOST_ROWS, Confirmation, SilenceSample
 
 _MOST_TRACES = 10  # at the start, while some weights have not been met
 _MOST_EVENTS = 1000
@@ -86,14 +86,14 @@ class Repair:
         self._tell = tell
         self.traces = trace or bool(rungs)
         """Whether it is traced what feeds and reads each site."""
-        self.ladder = Ladder(rungs, threshold, min_samples)
-        self.terms = Terms()
+        self.ladder = EscalationPolicy(rungs, threshold, min_samples)
+        self.terms = ForwardEdits()
         self.events: deque[Event] = deque()
         self.edited: dict[str, list[int]] = {}
         """Units edited since the last report, by site."""
         self.refusal = ""
         """Why nothing can be repaired here; empty if it can."""
-        self._laws: dict[str, Law] = {}
+        self._laws: dict[str, InitDistribution] = {}
         self._requests: list[Request] = []
         self._layers: dict[str, str] = {}  # by site asked about, the linear module that feeds it
         self._report: LivenessReport | None = None  # the verdict behind the requests
@@ -192,7 +192,7 @@ class Repair:
         if not requests:
             return
         units = sum(int(request.units.sum()) for request in requests)
-        own = confirmation.evidence if confirmation else Evidence.nothing(units, patient.watch.device)
+        own = confirmation.evidence if confirmation else SilenceSample.nothing(units, patient.watch.device)
         evidence = ranks.confirm(own, failed) if patient.joint else own
         if failed or evidence is None or confirmation is None:
             return
@@ -208,7 +208,7 @@ class Repair:
         self,
         requests: Sequence[Request],
         confirmation: Confirmation,
-        evidence: Evidence,
+        evidence: SilenceSample,
         patient: Patient,
         step: int,
     ) -> list[Case]:
@@ -371,7 +371,7 @@ class Repair:
         if self.ladder.rungs:
             self.terms.load_state_dict(state["terms"], patient.model)
         patient.watch.judged_as = rectifiers(patient.model) | self.terms.rectifiers
-        self._laws = {name: Law(*law) for name, law in state["laws"].items()} or self._laws
+        self._laws = {name: InitDistribution(*law) for name, law in state["laws"].items()} or self._laws
         asked = [Request(*request) for request in state["requests"]]
         self._requests = [request for request in asked if request.rung < len(self.ladder.rungs)]
         if self._requests:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from lightning_deadrelu.model.sharding import gathered, is_sharded, whole
 from lightning_deadrelu.model.sites import clean
 from lightning_deadrelu.model.slices import Slice
-from lightning_deadrelu.remedies import Law, Write
+from lightning_deadrelu.remedies import InitDistribution, Write
 from lightning_deadrelu.repair.optimizer_state import repair_, unknown_state
 
 
@@ -48,7 +48,7 @@ def values_of(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     return {name: gathered(one) for name, one in tensors if name in chosen or not is_sharded(one)}
 
 
-def laws_of(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, Law]:
+def laws_of(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, InitDistribution]:
     """Take the laws that parameters follow, to be called when training begins.
 
     Args:
@@ -57,12 +57,12 @@ def laws_of(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, L
 
     Example:
         >>> laws_of(nn.BatchNorm1d(2))["bias"]
-        Law(mean=0.0, std=0.0, uniform=False)
+        InitDistribution(mean=0.0, std=0.0, uniform=False)
     """
     chosen = None if names is None else set(names)
     drawn = {clean(name): one for name, one in model.named_parameters(remove_duplicate=False)}
     return {
-        name: Law.of(gathered(one))
+        name: InitDistribution.of(gathered(one))
         for name, one in drawn.items()
         if (chosen is None or name in chosen) and one.is_floating_point() and not _why_absent(name, one)
     }

@@ -11,11 +11,11 @@ from lightning_deadrelu.statistics import LivenessReport
 from lightning_deadrelu.statistics.forecast import Peaks, at_risk_fraction
 
 
-class Record:
+class RunHistory:
     """The history of all units over the windows of a run, and a forecast of who is about to fall silent.
 
     Example:
-        >>> record = Record()
+        >>> record = RunHistory()
         >>> record.close(LivenessReport((), step=9), {})
         >>> record.raster.steps, record.at_risk_fraction
         ((9,), 0.0)

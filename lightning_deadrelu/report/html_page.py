@@ -16,7 +16,7 @@ from lightning_deadrelu.render import svg
 from lightning_deadrelu.report.raster import Raster, SiteRaster, State
 from lightning_deadrelu.report.site_summary import (
     Gap,
-    Story,
+    SiteSummary,
     column_of,
     conclusion,
     refused,
@@ -29,7 +29,7 @@ from lightning_deadrelu.statistics import LivenessReport
 
 if TYPE_CHECKING:
     from lightning_deadrelu.explain.finding import Finding
-    from lightning_deadrelu.explain.postmortem import Wave
+    from lightning_deadrelu.explain.postmortem import DeathEvent
     from lightning_deadrelu.model.slices import Attribution
     from lightning_deadrelu.repair.policy import Event
 
@@ -45,7 +45,7 @@ def write(
     events: Iterable[Event],
     attribution: Mapping[str, Attribution] | None,
     folder: str | Path,
-    deaths: Iterable[Wave] = (),
+    deaths: Iterable[DeathEvent] = (),
     findings: Iterable[Finding] = (),
 ) -> tuple[Path, Path]:
     """Write ``report.json`` and ``report.html``.
@@ -78,7 +78,7 @@ def to_json(
     raster: Raster | None = None,
     events: Iterable[Event] = (),
     attribution: Mapping[str, Attribution] | None = None,
-    deaths: Iterable[Wave] = (),
+    deaths: Iterable[DeathEvent] = (),
     findings: Iterable[Finding] = (),
 ) -> str:
     """Write verdicts, curves, events and refusals as strict JSON; what is not finite becomes null.
@@ -109,7 +109,7 @@ def to_json(
     return json.dumps(_strict(content), allow_nan=False, indent=1)
 
 
-def _run_of(story: Story) -> dict[str, Any]:
+def _run_of(story: SiteSummary) -> dict[str, Any]:
     return {"name": story.site.name} | {key: value for key, value in story._asdict().items() if key != "site"}
 
 
@@ -135,7 +135,7 @@ def to_html(
     raster: Raster | None = None,
     events: Iterable[Event] = (),
     attribution: Mapping[str, Attribution] | None = None,
-    deaths: Iterable[Wave] = (),
+    deaths: Iterable[DeathEvent] = (),
     findings: Iterable[Finding] = (),
 ) -> str:
     """Write a page that stands alone: pictures are in it, and it asks for nothing.
@@ -178,7 +178,7 @@ def _coded(text: str) -> str:
     return "".join(f"<code>{part}</code>" if number % 2 else part for number, part in enumerate(parts))
 
 
-def _tiles(report: LivenessReport, raster: Raster | None, told: Sequence[Story]) -> str:
+def _tiles(report: LivenessReport, raster: Raster | None, told: Sequence[SiteSummary]) -> str:
     tiles = {"units": f"{report.units:,}", "dead now": f"{report.dead_fraction:.1%}"}
     if raster:
         tiles["dead at worst"] = f"{max([*raster.curves['dead_fraction'], report.dead_fraction]):.1%}"
@@ -216,7 +216,7 @@ def _marks(raster: Raster, events: Iterable[Event]) -> dict[int, str]:
     return marks
 
 
-def _depth(told: Sequence[Story]) -> str:
+def _depth(told: Sequence[SiteSummary]) -> str:
     told = [story for story in told if not story.site.smooth]
     names = shortened_names([story.site.name for story in told], 26)
     bars = [(name, story.site.dead_fraction, story.worst) for name, story in zip(names, told, strict=True)]
@@ -251,7 +251,7 @@ def _grid(columns: Sequence[str], rows: Iterable[str]) -> str:
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _table(told: Sequence[Story]) -> str:
+def _table(told: Sequence[SiteSummary]) -> str:
     if not told:
         return ""
     columns = ("layer", "kind", "#units", "#dead now", "#worst", "#died at step", "#remedied", "#fire again", "verdict")
@@ -265,7 +265,7 @@ def _hidden(title: str, content: str) -> str:
     return f"<details><summary>{title}</summary>{content}</details>"
 
 
-def _row(row: Story | Gap) -> str:
+def _row(row: SiteSummary | Gap) -> str:
     if isinstance(row, Gap):
         return f'<td class="gap" colspan="9">{escape(str(row))}</td>'
     site = row.site
@@ -280,7 +280,7 @@ def _row(row: Story | Gap) -> str:
     return f"{name}{cells}<td>{row.verdict}</td>"
 
 
-def _rasters(raster: Raster, told: Sequence[Story]) -> str:
+def _rasters(raster: Raster, told: Sequence[SiteSummary]) -> str:
     sites = raster.sites
     open_now = {story.site.name for story in worst_first(told)[:_OPEN]}
     drawn = [_raster(sites[s.site.name], s, s.site.name in open_now) for s in told if s.site.name in sites]
@@ -290,7 +290,7 @@ def _rasters(raster: Raster, told: Sequence[Story]) -> str:
     return f'<h2>Unit by unit</h2><p class="note">{note}</p>{marks}{"".join(drawn)}'
 
 
-def _raster(site: SiteRaster, story: Story, is_open: bool) -> str:
+def _raster(site: SiteRaster, story: SiteSummary, is_open: bool) -> str:
     dead = "" if story.site.smooth else f", {story.site.dead_fraction:.1%} dead now"
     title = f"<code>{escape(site.name)}</code> <span>{site.units:,} units{dead}, {story.verdict}</span>"
     picture = svg.png(site.states, [state.colour for state in State])
@@ -301,7 +301,7 @@ def _raster(site: SiteRaster, story: Story, is_open: bool) -> str:
     return f'<details{opened}><summary>{title}</summary><div class="raster">{image}{ends}</div></details>'
 
 
-def _deaths(deaths: Sequence[Wave]) -> str:
+def _deaths(deaths: Sequence[DeathEvent]) -> str:
     if not deaths:
         return ""
     rows = {wave: f"<td>{_coded(str(wave))}.</td>{_cause(wave)}" for wave in sorted(deaths, key=_first_step)}
@@ -315,7 +315,7 @@ def _deaths(deaths: Sequence[Wave]) -> str:
     return f'<h2>When units died, and why</h2><p class="note">{note}</p>{short}{whole}'
 
 
-def _first_step(wave: Wave) -> int:
+def _first_step(wave: DeathEvent) -> int:
     return wave.first_step
 
 
@@ -327,7 +327,7 @@ def _findings(findings: Iterable[Finding]) -> str:
     return f"<h2>What the check-up found</h2>{_grid(('where', 'evidence', 'cause', 'try'), rows)}" if rows else ""
 
 
-def _cause(wave: Wave) -> str:
+def _cause(wave: DeathEvent) -> str:
     return _named(wave.finding) if wave.finding else "<td>unknown</td><td></td>"
 
 

@@ -31,7 +31,7 @@ WELL = ("healthy", "not trained")
 """Verdicts on sites that need no attention."""
 
 
-class Story(NamedTuple):
+class SiteSummary(NamedTuple):
     """What became of a site.
 
     Args:
@@ -60,7 +60,7 @@ class Gap(NamedTuple):
         stories: Of these sites, in the order of execution.
     """
 
-    stories: tuple[Story, ...]
+    stories: tuple[SiteSummary, ...]
 
     def __str__(self) -> str:
         well = all(story.verdict in WELL for story in self.stories)
@@ -69,7 +69,7 @@ class Gap(NamedTuple):
         return f"... {len(self.stories):,} sites, {dead}"
 
 
-def stories(report: LivenessReport, raster: Raster | None = None, events: Iterable[Event] = ()) -> list[Story]:
+def stories(report: LivenessReport, raster: Raster | None = None, events: Iterable[Event] = ()) -> list[SiteSummary]:
     """Gather what became of each site, in the order of execution.
 
     Args:
@@ -86,13 +86,13 @@ def stories(report: LivenessReport, raster: Raster | None = None, events: Iterab
     return [_story(site, curves.get(site.name, ()), steps, sorted(edited.get(site.name, ()))) for site in report.sites]
 
 
-def _story(site: SiteReport, curve: Sequence[float], steps: Sequence[int], edited: Sequence[int]) -> Story:
+def _story(site: SiteReport, curve: Sequence[float], steps: Sequence[int], edited: Sequence[int]) -> SiteSummary:
     known = [0.0 if math.isnan(value) else value for value in curve]
     worst = max([*known, site.dead_fraction]) if known and not site.smooth else math.nan
     units = torch.tensor([unit for unit in edited if unit < site.units], dtype=torch.long)
     revived = 0 if site.smooth else int((~site.silent[units] & (site.samples > 0)).sum())
     since, died = (None, None) if site.smooth else (_since(known, steps, site.dead_fraction), _died(known, steps))
-    return Story(site, worst, since, died, len(units), revived, _verdict(site, worst, len(units)))
+    return SiteSummary(site, worst, since, died, len(units), revived, _verdict(site, worst, len(units)))
 
 
 def _since(curve: Sequence[float], steps: Sequence[int], now: float) -> int | None:
@@ -140,7 +140,7 @@ def _verdict(site: SiteReport, worst: float, remedied: int) -> str:
     return next((word for word, fits in options.items() if fits), "healthy")
 
 
-def shortened(told: Sequence[Story]) -> list[Story | Gap]:
+def shortened(told: Sequence[SiteSummary]) -> list[SiteSummary | Gap]:
     """Leave out of many stories the healthy ones, and of very many all but the worst 20.
 
     Args:
@@ -148,7 +148,7 @@ def shortened(told: Sequence[Story]) -> list[Story | Gap]:
     """
     ill = [story for story in told if story.verdict not in WELL]
     shown = {story.site.name for story in sorted(ill, key=_gravity, reverse=True)[:_MOST_SHOWN]}
-    rows: list[Story | Gap] = []
+    rows: list[SiteSummary | Gap] = []
     for story in told:
         last = rows[-1] if rows else None
         if len(told) <= _FEW or story.site.name in shown:
@@ -170,12 +170,12 @@ def column_of(step: int, steps: Sequence[int]) -> int:
     return min(bisect.bisect_left(steps, step), max(len(steps) - 1, 0))
 
 
-def worst_first(told: Iterable[Story]) -> list[Story]:
+def worst_first(told: Iterable[SiteSummary]) -> list[SiteSummary]:
     """Order stories by how much there is to see: the dead, then what was, then what else is not well."""
     return sorted(told, key=_gravity, reverse=True)
 
 
-def _gravity(story: Story) -> tuple[float, float, bool]:
+def _gravity(story: SiteSummary) -> tuple[float, float, bool]:
     return story.site.dead_fraction, 0.0 if math.isnan(story.worst) else story.worst, story.verdict not in WELL
 
 
@@ -256,7 +256,7 @@ def conclusion(report: LivenessReport, raster: Raster | None = None, events: Ite
     return f"{line}{_deeds(stories(report, raster, events), events)}."
 
 
-def _deaths(report: LivenessReport, told: Sequence[Story]) -> str:
+def _deaths(report: LivenessReport, told: Sequence[SiteSummary]) -> str:
     if not report.dead_units:
         return f"None of {report.units:,} units is dead"
     verb = "is" if report.dead_units == 1 else "are"
@@ -289,7 +289,7 @@ def _others(report: LivenessReport) -> str:
     return line + (f", {unjudged:,} {'is' if unjudged == 1 else 'are'} not judged yet" if unjudged else "")
 
 
-def _deeds(told: Sequence[Story], events: Iterable[Event]) -> str:
+def _deeds(told: Sequence[SiteSummary], events: Iterable[Event]) -> str:
     number = sum(story.remedied for story in told)
     if not number:
         return ""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from lightning_deadrelu.model.slices import Attribution
-from lightning_deadrelu.report.site_summary import Gap, Story, conclusion, shortened, shortened_names, stories
+from lightning_deadrelu.report.site_summary import Gap, SiteSummary, conclusion, shortened, shortened_names, stories
 from lightning_deadrelu.statistics import LivenessReport, SiteReport
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ _STORY = ("layer", "kind", "units", "dead\nnow", "", "worst", "died\nat step", "
 _ALWAYS = ("layer", "kind", "units", "dead\nnow", "", "verdict")
 
 
-def _told(row: Story | Gap, names: Mapping[str, str]) -> dict[str, str]:
+def _told(row: SiteSummary | Gap, names: Mapping[str, str]) -> dict[str, str]:
     if isinstance(row, Gap):
         return {"layer": str(row), "units": f"{sum(story.site.units for story in row.stories):,}"}
     site = row.site

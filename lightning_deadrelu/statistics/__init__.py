@@ -2,22 +2,22 @@
 
 from lightning_deadrelu.statistics.counts import Counts, UnitLiveness, count
 from lightning_deadrelu.statistics.judge import (
-    History,
     LivenessReport,
     Rules,
     SiteReport,
     Totals,
+    UnitHistory,
     dormancy_of,
     judge,
 )
 
 __all__ = [
     "Counts",
-    "History",
     "LivenessReport",
     "Rules",
     "SiteReport",
     "Totals",
+    "UnitHistory",
     "UnitLiveness",
     "count",
     "dormancy_of",

@@ -18,7 +18,7 @@ MOST_ROWS = 256
 _MOST_NUMBERS = 2**22  # of one call that are sorted; more are thinned out evenly
 
 
-class Evidence(NamedTuple):
+class SilenceSample(NamedTuple):
     """What one observation tells of the asked units, those of all sites end to end.
 
     Args:
@@ -37,19 +37,19 @@ class Evidence(NamedTuple):
         return self.sums / self.calls
 
     @classmethod
-    def nothing(cls, units: int, device: torch.device) -> Evidence:
+    def nothing(cls, units: int, device: torch.device) -> SilenceSample:
         """Start without a call."""
         zeros = torch.zeros(len(LEVELS) + 2, units, dtype=torch.float64, device=device)
         return cls(zeros[0], zeros[1:-1], zeros[-1])
 
-    def to_host(self) -> Evidence:
+    def to_host(self) -> SilenceSample:
         """Copy to the CPU in one transfer."""
         host = torch.cat([self.fired[None], self.sums, self.calls[None]]).cpu()
-        return Evidence(host[0], host[1:-1], host[-1])
+        return SilenceSample(host[0], host[1:-1], host[-1])
 
-    def part(self, place: slice) -> Evidence:
+    def part(self, place: slice) -> SilenceSample:
         """Cut one site out."""
-        return Evidence(*(tensor[..., place] for tensor in self))
+        return SilenceSample(*(tensor[..., place] for tensor in self))
 
 
 class Confirmation:
@@ -76,7 +76,7 @@ class Confirmation:
             columns = units.nonzero().flatten()
             self._columns[number] = columns.to(device)
             self._places[number] = slice(start, start := start + len(columns))
-        self.evidence = Evidence.nothing(start, device)
+        self.evidence = SilenceSample.nothing(start, device)
 
     def __call__(
         self, number: int, rectifier: Rectifier, x: Tensor, dims: tuple[int, ...], valid: Tensor | None = None
@@ -129,7 +129,7 @@ class Confirmation:
             return None
         return sample.rows.double() if len(sample.rows) else None
 
-    def of(self, number: int, evidence: Evidence) -> Evidence:
+    def of(self, number: int, evidence: SilenceSample) -> SilenceSample:
         """Cut one site out of evidence that was merged over ranks."""
         return evidence.part(self._places[number])
 

@@ -21,10 +21,10 @@ from lightning_deadrelu.statistics.judge import (
     NAN,
     UNKNOWN,
     VARIES,
-    History,
     LivenessReport,
     Rules,
     Totals,
+    UnitHistory,
     judge,
 )
 
@@ -384,7 +384,7 @@ class UnitLiveness(Metric):
 
     def report(self) -> LivenessReport:
         """Judge what was counted since the last :meth:`reset`, on this rank alone."""
-        return judge(self.totals().to_host(), History.empty(), self.sites, self.rules)[0]
+        return judge(self.totals().to_host(), UnitHistory.empty(), self.sites, self.rules)[0]
 
     def totals(self) -> Totals:
         """Return the counts as they stand, on the device."""

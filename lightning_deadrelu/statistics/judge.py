@@ -121,7 +121,7 @@ class Totals:
 
 
 @dataclass(frozen=True, eq=False)
-class History:
+class UnitHistory:
     """What outlives a window, one entry for each unit of all sites.
 
     Args:
@@ -143,7 +143,7 @@ class History:
     last_fired: Tensor
 
     @classmethod
-    def empty(cls, units: int = 0) -> History:
+    def empty(cls, units: int = 0) -> UnitHistory:
         """Start with units of which nothing is known."""
         none, zero = torch.zeros(units, dtype=torch.bool), torch.zeros(units, dtype=torch.int64)
         never = torch.full((units,), -1, dtype=torch.int32)
@@ -154,16 +154,16 @@ class History:
         return {name: narrowed(values) for name, values in vars(self).items()}
 
     @classmethod
-    def loaded(cls, state: Mapping[str, Tensor]) -> History:
+    def loaded(cls, state: Mapping[str, Tensor]) -> UnitHistory:
         """Put together what :meth:`saved` returned."""
         return cls(**{name: state[name].to(like.dtype) for name, like in vars(cls.empty()).items()})
 
-    def extended(self, units: int) -> History:
+    def extended(self, units: int) -> UnitHistory:
         """Add unknown units at the end, up to ``units``."""
         if units == len(self.age):
             return self
-        new = History.empty(units - len(self.age))
-        return History(*(torch.cat([getattr(self, f.name), getattr(new, f.name)]) for f in fields(self)))
+        new = UnitHistory.empty(units - len(self.age))
+        return UnitHistory(*(torch.cat([getattr(self, f.name), getattr(new, f.name)]) for f in fields(self)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -368,7 +368,7 @@ class LivenessReport:
 
 def judge(
     totals: Totals,
-    history: History,
+    history: UnitHistory,
     sites: Sequence[Site],
     rules: Rules = Rules(),
     *,
@@ -376,7 +376,7 @@ def judge(
     step: int = 0,
     steps: Sequence[int] = (),
     unwatched: Mapping[str, str] | None = None,
-) -> tuple[LivenessReport, History]:
+) -> tuple[LivenessReport, UnitHistory]:
     """Turn the counts of a window into verdicts.
 
     Args:
@@ -418,8 +418,8 @@ def _rated(names: Iterable[str], part: Sequence[Tensor], elements: int) -> dict[
 
 
 def _units(
-    totals: Totals, before: History, sites: Sequence[Site], rules: Rules, steps: Sequence[int]
-) -> tuple[dict[str, Tensor], History]:
+    totals: Totals, before: UnitHistory, sites: Sequence[Site], rules: Rules, steps: Sequence[int]
+) -> tuple[dict[str, Tensor], UnitHistory]:
     """Judge the units of all sites end to end: fields of :class:`SiteReport` and counts by name, and the next history.
 
     In NumPy, whose comparisons take a third of the time that torch's take on a CPU.
@@ -443,11 +443,11 @@ def _units(
     flags = [torch.from_numpy(mask) for mask in (ever | shown, dead | (was_dead & ~lives), returned | revived)]
     units["fired_ever"] = before.fired + totals.fired
     units["peak"] = totals.maxima[0].to(totals.magnitude.dtype, copy=True)
-    return units, History(units["age"], *flags, *(units[key] for key in ("fired_ever", "seen", "last_fired")))
+    return units, UnitHistory(units["age"], *flags, *(units[key] for key in ("fired_ever", "seen", "last_fired")))
 
 
 def _by_site(
-    totals: Totals, before: History, sites: Sequence[Site], steps: Sequence[int], quiet: Array
+    totals: Totals, before: UnitHistory, sites: Sequence[Site], steps: Sequence[int], quiet: Array
 ) -> dict[str, Array]:
     """Work out what takes numbers of the site, one site at a time, so that a part stays in the cache."""
     magnitude, number = totals.magnitude.numpy(), torch.tensor([-1, *steps], dtype=torch.int32)

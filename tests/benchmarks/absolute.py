@@ -40,7 +40,7 @@ from lightning_deadrelu.model.trainable import Gradients
 from lightning_deadrelu.observe.watch import Watch
 from lightning_deadrelu.remedies import Reset, ladder_of
 from lightning_deadrelu.repair.repair import Patient, Repair
-from lightning_deadrelu.statistics import History, Rules, UnitLiveness, count, judge
+from lightning_deadrelu.statistics import Rules, UnitHistory, UnitLiveness, count, judge
 
 HIDDEN, WIDTH, BATCH, LR, EDGE = 9, 2, 100, 1e-3, math.sqrt(3)
 GRID = torch.linspace(-EDGE, EDGE, 1000)[:, None]
@@ -191,7 +191,7 @@ class Batched:
         self.data = zip(*(batches(seed, steps) for seed in seeds), strict=True)
         names = [f"net.{2 * number + 1}" for number in range(HIDDEN)]
         self.liveness = UnitLiveness({name: len(seeds) * WIDTH for name in names}, window=self.window, rules=rules)
-        self.history = History.empty()
+        self.history = UnitHistory.empty()
         self.losses = torch.zeros(len(seeds), 3, dtype=torch.float64)  # number, sum and sum of squares in the window
 
     def forward(self, a: Tensor, counting: bool = False) -> Tensor:

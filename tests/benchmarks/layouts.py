@@ -36,7 +36,7 @@ from two_ranks import ddp_trainer, on_two_ranks
 from lightning_deadrelu import DeadReLUMonitor
 from lightning_deadrelu import monitor as monitoring
 from lightning_deadrelu.observe import ranks
-from lightning_deadrelu.report.history import Record
+from lightning_deadrelu.report.history import RunHistory
 from lightning_deadrelu.report.loggers import Reporter
 from lightning_deadrelu.statistics import Totals, UnitLiveness
 
@@ -49,7 +49,7 @@ PARTS = {
     "to the host, with notes for a post-mortem": (DeadReLUMonitor, "_on_host"),
     "verdict": (monitoring, "judge"),
     "post-mortem": (DeadReLUMonitor, "_explain"),
-    "history and forecast": (Record, "close"),
+    "history and forecast": (RunHistory, "close"),
     "scalars to a logger": (Reporter, "__call__"),
     "threshold": (DeadReLUMonitor, "_warn"),
     "reset": (UnitLiveness, "reset"),

@@ -18,7 +18,7 @@ from lightning_deadrelu import DeadReLUMonitor
 from lightning_deadrelu.observe import compiled
 from lightning_deadrelu.observe.compiled import Observing, _moved
 from lightning_deadrelu.observe.watch import Watch
-from lightning_deadrelu.statistics import History, Rules, judge
+from lightning_deadrelu.statistics import Rules, UnitHistory, judge
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*the Trainer has no logger", "ignore:.*get no gradient")
 
@@ -135,7 +135,7 @@ def _train(watch, model, run, data):
 
 
 def report(watch):
-    return judge(watch.liveness.totals().to_host(), History.empty(), watch.sites, Rules(1))[0].to_dict()
+    return judge(watch.liveness.totals().to_host(), UnitHistory.empty(), watch.sites, Rules(1))[0].to_dict()
 
 
 def expected(model, data):

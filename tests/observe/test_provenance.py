@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_deadrelu.observe.probe import Probe
 from lightning_deadrelu.observe.provenance import (
     Call,
-    Lineage,
+    Provenance,
     _blocks,
     _permuted,
     _reshaped,
@@ -164,7 +164,7 @@ CHANGES: dict[str, Callable[[Tensor], Any]] = {
 def test_dimensions_come_and_go(change: str, dim: int) -> None:
     """Each unit holds its own number, so that any selection or maximum over another dimension keeps it."""
     units = labels((4, 3, 5), (dim,)).float()
-    calls: list[Lineage] = []
+    calls: list[Provenance] = []
 
     class Follow(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -173,7 +173,7 @@ def test_dimensions_come_and_go(change: str, dim: int) -> None:
                 several = not isinstance(out, Tensor)
                 place, first = (1, out[1]) if function_name(func) == "unbind" else (0, out[0] if several else out)
                 call = Call(function_name(func), args, kwargs or {}, first, place if several else -1)
-                calls.append(follow(call, [(units, Lineage(frozenset({"w"}), (dim,)))]))
+                calls.append(follow(call, [(units, Provenance(frozenset({"w"}), (dim,)))]))
             return out
 
     with Follow():
@@ -186,15 +186,15 @@ def test_dimensions_come_and_go(change: str, dim: int) -> None:
         assert math.prod(result.shape[d] for d in found.dims) == len(result.unique())
 
 
-def run(func: Callable[..., Tensor], *args: Any, known: dict[int, Lineage], **kwargs: Any) -> Lineage:
+def run(func: Callable[..., Tensor], *args: Any, known: dict[int, Provenance], **kwargs: Any) -> Provenance:
     """Follow a real call; ``known`` gives the lineage of arguments by place."""
     output = func(*args, **kwargs)
     pairs = [(args[place], lineage) for place, lineage in known.items()]
     return follow(Call(function_name(func), args, kwargs, output), pairs)
 
 
-W, DATA = parameter("w"), Lineage(frozenset({"v"}), (-1,))
-DIMS: list[tuple[str, Callable[..., Tensor], tuple[Any, ...], dict[int, Lineage], tuple[int, ...] | None]] = [
+W, DATA = parameter("w"), Provenance(frozenset({"v"}), (-1,))
+DIMS: list[tuple[str, Callable[..., Tensor], tuple[Any, ...], dict[int, Provenance], tuple[int, ...] | None]] = [
     ("linear", torch.nn.functional.linear, (torch.ones(5, 3), torch.ones(4, 3)), {1: W}, (-1,)),
     ("linear on a row", torch.nn.functional.linear, (torch.ones(3), torch.ones(4, 3)), {1: W}, (-1,)),
     ("matmul, right", torch.matmul, (torch.ones(2, 5, 3), torch.ones(3, 4)), {1: W}, (-1,)),
@@ -226,7 +226,7 @@ DIMS: list[tuple[str, Callable[..., Tensor], tuple[Any, ...], dict[int, Lineage]
 def test_dims(
     func: Callable[..., Tensor],
     args: tuple[Any, ...],
-    known: dict[int, Lineage],
+    known: dict[int, Provenance],
     expected: tuple[int, ...] | None,
 ) -> None:
     assert run(func, *args, known=known).dims == expected

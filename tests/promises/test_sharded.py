@@ -19,7 +19,7 @@ from lightning_deadrelu.model.slices import Slice
 from lightning_deadrelu.observe.watch import Watch
 from lightning_deadrelu.remedies import BiasWarming, Reset, Write
 from lightning_deadrelu.repair.writer import check_writes, laws_of, tensors_of, write_
-from lightning_deadrelu.statistics import History, Rules, judge
+from lightning_deadrelu.statistics import Rules, UnitHistory, judge
 
 pytestmark = [
     pytest.mark.filterwarnings(
@@ -479,7 +479,7 @@ def watch_flat_parameters(rank):
             with watch.probe:
                 net(x.clone().requires_grad_()).sum().backward()
         assert watch.probe.failure is None
-        report, _ = judge(watch.liveness.totals().to_host(), History.empty(), watch.sites, Rules(1))
+        report, _ = judge(watch.liveness.totals().to_host(), UnitHistory.empty(), watch.sites, Rules(1))
         found.append(
             [{"name": site.name, "age": site.age, "dead": site.dead, "peak": site.peak} for site in report.sites]
         )

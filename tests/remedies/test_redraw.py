@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_deadrelu.remedies import Law
+from lightning_deadrelu.remedies import InitDistribution
 from lightning_deadrelu.remedies.redraw import choose
 
-HE = Law(0.0, 1.0, False)
+HE = InitDistribution(0.0, 1.0, False)
 
 
 def generator(seed=0):
@@ -36,9 +36,9 @@ def test_each_new_unit_fires_on_a_middle_share_of_the_inputs(seed, tries):
 def test_weights_follow_the_law():
     inputs, weight, bias = layer(units=2000, features=8)
     everyone = torch.ones(2000, dtype=torch.bool)
-    new, _ = choose(inputs, weight, bias, everyone, Law(0.0, 0.3, True), 1, generator())
-    assert Law.of(new).std == pytest.approx(0.3, rel=0.02)
-    assert Law.of(new).uniform
+    new, _ = choose(inputs, weight, bias, everyone, InitDistribution(0.0, 0.3, True), 1, generator())
+    assert InitDistribution.of(new).std == pytest.approx(0.3, rel=0.02)
+    assert InitDistribution.of(new).uniform
 
 
 def test_it_covers_inputs_on_which_the_layer_is_silent():
@@ -157,7 +157,7 @@ def test_a_wide_layer_takes_seconds(offset):
     """A tenth of a transformer's 16384 units, beside live ones, and beside none that fire: once 28 s."""
     inputs, weight = torch.randn(256, 4096), torch.empty(16384, 4096).normal_(std=0.02)
     units = torch.arange(16384) % 10 == 0
-    law, bias = Law(0.0, 0.02, False), torch.full((16384,), offset)
+    law, bias = InitDistribution(0.0, 0.02, False), torch.full((16384,), offset)
     started = time.process_time()
     choose(inputs, weight, bias, units, law, 8, generator())
     assert time.process_time() - started < 10  # of all threads

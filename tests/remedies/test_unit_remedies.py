@@ -14,7 +14,7 @@ from lightning_deadrelu.remedies import (
     LEVELS,
     BiasWarming,
     Edits,
-    Law,
+    InitDistribution,
     LeakySlope,
     Remedy,
     Reset,
@@ -56,15 +56,15 @@ def view_of(attribution, dead, values, laws, frozen=None, quantiles=None, peak=N
 def layer(units=6, width=4, bias=True, norm=False):
     """Values, laws and attribution of a layer that was trained away from its laws."""
     values = {"fc.weight": torch.full((units, width), 0.3), "head.weight": torch.randn(3, units)}
-    laws = {"fc.weight": Law(0.0, 0.5, True)}
+    laws = {"fc.weight": InitDistribution(0.0, 0.5, True)}
     incoming = [rows("fc.weight", "weight", units)]
     if bias:
-        values["fc.bias"], laws["fc.bias"] = torch.full((units,), -9.0), Law(0.25, 0.0, False)
+        values["fc.bias"], laws["fc.bias"] = torch.full((units,), -9.0), InitDistribution(0.25, 0.0, False)
         incoming.append(rows("fc.bias", "bias", units))
     if norm:
         for name, role in (("weight", "scale"), ("bias", "shift"), ("mean", "mean"), ("var", "variance")):
             values[f"bn.{name}"] = torch.full((units,), -3.0)
-            laws[f"bn.{name}"] = Law(0.0, 0.0, False)
+            laws[f"bn.{name}"] = InitDistribution(0.0, 0.0, False)
             incoming.append(rows(f"bn.{name}", role, units))
     return values, laws, Attribution(tuple(incoming), (rows("head.weight", "reader", units, (1,)),))
 
@@ -196,7 +196,10 @@ def test_new_units_exceed_the_site_s_hinge(hinge):
 def test_weights_that_began_as_zeros_get_the_default_law():
     values, _, attribution = layer(units=300, width=25)
     dead = torch.ones(300, dtype=torch.bool)
-    for laws in ({}, {"fc.weight": Law.of(torch.zeros(3, 3)), "fc.bias": Law(0.0, 0.0, False)}):
+    for laws in (
+        {},
+        {"fc.weight": InitDistribution.of(torch.zeros(3, 3)), "fc.bias": InitDistribution(0.0, 0.0, False)},
+    ):
         new = written(Reset().propose(view_of(attribution, dead, values, laws), seeded()), values)
         assert new["fc.weight"].abs().max() <= 0.2
         assert new["fc.weight"].std().item() == pytest.approx(0.2 / 3**0.5, rel=0.03)
@@ -218,12 +221,12 @@ def test_default_law_is_that_of_torch(module):
 
 def test_laws_are_told_from_what_was_drawn():
     flat, normal = torch.rand(4000) * 2 - 1, torch.randn(4000)
-    assert Law.of(flat).uniform
-    assert not Law.of(normal).uniform
-    assert Law.of(torch.full((3, 3), 0.1)).std == 0  # also where the mean is rounded
-    assert Law.of(torch.zeros(0)) == Law(0.0, 0.0, False)
+    assert InitDistribution.of(flat).uniform
+    assert not InitDistribution.of(normal).uniform
+    assert InitDistribution.of(torch.full((3, 3), 0.1)).std == 0  # also where the mean is rounded
+    assert InitDistribution.of(torch.zeros(0)) == InitDistribution(0.0, 0.0, False)
     for drawn in (flat, normal):
-        again = Law.of(drawn).draw(torch.zeros(4000), seeded())
+        again = InitDistribution.of(drawn).draw(torch.zeros(4000), seeded())
         assert again.std().item() == pytest.approx(drawn.std().item(), rel=0.05)
 
 
@@ -231,25 +234,25 @@ def test_laws_are_told_from_what_was_drawn():
 def test_the_law_of_a_large_tensor_is_told_from_some_of_its_entries(make):
     drawn = make(3000, 1001).T  # not as it lies in memory
     started = time.process_time()
-    law = Law.of(drawn)
+    law = InitDistribution.of(drawn)
     assert time.process_time() - started < 0.1
-    assert law == Law.of(drawn)
+    assert law == InitDistribution.of(drawn)
     assert law.mean == pytest.approx(drawn.mean().item(), abs=0.02)
     assert law.std == pytest.approx(drawn.std().item(), rel=0.02)
     assert law.uniform == (make is torch.rand)
-    assert Law.of(torch.full((3000, 1001), 0.1)).std == 0
+    assert InitDistribution.of(torch.full((3000, 1001), 0.1)).std == 0
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (2, 0), (300, 300), (7, 5, 3)])
 def test_of_a_small_tensor_all_entries_count(shape):
     drawn = torch.randn(shape)
-    law = Law.of(drawn)
+    law = InitDistribution.of(drawn)
     if drawn.numel() > 1:
         assert law.std == pytest.approx(drawn.double().std(correction=0).item())
         drawn.view(-1)[-1] = 1e6
-        assert Law.of(drawn).mean > 1
+        assert InitDistribution.of(drawn).mean > 1
     else:
-        assert law == Law(float(drawn) if drawn.numel() else 0.0, 0.0, False)
+        assert law == InitDistribution(float(drawn) if drawn.numel() else 0.0, 0.0, False)
 
 
 # -- thermal kick ------------------------------------------------------------------------------------------------------
@@ -260,7 +263,7 @@ def kicked(remedy, mean, units=2000, scale=1.0, bias=True):
     generator = seeded(5)
     x = torch.randn(500, 8, generator=generator)
     values = {"fc.weight": torch.randn(units, 8, generator=generator) * scale / 8**0.5}
-    laws = {"fc.weight": Law(0.0, 0.35 * scale, False), "fc.bias": Law(0.0, 0.0, False)}
+    laws = {"fc.weight": InitDistribution(0.0, 0.35 * scale, False), "fc.bias": InitDistribution(0.0, 0.0, False)}
     incoming = [rows("fc.weight", "weight", units)]
     shift = torch.full((units,), mean * scale)
     if bias:

@@ -21,7 +21,7 @@ from lightning_deadrelu.model.slices import Outlet
 from lightning_deadrelu.observe.watch import Watch
 from lightning_deadrelu.remedies.base import Warmth
 from lightning_deadrelu.repair.activation_swap import records, rectifiers, substitute_
-from lightning_deadrelu.repair.forward_edits import Terms, is_compiled, ramp_height, warmth_left
+from lightning_deadrelu.repair.forward_edits import ForwardEdits, is_compiled, ramp_height, warmth_left
 from lightning_deadrelu.repair.substitute_modules import LeakyUnits
 from lightning_deadrelu.statistics import Rules
 
@@ -34,14 +34,14 @@ def mlp(act: nn.Module | None = None) -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 6), act or nn.ReLU(), nn.Linear(6, 1))
 
 
-def warmed(model: nn.Module, steps: int = 4, gamma: Tensor = GAMMA) -> Terms:
-    terms = Terms()
+def warmed(model: nn.Module, steps: int = 4, gamma: Tensor = GAMMA) -> ForwardEdits:
+    terms = ForwardEdits()
     terms.warm(model, "1", LAST, Warmth(gamma, steps))
     return terms
 
 
-def ramped(model: nn.Module, steps: int = 4) -> Terms:
-    terms = Terms()
+def ramped(model: nn.Module, steps: int = 4) -> ForwardEdits:
+    terms = ForwardEdits()
     terms.ramp(model, "1", "1", GAMMA / 10, (-1,), steps)
     return terms
 
@@ -99,7 +99,7 @@ def test_the_ramp_rises_to_its_value_and_falls_to_zero(size):
 def test_units_have_channels_of_their_own(layer, shape, dim):
     """Three units, which are the channels 4, 0 and 2 of five."""
     model, x = nn.Sequential(layer, nn.ReLU()), torch.randn(shape)
-    plain, terms = layer(x), Terms()
+    plain, terms = layer(x), ForwardEdits()
     terms.warm(model, "1", Outlet("0", torch.tensor([4, 0, 2]), dim), Warmth(torch.tensor([1.0, 2.0, 3.0]), 2))
     terms.begin()
     out = layer(x)
@@ -163,7 +163,7 @@ def test_the_site_stays_the_same_and_its_input_is_seen_with_the_term():
 
 def test_outputs_that_are_no_tensor_are_left_alone():
     model = nn.Sequential(nn.LSTM(4, 6))
-    terms = Terms()
+    terms = ForwardEdits()
     terms.warm(model, "1", LAST, Warmth(GAMMA, 2))
     x = torch.randn(2, 3, 4)
     plain = model(x)[0]
@@ -198,7 +198,7 @@ def test_a_ramp_comes_and_goes(inplace):
 def test_a_ramp_keeps_mode_hooks_and_all_places():
     shared, seen = nn.ReLU(), []
     model = nn.ModuleDict({"a": nn.Sequential(nn.Linear(4, 6), shared), "b": nn.Sequential(shared)})
-    terms = Terms()
+    terms = ForwardEdits()
     terms.ramp(model, "a.1", "a.1", GAMMA, (-1,), 4)
     handle = shared.register_forward_hook(lambda *args: seen.append(1))
     shared.eval()
@@ -337,7 +337,7 @@ def test_a_new_term_takes_the_place_of_the_old():
     assert untouched(model)
 
 
-def by_hand_with_hooks_off(terms: Terms, model: nn.Sequential, x: Tensor, gamma: Tensor) -> Tensor:
+def by_hand_with_hooks_off(terms: ForwardEdits, model: nn.Sequential, x: Tensor, gamma: Tensor) -> Tensor:
     terms.end()
     out = by_hand(model, x, gamma)
     terms.begin()
@@ -373,7 +373,7 @@ def test_the_model_is_not_kept_alive(make):
 
 
 def test_a_place_that_is_not_there():
-    model, terms = mlp(), Terms()
+    model, terms = mlp(), ForwardEdits()
     with pytest.raises(ValueError, match="A term of `a` goes to the module `nowhere`, which this model does not have"):
         terms.warm(model, "a", Outlet("nowhere", torch.arange(6), -1), Warmth(GAMMA, 2))
     with pytest.raises(ValueError, match="goes to the module `nowhere`"):
@@ -386,13 +386,13 @@ def test_a_place_that_is_not_there():
 # -- saved and resumed -----------------------------------------------------------------------------------
 
 
-def both(model: nn.Module) -> Terms:
+def both(model: nn.Module) -> ForwardEdits:
     terms = warmed(model, steps=7, gamma=torch.rand(6, generator=torch.Generator().manual_seed(3)))
     terms.ramp(model, "again", "1", GAMMA / 3, (-1,), 9)
     return terms
 
 
-def trained(model: nn.Module, terms: Terms, steps: range) -> Tensor:
+def trained(model: nn.Module, terms: ForwardEdits, steps: range) -> Tensor:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in steps:
         x = torch.randn(5, 4, generator=torch.Generator().manual_seed(step))
@@ -420,7 +420,7 @@ def test_resumed_is_uninterrupted(cut):
     terms = both(first)
     trained(first, terms, range(cut))
     saved = through_a_file({"weights": first.state_dict(), "terms": terms.state_dict()})
-    second, other = mlp(), Terms()
+    second, other = mlp(), ForwardEdits()
     second.load_state_dict(saved["weights"])
     other.load_state_dict(saved["terms"], second)
     assert other.sites == terms.sites
@@ -434,7 +434,7 @@ def test_what_was_saved_does_not_change_with_the_run():
     saved = terms.state_dict()
     trained(model, terms, range(3))
     assert [what["step"] for what in saved["terms"]] == [0, 0]
-    other = Terms()
+    other = ForwardEdits()
     other.load_state_dict(saved, model)
     other.advance()
     assert [what["step"] for what in saved["terms"]] == [0, 0]
@@ -459,7 +459,7 @@ class Warms(Callback):
     """Adds terms in the first batch, and looks at the model between batches."""
 
     def __init__(self, fail_at: int | None = None, error: type[BaseException] = KeyError) -> None:
-        self.terms, self.fail_at, self.error = Terms(), fail_at, error
+        self.terms, self.fail_at, self.error = ForwardEdits(), fail_at, error
         self.clean: list[bool] = []
 
     def on_train_start(self, trainer, pl_module):
@@ -527,7 +527,7 @@ def test_a_ramp_is_noticed_by_compiled_code():
 
     compiled, x = torch.compile(model, backend=backend), torch.randn(7, 4)
     plain = compiled(x)
-    terms = Terms()
+    terms = ForwardEdits()
     terms.ramp(model, "0.1", "0.1", GAMMA / 10, (-1,), 12)
     for step in range(12):
         terms.begin()

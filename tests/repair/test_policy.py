@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_deadrelu.remedies import Edits, Remedy
-from lightning_deadrelu.repair.policy import Event, Ladder, Loss, candidates, improbable
+from lightning_deadrelu.repair.policy import EscalationPolicy, Event, Loss, candidates, improbable
 from lightning_deadrelu.statistics import LivenessReport, SiteReport
 
 
@@ -52,7 +52,7 @@ def report(*sites, step=0):
 
 
 def ladder(*rungs, threshold=0.1, min_samples=299):
-    return Ladder(rungs or (First(),), threshold, min_samples)
+    return EscalationPolicy(rungs or (First(),), threshold, min_samples)
 
 
 def run(it, verdicts, loss=None):

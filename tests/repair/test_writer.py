@@ -11,7 +11,7 @@ from tests.test_remedies import view_of
 from torch import nn
 
 from lightning_deadrelu.model.slices import Attribution, Slice
-from lightning_deadrelu.remedies import Law, Reset, Write
+from lightning_deadrelu.remedies import InitDistribution, Reset, Write
 from lightning_deadrelu.repair.writer import check_writes, laws_of, tensors_of, why_not, write_
 
 
@@ -91,8 +91,8 @@ def test_laws_of_names():
     net = Tied()
     laws = laws_of(net, ["b.weight", "norm.weight"])
     assert set(laws) == {"b.weight", "norm.weight"}
-    assert laws["norm.weight"] == Law(1.0, 0.0, False)
-    assert laws["b.weight"] == Law.of(net.a.weight)
+    assert laws["norm.weight"] == InitDistribution(1.0, 0.0, False)
+    assert laws["b.weight"] == InitDistribution.of(net.a.weight)
     assert set(laws_of(net)) == {"a.weight", "a.bias", "b.weight", "norm.weight", "norm.bias"}
     assert laws_of(nn.LazyLinear(2)) == {}
 

@@ -9,7 +9,7 @@ from torch import nn
 from toys import Loader, Log, Net, assert_same, batches, fit, mlp, tensors
 
 from lightning_deadrelu import DeadReLUMonitor, LivenessReport
-from lightning_deadrelu.report.history import Record
+from lightning_deadrelu.report.history import RunHistory
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*the Trainer has no logger",
@@ -21,7 +21,7 @@ EAGER = {"every_n_steps": 1, "window": 4, "min_samples": 2, "threshold": 0.0}
 
 
 def test_the_open_window_is_shown_and_not_kept():
-    record = Record()
+    record = RunHistory()
     record.close(LivenessReport((), step=9), {})
     raster = record.with_open(LivenessReport((), step=12), {})
     assert raster.steps == (9, 12)

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_deadrelu.model.sites import Rectifier
 from lightning_deadrelu.remedies import LEVELS
-from lightning_deadrelu.statistics.confirmation import MOST_ROWS, Confirmation, Evidence
+from lightning_deadrelu.statistics.confirmation import MOST_ROWS, Confirmation, SilenceSample
 
 RELU = Rectifier("relu")
 CPU = torch.device("cpu")
@@ -80,7 +80,7 @@ def test_sites_lie_end_to_end_and_are_cut_out_again():
 
 
 def test_nothing_is_seen_without_a_call():
-    nothing = Evidence.nothing(3, CPU)
+    nothing = SilenceSample.nothing(3, CPU)
     assert nothing.fired.tolist() == nothing.calls.tolist() == [0, 0, 0]
     assert nothing.quantiles.isnan().all()
 

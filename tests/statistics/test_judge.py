@@ -17,10 +17,10 @@ from torch.nn import functional as F
 
 from lightning_deadrelu.model.sites import Rectifier, Site
 from lightning_deadrelu.statistics import (
-    History,
     LivenessReport,
     Rules,
     Totals,
+    UnitHistory,
     UnitLiveness,
     count,
     dormancy_of,
@@ -216,7 +216,7 @@ def test_rate_bound_is_clopper_and_pearsons(age, bound):
 
 def report_of(windows, min_samples, ranks=1):
     """Run windows of observations; an observation is a list of calls, dealt out to ranks in turn."""
-    history, reports = History.empty(), []
+    history, reports = UnitHistory.empty(), []
     for window in windows:
         metrics = [UnitLiveness({"relu": _width(windows)}, window=len(window)) for _ in range(ranks)]
         for number, observation in enumerate(window):
@@ -341,7 +341,7 @@ def test_without_data_a_dead_unit_is_neither_dead_nor_newly_dead_afterwards():
 def test_a_site_met_late_starts_with_no_history():
     metric = UnitLiveness({"a": 2})
     metric.update(torch.full((9, 2), -1.0))
-    _, history = judge(metric.totals().to_host(), History.empty(), metric.sites, Rules(5))
+    _, history = judge(metric.totals().to_host(), UnitHistory.empty(), metric.sites, Rules(5))
     late = metric.add_site(Site("b", False, "relu", (), 1))
     metric.update(torch.full((3, 1), -1.0), site=late)
     report, _ = judge(metric.totals().to_host(), history, metric.sites, Rules(5))
@@ -402,7 +402,7 @@ def slowly_judged(totals, at, index, smooth, rules, known, steps):
 def test_judging_all_sites_at_once_equals_a_loop_over_units(units, dtype):
     sites = [Site(f"act{n}", False, "relu", (), count, smooth=n % 5 == 4) for n, count in enumerate(units)]
     nothing = {"age": 0, "ever": False, "dead": False, "revived": False, "fired": 0, "seen": 0, "last_fired": -1}
-    known, history, rules = [dict(nothing) for _ in range(sum(units))], History.empty(), Rules(60)
+    known, history, rules = [dict(nothing) for _ in range(sum(units))], UnitHistory.empty(), Rules(60)
     for window, length in enumerate((4, 4, 1, 4, 4)):
         totals = random_totals(units, length, window, dtype)
         steps = [window * 100 + 7 * number for number in range(length)]
@@ -440,7 +440,7 @@ def test_an_observation_under_way_bears_the_step_of_the_report():
     for number in range(3):
         metric.observation = number
         metric.update(torch.ones(2, 1))
-    report, _ = judge(metric.totals().to_host(), History.empty(), metric.sites, step=9, steps=[3, 5])
+    report, _ = judge(metric.totals().to_host(), UnitHistory.empty(), metric.sites, step=9, steps=[3, 5])
     assert report["a"].last_fired.tolist() == [9]
 
 
@@ -451,7 +451,7 @@ def two_sites(trainable=(True, True)) -> LivenessReport:
     metric = UnitLiveness({"a": 2, "b": 3}, rules=Rules(1))
     metric.update(torch.tensor([[1.0, -1.0]]), site=0)
     metric.update(torch.tensor([[-1.0, -1.0, 2.0], [-1.0, -1.0, 1.0]]), site=1)
-    return judge(metric.totals().to_host(), History.empty(), metric.sites, Rules(1), trainable=trainable, step=7)[0]
+    return judge(metric.totals().to_host(), UnitHistory.empty(), metric.sites, Rules(1), trainable=trainable, step=7)[0]
 
 
 def test_report_counts_the_sites_that_are_trained():
@@ -565,11 +565,11 @@ def test_state_is_small():
     pending = [value for value in metric._pending[0] if isinstance(value, torch.Tensor)]
     states = [getattr(metric, name) for name in metric._defaults]
     assert bytes_of(*states, *metric._defaults.values(), *pending) / 1000 < 60
-    assert bytes_of(*vars(History.empty(1000)).values()) / 1000 < 40
+    assert bytes_of(*vars(UnitHistory.empty(1000)).values()) / 1000 < 40
 
 
 def test_counts_and_history_are_saved_small_and_come_back_whole():
-    units, history = (40, 24), History.empty()
+    units, history = (40, 24), UnitHistory.empty()
     for seed in range(3):
         totals = random_totals(units, 4, seed, torch.float32)
         sites = [Site(f"act{n}", False, "relu", (), count) for n, count in enumerate(units)]
@@ -599,7 +599,7 @@ def test_a_large_layout_is_judged_fast():
     sites, units = 8, 294_912  # 2.4 million
     metric = UnitLiveness({f"ffn{number}": units for number in range(sites)}, window=10, peak_dtype=torch.float32)
     metric.samples.fill_(100), metric.elements.fill_(1000), metric.fired.fill_(500)
-    totals, history, seconds = metric.totals(), History.empty(), []
+    totals, history, seconds = metric.totals(), UnitHistory.empty(), []
     for _ in range(3):
         start = time.thread_time()
         report, history = judge(totals, history, metric.sites)

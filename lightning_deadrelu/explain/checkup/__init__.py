@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_deadrelu.explain.checkup.examination import Examination
+from lightning_deadrelu.explain.checkup.examination import CheckRun
 from lightning_deadrelu.explain.finding import Finding
 from lightning_deadrelu.observe.audit import run
 from lightning_deadrelu.observe.watch import Watch
 
-__all__ = ["Examination", "checkup"]
+__all__ = ["CheckRun", "checkup"]
 
 
 def checkup(
@@ -53,7 +53,7 @@ def checkup(
         ['negative_bias']
     """
     trained = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
-    watch, examination = Watch(model), Examination()
+    watch, examination = Watch(model), CheckRun()
     examination.begin(watch)
     run(watch, model, batch, forward, lambda output: examination.measure(model, *_gradients(model, output)))
     fresh = not any(optimizer.state for optimizer in trained)

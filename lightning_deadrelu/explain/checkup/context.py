@@ -71,7 +71,7 @@ class Entry(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scene:
+class CheckContext:
     """All that is known when a check-up is made.
 
     Args:

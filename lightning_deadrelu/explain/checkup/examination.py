@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_deadrelu.explain.checkup.context import Entry, Measured, Scene, groups_of
+from lightning_deadrelu.explain.checkup.context import CheckContext, Entry, Measured, groups_of
 from lightning_deadrelu.explain.checkup.initialization import bad_init, narrow_and_deep, negative_bias, uncentred_inputs
 from lightning_deadrelu.explain.checkup.optimization import bias_decay, high_learning_rate, no_clipping, no_schedule
 from lightning_deadrelu.explain.checkup.structure import attention_relu, batchnorm_order, generator_relu, relu_output
@@ -19,9 +19,9 @@ from lightning_deadrelu.explain.finding import Finding, ranked
 from lightning_deadrelu.model.sites import clean
 from lightning_deadrelu.model.trainable import trainable_sites
 from lightning_deadrelu.observe.watch import Watch
-from lightning_deadrelu.statistics import History, LivenessReport, Rules, judge
+from lightning_deadrelu.statistics import LivenessReport, Rules, UnitHistory, judge
 
-RULES: tuple[Callable[[Scene], list[Finding]], ...] = (
+RULES: tuple[Callable[[CheckContext], list[Finding]], ...] = (
     uncentred_inputs,
     negative_bias,
     bad_init,
@@ -45,14 +45,14 @@ _ENTRIES: tuple[type[nn.Module], ...] = (nn.Embedding, nn.EmbeddingBag, nn.Layer
 _ENTRIES += (*_LINEAR, nn.RNNBase, nn.modules.batchnorm._NormBase)
 
 
-class Examination:
+class CheckRun:
     """One check-up: look while a batch runs, measure before its first step, conclude at its end.
 
     A failure costs the check-up alone, and is kept in :attr:`error`.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 1))
-        >>> watch, one = Watch(model), Examination()
+        >>> watch, one = Watch(model), CheckRun()
         >>> one.begin(watch)
         >>> with watch.probe:
         ...     _ = model(torch.randn(64, 4))
@@ -137,7 +137,7 @@ class Examination:
             report = _verdict(watch, model, optimizers)
             attributions, tracer = watch.attributions, watch.tracer
             shapes = {clean(name): tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-            scene = Scene(
+            scene = CheckContext(
                 report=report,
                 attributions=attributions,
                 modules={clean(name): module for name, module in model.named_modules()},
@@ -165,7 +165,7 @@ class Examination:
 def _verdict(watch: Watch, model: nn.Module, optimizers: Sequence[Optimizer]) -> LivenessReport:
     trainable = trainable_sites(watch.sites, model, optimizers)
     totals = watch.liveness.totals().to_host()
-    return judge(totals, History.empty(), watch.sites, Rules(MIN_SAMPLES), trainable=trainable)[0]
+    return judge(totals, UnitHistory.empty(), watch.sites, Rules(MIN_SAMPLES), trainable=trainable)[0]
 
 
 def _moments(layer: nn.Module, x: Tensor) -> Tensor:

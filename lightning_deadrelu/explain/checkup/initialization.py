@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from lightning_deadrelu.explain.checkup.context import Measured, Scene, code, listed
+from lightning_deadrelu.explain.checkup.context import CheckContext, Measured, code, listed
 from lightning_deadrelu.explain.finding import Confidence, Finding
 from lightning_deadrelu.prevention import born_dead_bounds
 from lightning_deadrelu.statistics import SiteReport
@@ -21,7 +21,7 @@ _XAVIER_FROM = 100  # entries that tell Xavier's value from others
 _TRANSPOSED = nn.modules.conv._ConvTransposeNd
 
 
-def bad_init(scene: Scene) -> list[Finding]:
+def bad_init(scene: CheckContext) -> list[Finding]:
     """Find weights drawn too large for a rectifier, and chains of them drawn too small or by Xavier's rule."""
     if not scene.fresh:
         return []
@@ -39,7 +39,7 @@ def bad_init(scene: Scene) -> list[Finding]:
     return []
 
 
-def _badly_drawn(scene: Scene, sites: Sequence[SiteReport], words: str, confidence: Confidence) -> Finding:
+def _badly_drawn(scene: CheckContext, sites: Sequence[SiteReport], words: str, confidence: Confidence) -> Finding:
     names = [scene.weights(site)[0] for site in sites]
     he = math.sqrt(2 / _fan_in(scene, names[0]))
     more = f"; the same with {listed(names[1:])}" if len(names) > 1 else ""
@@ -54,7 +54,7 @@ def _badly_drawn(scene: Scene, sites: Sequence[SiteReport], words: str, confiden
     )
 
 
-def _of_he(scene: Scene, site: SiteReport) -> tuple[float, float, float]:
+def _of_he(scene: CheckContext, site: SiteReport) -> tuple[float, float, float]:
     """Divide the measured standard deviation by He's: at least, at most, and as measured."""
     name = scene.weights(site)[0]
     known = scene.measured.get(name)
@@ -68,11 +68,11 @@ def _error(known: Measured) -> float:
     return MARGIN / math.sqrt(2 * known.entries)  # of a normal law's standard deviation, relative to it
 
 
-def _fan_in(scene: Scene, name: str) -> int:
+def _fan_in(scene: CheckContext, name: str) -> int:
     return math.prod(scene.shapes[name][1:]) or 1
 
 
-def _is_xavier(scene: Scene, site: SiteReport) -> bool:
+def _is_xavier(scene: CheckContext, site: SiteReport) -> bool:
     """Whether a standard deviation agrees with Xavier's."""
     name, ratio = scene.weights(site)[0], _of_he(scene, site)[2]
     if not ratio > 0 or scene.measured[name].entries < _XAVIER_FROM:
@@ -81,13 +81,13 @@ def _is_xavier(scene: Scene, site: SiteReport) -> bool:
     return abs(ratio / math.sqrt(into / (into + out)) - 1) < _error(scene.measured[name])
 
 
-def _rules_out(scene: Scene, sites: Sequence[SiteReport], other: float) -> bool:
+def _rules_out(scene: CheckContext, sites: Sequence[SiteReport], other: float) -> bool:
     """Whether not all of some sites can have been drawn with another standard deviation, in units of He's."""
     errors = [_error(scene.measured[scene.weights(site)[0]]) for site in sites]
     return any(abs(_of_he(scene, s)[2] / other - 1) > 2 * error for s, error in zip(sites, errors, strict=True))
 
 
-def _longest(scene: Scene, fits: object) -> list[SiteReport]:
+def _longest(scene: CheckContext, fits: object) -> list[SiteReport]:
     """Find the longest run of sites in a chain that all fit."""
     assert callable(fits)
     best: list[SiteReport] = []
@@ -99,7 +99,7 @@ def _longest(scene: Scene, fits: object) -> list[SiteReport]:
     return best
 
 
-def negative_bias(scene: Scene) -> list[Finding]:
+def negative_bias(scene: CheckContext) -> list[Finding]:
     """Find layers that are born with negative biases, and units that are silent."""
     if not scene.fresh:
         return []
@@ -122,13 +122,13 @@ def negative_bias(scene: Scene) -> list[Finding]:
     ]
 
 
-def _is_negative(scene: Scene, site: SiteReport) -> bool:
+def _is_negative(scene: CheckContext, site: SiteReport) -> bool:
     """Whether so many biases are negative that a symmetric law would not bring it about in 10,000 draws."""
     known = scene.measured.get(scene.bias(site))
     return known is not None and known.negative >= 0.9 and known.entries >= 18
 
 
-def narrow_and_deep(scene: Scene) -> list[Finding]:
+def narrow_and_deep(scene: CheckContext) -> list[Finding]:
     """Find chains of narrow linear layers that are born dead too often."""
     if not scene.fresh:
         return []
@@ -163,7 +163,7 @@ def _narrow(
     )
 
 
-def uncentred_inputs(scene: Scene) -> list[Finding]:
+def uncentred_inputs(scene: CheckContext) -> list[Finding]:
     """Find inputs far from centred, where the first layer's units are dead or always on."""
     entry = scene.entry
     fed = [s for s in scene.sites if entry and f"{entry.path}.weight".lstrip(".") in scene.weights(s)]

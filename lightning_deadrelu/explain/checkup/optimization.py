@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from lightning_deadrelu.explain.checkup.context import Group, Scene, listed
+from lightning_deadrelu.explain.checkup.context import CheckContext, Group, listed
 from lightning_deadrelu.explain.finding import Finding
 
 _HALF_LIFE = 1000  # steps; SGD at 0.1 with momentum 0.9 and decay 5e-4 has 1,386
@@ -16,7 +16,7 @@ _GRADIENT_STEP = 0.1  # the same at an ordinary learning rate, with
 _LARGE_GRADIENT = 10.0  # times what it is usually clipped to
 
 
-def bias_decay(scene: Scene) -> list[Finding]:
+def bias_decay(scene: CheckContext) -> list[Finding]:
     """Find biases and norms before a rectifier that decay fast."""
     names = [name for site in scene.sites for name in (scene.bias(site), *scene.scales(site)) if name in scene.groups]
     strong = [name for name in dict.fromkeys(names) if _decays(scene.groups[name])]
@@ -51,7 +51,7 @@ def _half_life(group: Group) -> float:
     return math.inf if unknown else math.log(2) / rate
 
 
-def high_learning_rate(scene: Scene) -> list[Finding]:
+def high_learning_rate(scene: CheckContext) -> list[Finding]:
     """Find a first step that is large beside the weights that feed rectifiers."""
     name, step = _largest(scene)
     if not _is_high(scene, name, step):
@@ -70,7 +70,7 @@ def high_learning_rate(scene: Scene) -> list[Finding]:
     ]
 
 
-def no_clipping(scene: Scene) -> list[Finding]:
+def no_clipping(scene: CheckContext) -> list[Finding]:
     """Find gradients so large that an ordinary learning rate moves the weights far."""
     name, step = _largest(scene)
     if scene.clipped or step <= _GRADIENT_STEP or scene.groups[name].kind != "sgd" or _is_high(scene, name, step):
@@ -91,7 +91,7 @@ def no_clipping(scene: Scene) -> list[Finding]:
     ]
 
 
-def no_schedule(scene: Scene) -> list[Finding]:
+def no_schedule(scene: CheckContext) -> list[Finding]:
     """Find a large learning rate of Adam that never falls."""
     name, step = _largest(scene)
     if scene.scheduled or not _is_high(scene, name, step) or scene.groups[name].kind != "adam":
@@ -108,7 +108,7 @@ def no_schedule(scene: Scene) -> list[Finding]:
     ]
 
 
-def _largest(scene: Scene) -> tuple[str, float]:
+def _largest(scene: CheckContext) -> tuple[str, float]:
     """Find the weights before a rectifier, without a norm, that the first steps move most, beside their size."""
     sites = [site for site in scene.sites if not scene.normed(site) and not scene.multiplies(site)]
     steps = {name: scene.step(name) for site in sites for name in scene.weights(site)}
@@ -116,7 +116,7 @@ def _largest(scene: Scene) -> tuple[str, float]:
     return max(known.items(), key=lambda item: item[1], default=("", 0.0))
 
 
-def _is_high(scene: Scene, name: str, step: float) -> bool:
+def _is_high(scene: CheckContext, name: str, step: float) -> bool:
     if name not in scene.groups:
         return False
     group = scene.groups[name]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from lightning_deadrelu.explain.checkup.context import Scene
+from lightning_deadrelu.explain.checkup.context import CheckContext
 from lightning_deadrelu.explain.finding import Confidence, Finding
 from lightning_deadrelu.statistics import SiteReport
 
@@ -13,7 +13,7 @@ _FAST = 0.1  # of the weights' size
 _SOFTMAX = ("`softmax`", "`log_softmax`")
 
 
-def batchnorm_order(scene: Scene) -> list[Finding]:
+def batchnorm_order(scene: CheckContext) -> list[Finding]:
     """Find rectifiers between a layer and its BatchNorm."""
     sites = [s for s in scene.sites if _is_before_norm(scene, s)]
     if not sites:
@@ -32,12 +32,12 @@ def batchnorm_order(scene: Scene) -> list[Finding]:
     ]
 
 
-def _is_before_norm(scene: Scene, site: SiteReport) -> bool:
+def _is_before_norm(scene: CheckContext, site: SiteReport) -> bool:
     behind = scene.attributions[site.name].no_outgoing
     return "`batch_norm`" in behind and bool(scene.weights(site)) and not scene.normed(site)
 
 
-def relu_output(scene: Scene) -> list[Finding]:
+def relu_output(scene: CheckContext) -> list[Finding]:
     """Find a rectifier behind the last layer of the model."""
     last = next((name for name in reversed(scene.order) if len(scene.shapes.get(name, ())) > 1), "")
     sites = [s for s in scene.sites if last in scene.weights(s) and len(scene.shapes[last]) == 2]
@@ -58,7 +58,7 @@ def relu_output(scene: Scene) -> list[Finding]:
     ]
 
 
-def attention_relu(scene: Scene) -> list[Finding]:
+def attention_relu(scene: CheckContext) -> list[Finding]:
     """Find rectifiers in a net that scores for an attention: for a softmax, or for a sum of values that runs away."""
     sites = [s for s in scene.sites if _scores(scene, s)]
     if not sites:
@@ -77,7 +77,7 @@ def attention_relu(scene: Scene) -> list[Finding]:
     ]
 
 
-def _runaway(scene: Scene) -> list[Finding]:
+def _runaway(scene: CheckContext) -> list[Finding]:
     """Find scores without a softmax that move far at the first step: their gradient is a sum over all values."""
     steps = [
         (scene.step(name), site, name) for site in scene.sites if scene.multiplies(site) for name in scene.weights(site)
@@ -99,7 +99,7 @@ def _runaway(scene: Scene) -> list[Finding]:
     ]
 
 
-def _scores(scene: Scene, site: SiteReport) -> bool:
+def _scores(scene: CheckContext, site: SiteReport) -> bool:
     known = scene.attributions[site.name]
     if not scene.weights(site):
         return False
@@ -109,7 +109,7 @@ def _scores(scene: Scene, site: SiteReport) -> bool:
     return any(reader in _SOFTMAX for name in one for reader in scene.readers.get(name, ()))
 
 
-def generator_relu(scene: Scene) -> list[Finding]:
+def generator_relu(scene: CheckContext) -> list[Finding]:
     """Find rectifiers in the net whose output another net, with an optimizer of its own, has to judge."""
     generator = _generator(scene)
     sites = [s for s in scene.sites if generator is not None and _optimizer(scene, s) == generator]
@@ -131,12 +131,12 @@ def generator_relu(scene: Scene) -> list[Finding]:
     ]
 
 
-def _optimizer(scene: Scene, site: SiteReport) -> int | None:
+def _optimizer(scene: CheckContext, site: SiteReport) -> int | None:
     places = {scene.groups[name].place[0] for name in scene.weights(site) if name in scene.groups}
     return places.pop() if len(places) == 1 else None
 
 
-def _generator(scene: Scene) -> int | None:
+def _generator(scene: CheckContext) -> int | None:
     """Number the optimizer whose net puts out what the other's takes in, where that one ends in a single score."""
     nets: dict[int, list[str]] = {}
     for name in scene.order:
@@ -149,12 +149,12 @@ def _generator(scene: Scene) -> int | None:
     return fits[0] if len(fits) == 1 else None
 
 
-def _feeds(scene: Scene, own: list[str], other: list[str]) -> bool:
+def _feeds(scene: CheckContext, own: list[str], other: list[str]) -> bool:
     out = _width(scene, own[-1], 0)
     return out > 1 and out == _width(scene, other[0], 1) and _width(scene, other[-1], 0) == 1
 
 
-def _width(scene: Scene, name: str, dim: int) -> int:
+def _width(scene: CheckContext, name: str, dim: int) -> int:
     flipped = isinstance(scene.layer(name), nn.modules.conv._ConvTransposeNd)
     return scene.shapes[name][1 - dim if flipped else dim]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning_deadrelu.explain.postmortem.causes import Cause
-from lightning_deadrelu.explain.postmortem.dying_units import Victims, median
+from lightning_deadrelu.explain.postmortem.dying_units import DyingUnits, median
 
 _OFF_CENTRE = 1.2  # raw images in 0 to 1 have 1.5 to 2, normalised ones 0
 _LEAN, _ERRORS = 0.3, 5.0  # of the weights' size; and in standard errors
@@ -12,7 +12,7 @@ _NARROW, _DEEP = 16, 5
 _ROWS = 10  # of a unit's weights, taken for independent
 
 
-def negative_bias(victims: Victims) -> Cause | None:
+def negative_bias(victims: DyingUnits) -> Cause | None:
     """Blame biases without which most would fire, where nearly all of the site are negative."""
     bias, now = victims.start.bias, victims.now.bias
     fires_without = victims.peaks[-1] - now > 0
@@ -29,7 +29,7 @@ def negative_bias(victims: Victims) -> Cause | None:
     )
 
 
-def bad_init(victims: Victims) -> Cause | None:
+def bad_init(victims: DyingUnits) -> Cause | None:
     """Blame weights whose mean is negative, or whose size is far from He's."""
     start, read = victims.start, victims.size * min(victims.fan_in, _ROWS)
     size = float(start.square.mean()) ** 0.5
@@ -46,7 +46,7 @@ def bad_init(victims: Victims) -> Cause | None:
     return Cause("bad_init", evidence, "likely", "init_for_relu_(model)", source)
 
 
-def uncentred(victims: Victims, off_centre: float) -> Cause | None:
+def uncentred(victims: DyingUnits, off_centre: float) -> Cause | None:
     """Blame inputs whose mean exceeds what sets them apart, in the first layer."""
     if not victims.first or not off_centre >= _OFF_CENTRE:
         return None
@@ -55,7 +55,7 @@ def uncentred(victims: Victims, off_centre: float) -> Cause | None:
     return Cause("uncentred_inputs", evidence, "likely", edit, "LeCun et al. 1998, Efficient BackProp, section 4.3")
 
 
-def narrow(victims: Victims, sites: int) -> Cause | None:
+def narrow(victims: DyingUnits, sites: int) -> Cause | None:
     """Blame few units in many layers."""
     if victims.size > _NARROW or sites < _DEEP:
         return None

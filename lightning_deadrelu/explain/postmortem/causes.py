@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from lightning_deadrelu.explain.finding import Confidence
-from lightning_deadrelu.explain.postmortem.dying_units import Victims, median
+from lightning_deadrelu.explain.postmortem.dying_units import DyingUnits, median
 from lightning_deadrelu.explain.postmortem.step_log import Rows
 
 LAG = 20  # steps; twice the memory of a momentum of 0.9, which pushes on after a spike
@@ -44,7 +44,7 @@ class _Spike(NamedTuple):
     value: float
 
 
-def shifted(victims: Victims, rows: Rows) -> Cause | None:
+def shifted(victims: DyingUnits, rows: Rows) -> Cause | None:
     """Find a step at which the loss jumped to about that of the untrained model, and stayed: the work is another."""
     first, ended = int(victims.last_fired.min()), int(victims.silent_from.median())
     loss, steps = rows.column("loss"), torch.tensor(rows.steps, dtype=torch.int64)
@@ -60,7 +60,7 @@ def shifted(victims: Victims, rows: Rows) -> Cause | None:
     return None
 
 
-def spiked(victims: Victims, rows: Rows) -> Cause | None:
+def spiked(victims: DyingUnits, rows: Rows) -> Cause | None:
     """Find what rose out of proportion before most of the victims fell silent: the earliest link of the chain."""
     first = int(victims.last_fired.min())
     ended = int(victims.silent_from.median())  # by then half of them were dead
@@ -116,7 +116,7 @@ def _spike(rows: Rows, name: str, first: int, end: int) -> _Spike | None:
     return spike if spike.ratio >= least else None
 
 
-def large_steps(victims: Victims, rows: Rows, sunk: str = "") -> Cause | None:
+def large_steps(victims: DyingUnits, rows: Rows, sunk: str = "") -> Cause | None:
     """Blame the learning rate where single steps were as large as the weights themselves."""
     ratio, rate = _step_size(victims, rows)
     if not ratio >= _BIG_STEP["adaptive" if victims.adaptive else "plain"]:
@@ -127,7 +127,7 @@ def large_steps(victims: Victims, rows: Rows, sunk: str = "") -> Cause | None:
     return Cause("high_learning_rate", evidence, "likely", f"lr={rate / 10:.1g}", source)
 
 
-def _step_size(victims: Victims, rows: Rows) -> tuple[float, float]:
+def _step_size(victims: DyingUnits, rows: Rows) -> tuple[float, float]:
     """Estimate a step over the weights it changed: lr for what Adam steps, lr times the gradient for others."""
     steps = torch.tensor(rows.steps, dtype=torch.int64)
     first, last = int(victims.last_fired.min()), int(victims.silent_from.max())

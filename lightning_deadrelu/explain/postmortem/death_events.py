@@ -15,12 +15,13 @@ _UNNAMED = ("unknown", "born_dead")
 
 
 @dataclass(frozen=True)
-class Wave:
+class DeathEvent:
     """Units that died together, and why.
 
     Args:
         kind: ``"born dead"``, ``"shock"`` (within the resolution), ``"drift"`` (over many windows) or ``"upstream"``.
-        cause: One word, as in :class:`~lightning_deadrelu.explain.finding.Finding`; ``"unknown"`` where none is certain.
+        cause: One word, as in :class:`~lightning_deadrelu.explain.finding.Finding`; ``"unknown"`` where none is
+            certain.
         sites: Where.
         units: How many at each.
         first_step: The last observation at which one of them fired; for those born dead, the first of all.
@@ -30,7 +31,7 @@ class Wave:
         finding: The cause with its remedy; None where it is unknown.
 
     Example:
-        >>> print(Wave("shock", "gradient_spike", ("fc2",), (142,), 120, 130, "as gradients rose 80-fold", -4.1))
+        >>> print(DeathEvent("shock", "gradient_spike", ("fc2",), (142,), 120, 130, "as gradients rose 80-fold", -4.1))
         142 units of `fc2` died between steps 120 and 130, as gradients rose 80-fold; bias moved by -4.1
     """
 
@@ -74,14 +75,14 @@ class Wave:
         return plain | steps | {"moved": self.moved, "finding": finding, "sentence": str(self)}
 
     @classmethod
-    def from_dict(cls, plain: dict[str, Any]) -> Wave:
+    def from_dict(cls, plain: dict[str, Any]) -> DeathEvent:
         """Turn back what :meth:`to_dict` returned."""
         values = {key: value for key, value in plain.items() if key != "sentence"}
         finding = Finding(**values["finding"]) if values["finding"] else None
         return cls(**values | {"sites": tuple(values["sites"]), "units": tuple(values["units"]), "finding": finding})
 
 
-def joined(waves: Sequence[Wave]) -> list[Wave]:
+def joined(waves: Sequence[DeathEvent]) -> list[DeathEvent]:
     """Join what is alike in kind and cause, and goes on in time.
 
     Args:
@@ -90,7 +91,7 @@ def joined(waves: Sequence[Wave]) -> list[Wave]:
     Returns:
         Waves in the order of their first step; of the same step, those that others follow from come first.
     """
-    groups: list[list[Wave]] = []
+    groups: list[list[DeathEvent]] = []
     for wave in sorted((_adopted(wave, waves) for wave in waves), key=lambda wave: wave.first_step):
         alike = (group for group in groups if (group[0].kind, group[0].cause) == (wave.kind, wave.cause))
         group = next((group for group in alike if _go_on(group, wave)), None)
@@ -101,7 +102,7 @@ def joined(waves: Sequence[Wave]) -> list[Wave]:
     return sorted(map(_one, groups), key=lambda wave: (wave.first_step, wave.cause == "upstream_death"))
 
 
-def _adopted(wave: Wave, others: Sequence[Wave]) -> Wave:
+def _adopted(wave: DeathEvent, others: Sequence[DeathEvent]) -> DeathEvent:
     """Give the few of one site the cause that many at another, at the same time, died of."""
     if wave.cause not in _UNNAMED or wave.kind not in ("born dead", "shock"):
         return wave
@@ -110,17 +111,17 @@ def _adopted(wave: Wave, others: Sequence[Wave]) -> Wave:
     return replace(wave, cause=cause.cause, evidence=cause.evidence, finding=cause.finding)
 
 
-def _overlap(one: Wave, other: Wave) -> bool:
+def _overlap(one: DeathEvent, other: DeathEvent) -> bool:
     same = one.first_step < other.last_step and other.first_step < one.last_step
     return same or one.kind == "born dead"
 
 
-def _go_on(group: Sequence[Wave], wave: Wave) -> bool:
+def _go_on(group: Sequence[DeathEvent], wave: DeathEvent) -> bool:
     lasting = wave.kind == "born dead" or wave.cause == "bias_decay"
     return lasting or wave.first_step <= max(one.last_step for one in group)
 
 
-def _one(group: Sequence[Wave]) -> Wave:
+def _one(group: Sequence[DeathEvent]) -> DeathEvent:
     counts: dict[str, int] = {}
     for wave in group:
         for site, number in zip(wave.sites, wave.units, strict=True):
@@ -128,12 +129,12 @@ def _one(group: Sequence[Wave]) -> Wave:
     largest = max(group, key=lambda wave: sum(wave.units))
     first, last = min(wave.first_step for wave in group), max(wave.last_step for wave in group)
     where, units = tuple(counts), tuple(counts.values())
-    return Wave(
+    return DeathEvent(
         largest.kind, largest.cause, where, units, first, last, largest.evidence, largest.moved, largest.finding
     )
 
 
-def most_telling(waves: Sequence[Wave], most: int) -> list[Wave]:
+def most_telling(waves: Sequence[DeathEvent], most: int) -> list[DeathEvent]:
     """Keep so many waves, in their order: those of many units, and of the others the latest.
 
     Args:
@@ -146,7 +147,7 @@ def most_telling(waves: Sequence[Wave], most: int) -> list[Wave]:
     return [waves[at] for at in sorted(order[-most:])]
 
 
-def told(waves: Sequence[Wave], most: int = 5) -> str:
+def told(waves: Sequence[DeathEvent], most: int = 5) -> str:
     """Tell of the largest waves, with what mends their causes, in the order of time; empty if there were none.
 
     Args:
@@ -168,6 +169,6 @@ def told(waves: Sequence[Wave], most: int = 5) -> str:
     return "\n".join(lines)
 
 
-def _advice(wave: Wave) -> list[str]:
+def _advice(wave: DeathEvent) -> list[str]:
     found = wave.finding
     return [f"  {found.cause} ({found.confidence}): try `{found.edit}` [{found.source}]"] if found else []

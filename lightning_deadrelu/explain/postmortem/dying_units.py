@@ -12,7 +12,7 @@ SHARE, UNITS = 0.05, 3  # of a site: what dies beside is told without a cause
 _DRIFT_WINDOWS = 4
 
 
-class Feed(NamedTuple):
+class WeightStats(NamedTuple):
     """What feeds units at one time; tensors of shape ``(units,)``, NaN where it is not known.
 
     Args:
@@ -26,16 +26,16 @@ class Feed(NamedTuple):
     mean: Tensor
 
     @classmethod
-    def unknown(cls, units: int) -> Feed:
+    def unknown(cls, units: int) -> WeightStats:
         """Know nothing."""
         return cls(*torch.full((3, units), math.nan))
 
-    def of(self, units: Tensor) -> Feed:
+    def of(self, units: Tensor) -> WeightStats:
         """Choose units."""
-        return Feed(*(values[units] for values in self))
+        return WeightStats(*(values[units] for values in self))
 
 
-class Victims(NamedTuple):
+class DyingUnits(NamedTuple):
     """The newly dead of one site, and what is known of them; tensors of shape ``(victims,)``.
 
     Args:
@@ -69,16 +69,16 @@ class Victims(NamedTuple):
     constant: Tensor
     upstream: str
     peaks: Tensor
-    alive: Feed
-    now: Feed
-    start: Feed
+    alive: WeightStats
+    now: WeightStats
+    start: WeightStats
     fan_in: int = 0
     decay: float = 0.0
     left: float = 1.0
     adaptive: bool = False
     momentum: float = 0.0
 
-    def of(self, chosen: Tensor) -> Victims:
+    def of(self, chosen: Tensor) -> DyingUnits:
         """Choose victims.
 
         Args:
@@ -109,9 +109,9 @@ def drifted(peaks: Tensor) -> Tensor:
     return sunk & (fired.sum(0) >= _DRIFT_WINDOWS) & peaks.isfinite().all(0)
 
 
-def together(victims: Victims) -> list[Victims]:
+def together(victims: DyingUnits) -> list[DyingUnits]:
     """Part victims where one interval of death ends before the next begins."""
-    parts: list[Victims] = []
+    parts: list[DyingUnits] = []
     left = victims
     while len(left.units):
         end = int(left.silent_from[left.last_fired.argmin()])
@@ -126,12 +126,12 @@ def together(victims: Victims) -> list[Victims]:
     return parts
 
 
-def are_many(victims: Victims) -> bool:
+def are_many(victims: DyingUnits) -> bool:
     """Whether so many of a site died that chance alone is no explanation."""
     return len(victims.units) >= max(UNITS, SHARE * victims.size)
 
 
-def decayed(victims: Victims) -> Tensor:
+def decayed(victims: DyingUnits) -> Tensor:
     """Tell who would fire with its first bias, of which decay has taken a good part."""
     lost = victims.start.bias[victims.units] - victims.now.bias
     sunk = victims.peaks.amax(0) - victims.peaks[-1]

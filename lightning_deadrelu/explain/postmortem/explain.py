@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from lightning_deadrelu.explain.finding import Finding
 from lightning_deadrelu.explain.postmortem.born_dead import bad_init, narrow, negative_bias, uncentred
 from lightning_deadrelu.explain.postmortem.causes import UNKNOWN, Cause, large_steps, shifted, spiked
-from lightning_deadrelu.explain.postmortem.death_events import Kind, Wave, joined
+from lightning_deadrelu.explain.postmortem.death_events import DeathEvent, Kind, joined
 from lightning_deadrelu.explain.postmortem.dying_units import (
     SHARE,
     UNITS,
-    Victims,
+    DyingUnits,
     are_many,
     decayed,
     drifted,
@@ -25,8 +25,8 @@ _EARLY = 100  # steps
 
 
 def explain(
-    victims: Sequence[Victims], rows: Rows, *, off_centre: float = math.nan, sites: int = 1
-) -> tuple[Wave, ...]:
+    victims: Sequence[DyingUnits], rows: Rows, *, off_centre: float = math.nan, sites: int = 1
+) -> tuple[DeathEvent, ...]:
     """Gather the newly dead into waves, and say of each what came just before.
 
     Args:
@@ -38,7 +38,7 @@ def explain(
     Returns:
         The waves; of the same kind, cause and time they are one, over all sites.
     """
-    waves: list[Wave] = []
+    waves: list[DeathEvent] = []
     for one in victims:
         upstream = one.constant & bool(one.upstream)
         born = one.born & ~upstream
@@ -53,7 +53,7 @@ def explain(
     return tuple(joined(waves))
 
 
-def _wave(kind: Kind, victims: Victims, cause: Cause, moved: bool = True, where: str = "") -> Wave:
+def _wave(kind: Kind, victims: DyingUnits, cause: Cause, moved: bool = True, where: str = "") -> DeathEvent:
     known = moved and math.isfinite(victims.moved) and victims.moved != 0
     finding = None
     if cause.name != "unknown":
@@ -68,10 +68,10 @@ def _wave(kind: Kind, victims: Victims, cause: Cause, moved: bool = True, where:
     first, last = int(victims.last_fired.min()), int(victims.silent_from.max())
     change = float(f"{victims.moved:.4g}") if known else None
     units = (len(victims.units),)
-    return Wave(kind, cause.name, (victims.site,), units, first, last, cause.evidence, change, finding)
+    return DeathEvent(kind, cause.name, (victims.site,), units, first, last, cause.evidence, change, finding)
 
 
-def _upstream(victims: Victims) -> Wave:
+def _upstream(victims: DyingUnits) -> DeathEvent:
     born = bool(victims.born.all())
     evidence = f"{'never fired, ' if born else ''}their input being constant since `{victims.upstream}` is dead"
     source = "a layer without a live unit puts out its next layer's bias, whatever the input"
@@ -79,7 +79,7 @@ def _upstream(victims: Victims) -> Wave:
     return _wave("born dead" if born else "upstream", victims, cause, moved=False, where=victims.upstream)
 
 
-def _drift(victims: Victims, rows: Rows) -> Wave:
+def _drift(victims: DyingUnits, rows: Rows) -> DeathEvent:
     sunk = f"their largest input having sunk from {median(victims.peaks.amax(0)):.2g} over {len(victims.peaks)} windows"
     cause = UNKNOWN._replace(evidence=sunk)
     if are_many(victims):
@@ -87,7 +87,7 @@ def _drift(victims: Victims, rows: Rows) -> Wave:
     return _wave("drift", victims, cause)
 
 
-def _decay(victims: Victims) -> Wave:
+def _decay(victims: DyingUnits) -> DeathEvent:
     start, now = median(victims.start.bias[victims.units]), median(victims.now.bias)
     evidence = f"while a weight decay of {victims.decay:g} took their biases from {start:.2g} to {now:.2g}"
     edit = f"AdamW(decay_groups(model, {victims.decay:g}))"
@@ -95,7 +95,7 @@ def _decay(victims: Victims) -> Wave:
     return _wave("drift", victims, Cause("bias_decay", evidence, "likely", edit, source), moved=False)
 
 
-def _shock(victims: Victims, rows: Rows, off_centre: float) -> Wave:
+def _shock(victims: DyingUnits, rows: Rows, off_centre: float) -> DeathEvent:
     cause = UNKNOWN
     if are_many(victims):
         early = int(victims.last_fired.min()) < _EARLY
@@ -110,7 +110,7 @@ def _shock(victims: Victims, rows: Rows, off_centre: float) -> Wave:
     return _wave("shock", victims, cause)
 
 
-def _born(victims: Victims, off_centre: float, sites: int) -> Wave:
+def _born(victims: DyingUnits, off_centre: float, sites: int) -> DeathEvent:
     few = UNKNOWN._replace(evidence="they have fired on no sample since the first step")
     if len(victims.units) < max(UNITS, 2 * SHARE * victims.size):
         return _wave("born dead", victims, few, moved=False)

@@ -42,14 +42,14 @@ class Source(NamedTuple):
         return self.weight[0].numel()
 
 
-class Feeds:
+class IncomingWeights:
     """Keep the biases of all units, on the device, and how large the weights of each site are.
 
     Of a unit three biases are kept, those at the start of training, of the window, and of the window in which it fired
     last: 12 bytes. Of the weights of a layer 1,024 evenly strided entries are read at a window's end.
 
     Example:
-        >>> feeds = Feeds()
+        >>> feeds = IncomingWeights()
         >>> feeds.notes([], [], torch.device("cpu")).shape
         torch.Size([2, 2, 0])
     """

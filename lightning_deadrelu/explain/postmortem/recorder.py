@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_deadrelu.explain.postmortem import Feed, Victims, Wave, explain, joined, most_telling
-from lightning_deadrelu.explain.postmortem.incoming_weights import Feeds, sources_of, trained
-from lightning_deadrelu.explain.postmortem.step_log import Vitals, off_centre
+from lightning_deadrelu.explain.postmortem import DeathEvent, DyingUnits, WeightStats, explain, joined, most_telling
+from lightning_deadrelu.explain.postmortem.incoming_weights import IncomingWeights, sources_of, trained
+from lightning_deadrelu.explain.postmortem.step_log import StepLog, off_centre
 from lightning_deadrelu.model.sites import Site, names_of
 from lightning_deadrelu.statistics import LivenessReport, SiteReport, Totals
 from lightning_deadrelu.statistics.judge import CONSTANT
@@ -29,8 +29,8 @@ class Notes(NamedTuple):
     """What comes to the host with the counts of a window.
 
     Args:
-        ring: See :attr:`~lightning_deadrelu.explain.postmortem.step_log.Vitals.ring`.
-        weights: See :meth:`~lightning_deadrelu.explain.postmortem.incoming_weights.Feeds.notes`, shape ``(2, 2, sites)``.
+        ring: See :attr:`~lightning_deadrelu.explain.postmortem.step_log.StepLog.ring`.
+        weights: See :meth:`IncomingWeights.notes`, shape ``(2, 2, sites)``.
         centre: See :func:`~lightning_deadrelu.explain.postmortem.step_log.off_centre`, shape ``(1,)``.
     """
 
@@ -39,23 +39,23 @@ class Notes(NamedTuple):
     centre: Tensor
 
 
-class Inquest:
+class FlightRecorder:
     """Watch over the vital signs, and find out why units died.
 
     Args:
         rows: Steps to keep, from 1,024 to 8,192.
 
     Example:
-        >>> Inquest().waves
+        >>> FlightRecorder().waves
         ()
     """
 
     def __init__(self, rows: int = _LEAST_ROWS) -> None:
-        self.vitals = Vitals(min(max(rows, _LEAST_ROWS), _MOST_ROWS))
-        self._closed: list[Wave] = []
-        self._open: tuple[Wave, ...] = ()  # of a window that has not ended
+        self.vitals = StepLog(min(max(rows, _LEAST_ROWS), _MOST_ROWS))
+        self._closed: list[DeathEvent] = []
+        self._open: tuple[DeathEvent, ...] = ()  # of a window that has not ended
         self._observed: deque[int] = deque(maxlen=_LEAST_ROWS)  # the step of each observation
-        self._feeds = Feeds()
+        self._feeds = IncomingWeights()
         self._met = 0
         self._centre: Tensor | None = None
         self.failure: Exception | None = None
@@ -74,7 +74,7 @@ class Inquest:
         return None
 
     @property
-    def waves(self) -> tuple[Wave, ...]:
+    def waves(self) -> tuple[DeathEvent, ...]:
         """The waves of deaths, the latest last; 100 at most, the largest of all and the latest."""
         return (*self._closed, *self._open)
 
@@ -141,7 +141,7 @@ class Inquest:
         sites: Sequence[Site],
         peaks: Callable[[SiteReport, Tensor], Tensor],
         patient: tuple[nn.Module, Sequence[Optimizer]],
-    ) -> tuple[Wave, ...]:
+    ) -> tuple[DeathEvent, ...]:
         """Explain the newly dead of a verdict, and nothing else; costs next to nothing where there are none.
 
         Where there are some, the biases of their sites come from the device, in a second transfer.
@@ -164,7 +164,7 @@ class Inquest:
         sites: Sequence[Site],
         peaks: Callable[[SiteReport, Tensor], Tensor],
         patient: tuple[nn.Module, Sequence[Optimizer]],
-    ) -> tuple[Wave, ...]:
+    ) -> tuple[DeathEvent, ...]:
         if not report.total("newly_dead"):
             return ()
         model, optimizers = patient
@@ -174,7 +174,7 @@ class Inquest:
         dying = [site.name for site in report.headline if site.newly_dead.any()]
         rows = self._feeds.biases([places[name] for name in dying], [sources[name] for name in dying])
         biases = dict(zip(dying, rows, strict=True))
-        victims: list[Victims] = []
+        victims: list[DyingUnits] = []
         dead: list[tuple[str, bool]] = []
         for number, site in enumerate(report.sites):
             place = places[site.name]
@@ -189,14 +189,14 @@ class Inquest:
         centre = float(notes.centre)
         return explain(victims, self.vitals.read(notes.ring), off_centre=centre, sites=len(report.headline))
 
-    def _victims(self, site: SiteReport, peaks: Callable[[SiteReport, Tensor], Tensor], constant: Tensor) -> Victims:
+    def _victims(self, site: SiteReport, peaks: Callable[[SiteReport, Tensor], Tensor], constant: Tensor) -> DyingUnits:
         units = site.newly_dead.nonzero().flatten()
         start = self._observed[0] if self._observed else 0
         last_fired = site.last_fired[units].long()
         last_fired = torch.where(last_fired < 0, start, last_fired)
         observed = torch.tensor(self._observed or [start], dtype=torch.int64)
         after = torch.searchsorted(observed, last_fired, right=True).clamp(max=len(observed) - 1)
-        return Victims(
+        return DyingUnits(
             site.name,
             site.units,
             first=False,
@@ -207,12 +207,12 @@ class Inquest:
             constant=constant[units],
             upstream="",
             peaks=torch.cat([peaks(site, units), site.peak[None, units].float()]),
-            alive=Feed.unknown(len(units)),
-            now=Feed.unknown(len(units)),
-            start=Feed.unknown(site.units),
+            alive=WeightStats.unknown(len(units)),
+            now=WeightStats.unknown(len(units)),
+            start=WeightStats.unknown(site.units),
         )
 
-    def _fed(self, victims: Victims, number: int, biases: Tensor, notes: Notes) -> Victims:
+    def _fed(self, victims: DyingUnits, number: int, biases: Tensor, notes: Notes) -> DyingUnits:
         """Put in what feeds them; of the weights, how large those of the site are."""
         start, alive, now = biases
         square, mean = (one.expand(len(start)) for one in notes.weights[0, :, number])
@@ -220,11 +220,11 @@ class Inquest:
         return victims._replace(
             alive=victims.alive._replace(bias=alive[victims.units], square=squares),
             now=victims.now._replace(bias=now[victims.units]),
-            start=Feed(start, square, mean),
+            start=WeightStats(start, square, mean),
         )
 
     def close(
-        self, totals: Totals, notes: Notes, sites: Sequence[Site], model: nn.Module, waves: Sequence[Wave]
+        self, totals: Totals, notes: Notes, sites: Sequence[Site], model: nn.Module, waves: Sequence[DeathEvent]
     ) -> None:
         """End a window.
 
@@ -240,7 +240,7 @@ class Inquest:
         self._closed = most_telling(joined([*self._closed, *waves]), _WAVES)
         self._open = ()
 
-    def keep_open(self, waves: Sequence[Wave]) -> None:
+    def keep_open(self, waves: Sequence[DeathEvent]) -> None:
         """Remember what was found in a window that has not ended, and will be judged anew when it has."""
         self._open = tuple(waves)
 
@@ -268,7 +268,7 @@ class Inquest:
             device: Of the model.
         """
         self.vitals.load_state_dict(state["vitals"], device)
-        self._closed = [Wave.from_dict(plain) for plain in state["waves"]]
+        self._closed = [DeathEvent.from_dict(plain) for plain in state["waves"]]
         self._observed = deque(state["observed"], maxlen=_LEAST_ROWS)
         self._feeds.load_state_dict(state["feeds"], device)
         self._centre = state["centre"].to(device)

@@ -85,7 +85,7 @@ class _Noted:
         self.inputs: list[Tensor] = []
 
 
-class Vitals:
+class StepLog:
     """Note at each step, without waiting for the device, what tells later why units died.
 
     A row is an optimizer step of the loop: a training batch, or several that accumulate. Of a parameter with more than
@@ -101,7 +101,7 @@ class Vitals:
         >>> layer = torch.nn.Linear(3, 2)
         >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
         >>> layer(torch.ones(1, 3)).sum().backward()
-        >>> vitals = Vitals(rows=8)
+        >>> vitals = StepLog(rows=8)
         >>> vitals.note_gradients(optimizer)
         >>> vitals.note_batch(torch.tensor(0.5), torch.ones(1, 3))
         >>> vitals.close(step=7)

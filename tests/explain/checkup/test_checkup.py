@@ -452,9 +452,9 @@ def test_a_compiled_model_and_one_without_optimizers():
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_failure_costs_the_checkup_alone(monkeypatch):
-    from lightning_deadrelu.explain.checkup import Examination
+    from lightning_deadrelu.explain.checkup import CheckRun
 
-    monkeypatch.setattr(Examination, "_entered", lambda self: 1 / 0)
+    monkeypatch.setattr(CheckRun, "_entered", lambda self: 1 / 0)
     monitor = DeadReLUMonitor(checkup=True, **EVERYTHING)
     with pytest.warns(UserWarning, match="the check-up failed; watching goes on"):
         fit(Trained(mlp()), batches(4), monitor)

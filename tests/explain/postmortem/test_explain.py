@@ -11,7 +11,15 @@ from toys import Loader, fit
 from two_ranks import ddp_trainer, on_two_ranks
 
 from lightning_deadrelu import DeadReLUMonitor
-from lightning_deadrelu.explain.postmortem import Feed, Victims, Wave, explain, joined, most_telling, told
+from lightning_deadrelu.explain.postmortem import (
+    DeathEvent,
+    DyingUnits,
+    WeightStats,
+    explain,
+    joined,
+    most_telling,
+    told,
+)
 from lightning_deadrelu.explain.postmortem.step_log import Rows
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -189,8 +197,8 @@ def rows(steps=200, **columns):
 
 
 def victims(units=20, size=50, last=100, until=110, peaks=((3.0,), (-1.0,)), **more):
-    unknown = Feed(*(torch.full((units,), float("nan")) for _ in range(3)))
-    start = Feed(*(torch.full((size,), float("nan")) for _ in range(3)))
+    unknown = WeightStats(*(torch.full((units,), float("nan")) for _ in range(3)))
+    start = WeightStats(*(torch.full((size,), float("nan")) for _ in range(3)))
     number, no = torch.arange(units), torch.zeros(units, dtype=torch.bool)
     plain = {"first": False, "born": no, "constant": no, "upstream": "", "alive": unknown, "now": unknown}
     plain |= {
@@ -199,7 +207,7 @@ def victims(units=20, size=50, last=100, until=110, peaks=((3.0,), (-1.0,)), **m
         "start": start,
     }
     peaks = torch.tensor(peaks).expand(-1, units)
-    return Victims("fc", size, units=number, peaks=peaks, **{**plain, **more})
+    return DyingUnits("fc", size, units=number, peaks=peaks, **{**plain, **more})
 
 
 def spiked(step, times, count=200):
@@ -244,7 +252,7 @@ def test_a_few_of_one_layer_share_the_cause_of_many_of_another():
 
 
 def test_steps_as_large_as_the_weights():
-    small = Feed(torch.zeros(20), torch.full((20,), 0.01), torch.zeros(20))
+    small = WeightStats(torch.zeros(20), torch.full((20,), 0.01), torch.zeros(20))
     (wave,) = explain([victims(alive=small, adaptive=True)], rows(rates=[0.1] * 200))
     assert wave.cause == "high_learning_rate"
     assert wave.evidence == "with steps of 100% of the size of the weights, at a learning rate of 0.1"
@@ -271,21 +279,21 @@ def test_waves_outlive_a_checkpoint_and_join():
     paper = io.BytesIO()
     torch.save(wave.to_dict(), paper)
     paper.seek(0)
-    assert Wave.from_dict(torch.load(paper, weights_only=True)) == wave
+    assert DeathEvent.from_dict(torch.load(paper, weights_only=True)) == wave
     (both,) = joined([wave, wave])
     assert both.units == (40,)
 
 
 def test_of_many_waves_the_largest_are_told():
-    waves = [Wave("shock", "unknown", (f"fc{n}",), (n,), 100 * n, 100 * n + 10, "unseen") for n in range(1, 20)]
+    waves = [DeathEvent("shock", "unknown", (f"fc{n}",), (n,), 100 * n, 100 * n + 10, "unseen") for n in range(1, 20)]
     lines = told(waves).splitlines()
     assert [line.split()[0] for line in lines] == ["15", "16", "17", "18", "19", "105"]
     assert lines[-1] == "105 more units died; see `monitor.deaths`."
 
 
 def test_a_large_wave_outlasts_any_number_of_small_ones():
-    large = Wave("shock", "unknown", ("fc1",), (80,), 10, 20, "as seen")
-    small = [Wave("shock", "unknown", ("fc1",), (1,), step, step + 1, "as seen") for step in range(30, 230)]
+    large = DeathEvent("shock", "unknown", ("fc1",), (80,), 10, 20, "as seen")
+    small = [DeathEvent("shock", "unknown", ("fc1",), (1,), step, step + 1, "as seen") for step in range(30, 230)]
     waves = []
     for wave in [large, *small]:
         waves = most_telling([*waves, wave], 100)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from toys import mlp
 
-from lightning_deadrelu.explain.postmortem.incoming_weights import Feeds, Source, sources_of
+from lightning_deadrelu.explain.postmortem.incoming_weights import IncomingWeights, Source, sources_of
 from lightning_deadrelu.model.sites import Site
 
 HOST = torch.device("cpu")
@@ -34,7 +34,7 @@ def moved(net):
 
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_biases_and_weights_are_those_of_the_window_in_which_a_unit_last_fired(interrupted):
-    net, feeds, sites = layers(), Feeds(), [site(0), site(1)]
+    net, feeds, sites = layers(), IncomingWeights(), [site(0), site(1)]
     met, starts, logs, fired = [0, 0, WINDOWS // 2], [], [], []
     for window in range(WINDOWS):
         if window == met[2]:
@@ -47,7 +47,7 @@ def test_biases_and_weights_are_those_of_the_window_in_which_a_unit_last_fired(i
         with torch.inference_mode(window % 2 == 0):
             weights = feeds.notes(sites, sources, HOST)
         if interrupted:
-            state, feeds = feeds.state_dict(weights), Feeds()
+            state, feeds = feeds.state_dict(weights), IncomingWeights()
             feeds.load_state_dict(state, HOST)
         ends = torch.tensor([0, *(one.units for one in sites)]).cumsum(0).tolist()
         places = [slice(*pair) for pair in pairwise(ends)]
@@ -69,11 +69,11 @@ def test_biases_and_weights_are_those_of_the_window_in_which_a_unit_last_fired(i
 def test_of_a_large_layer_a_sample_is_read():
     weight = torch.randn(512, 512, generator=torch.Generator().manual_seed(0)) * 0.2 - 0.1
     sites, sources = [Site("relu", False, "relu", (), 512)], [Source(weight=weight)]
-    now = Feeds().notes(sites, sources, HOST)[1, :, 0]
+    now = IncomingWeights().notes(sites, sources, HOST)[1, :, 0]
     torch.testing.assert_close(now, torch.tensor([0.05, -0.1]), rtol=0.1, atol=0.01)
 
 
 def test_a_site_that_nothing_feeds():
-    feeds, sites = Feeds(), [Site("relu", False, "relu", (), 2)]
+    feeds, sites = IncomingWeights(), [Site("relu", False, "relu", (), 2)]
     assert feeds.notes(sites, sources_of(sites, mlp()), HOST).isnan().all()
     assert feeds.biases([slice(0, 2)], [Source()])[0].isnan().all()

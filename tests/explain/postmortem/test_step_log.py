@@ -9,7 +9,7 @@ from torch import nn
 from toys import EVERYTHING, Loader, Net, batches, fit, mlp, tensors
 
 from lightning_deadrelu import DeadReLUMonitor
-from lightning_deadrelu.explain.postmortem.step_log import Vitals, off_centre
+from lightning_deadrelu.explain.postmortem.step_log import StepLog, off_centre
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -119,7 +119,7 @@ def test_optimizers_of_one_batch_add_up():
 def test_the_oldest_rows_make_room_and_a_saved_ring_goes_on():
     layer = nn.Linear(3, 2)
     optimizer = torch.optim.SGD(layer.parameters(), 0.1)
-    one, other = Vitals(rows=8), Vitals(rows=8)
+    one, other = StepLog(rows=8), StepLog(rows=8)
     for step in range(20):
         if step == 11:
             other.load_state_dict(other.state_dict(other.ring), torch.device("cpu"))
@@ -145,7 +145,7 @@ def test_the_estimate_of_a_large_gradient_is_near(layout):
             rank_one = torch.randn(p.shape[0], *[1] * (p.ndim - 1)) * torch.randn(1, *p.shape[1:])
             p.grad = rank_one if p.ndim < 4 else rank_one.contiguous(memory_format=layout)
             p.grad[::2] = 0.0  # half of the units get none
-        vitals = Vitals(rows=1)
+        vitals = StepLog(rows=1)
         vitals.note_gradients(torch.optim.SGD(net.parameters(), 0.1))
         vitals.close(0)
         errors.append(float(vitals.read(vitals.ring).column("gradient")[0]) / norm(p.grad for p in net.parameters()))
@@ -158,7 +158,7 @@ def test_what_cannot_be_read_is_passed_over():
     embedding(torch.tensor([1, 2])).sum().backward()
     half.weight.grad = torch.full((30, 40), 300.0, dtype=torch.float16)  # whose square is no half
     net = nn.ModuleList([embedding, half, idle])
-    vitals = Vitals(rows=2)
+    vitals = StepLog(rows=2)
     vitals.note_gradients(torch.optim.SGD(net.parameters(), 0.1))
     vitals.note_batch(torch.ones(3), {"x": [torch.zeros(0, 3), torch.arange(4)], "y": None})
     vitals.close(0)
@@ -172,7 +172,7 @@ def test_what_cannot_be_read_is_passed_over():
 def test_one_large_image_of_a_large_batch_is_seen():
     x = torch.randn(64, 3, 32, 32)
     x[17] *= 1000
-    vitals = Vitals(rows=1)
+    vitals = StepLog(rows=1)
     vitals.note_batch(None, [x, torch.zeros(64)])
     vitals.close(0)
     assert vitals.read(vitals.ring).column("input_0")[0] > 1000
@@ -239,7 +239,7 @@ def test_gradients_that_change_their_form(model):
 
 
 def test_optimizers_on_several_devices():
-    vitals = Vitals(rows=4)
+    vitals = StepLog(rows=4)
     for device in ("cpu", "meta"):
         layer = nn.Linear(3, 2, device=device)
         layer(torch.ones(1, 3, device=device)).sum().backward()
