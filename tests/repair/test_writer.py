@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.test_remedies import view_of
+from test_unit_remedies import view_of
 from torch import nn
 
 from lightning_deadrelu.model.slices import Attribution, Slice

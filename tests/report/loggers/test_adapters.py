@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as old
 from test_raster import report, run, site
-from test_reporting import KEYS, as_wandb, wandb_records
+from test_reporter import KEYS, as_wandb, wandb_records
 from toys import EVERYTHING, KEY, Log, Net, Verdicts, batches, fit
 
 from lightning_deadrelu.report.loggers import Reporter, metrics_of
@@ -235,7 +235,7 @@ def test_without_pillow_there_is_one_warning_and_scalars_and_tables_work(tmp_pat
         import importlib.util
         real = importlib.util.find_spec
         importlib.util.find_spec = lambda name, *rest: None if name == "PIL" else real(name, *rest)
-        from test_trackers import *
+        from test_adapters import *
         raster, reporter, logger = run(Raster(), [0]), Reporter("a"), taker({str(tmp_path)!r})
         sys.modules["PIL"] = sys.modules["matplotlib"] = None
         with warnings.catch_warnings(record=True) as record:

@@ -1,0 +1,147 @@
+"""Turn state into plain values that ``torch.load(weights_only=True)`` accepts, and back.
+
+One codec serves every class that is saved: a dataclass or a named tuple says by its annotations what it holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections import deque
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from functools import cache
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
+
+FORMAT = 7
+"""The number of the layout of a saved monitor; states of another number are not read."""
+
+_NARROWED = frozenset({"narrowed", "dtype"})
+
+
+def encode(value: Any) -> Any:
+    """Turn a value into tensors, numbers, strings, booleans, None, lists and dictionaries of these.
+
+    Whole numbers in tensors are stored in the smallest type that holds them, on the CPU. Fields of a dataclass that
+    its constructor does not take (``init=False``) are left out.
+
+    Args:
+        value: A dataclass, a named tuple, a tensor, a plain value, or a collection of these.
+
+    Raises:
+        TypeError: If something in it is none of these.
+
+    Example:
+        >>> @dataclasses.dataclass
+        ... class Window:
+        ...     steps: list[int]
+        ...     counts: Tensor
+        >>> encode(Window([3, 4], torch.tensor([1.5])))
+        {'steps': [3, 4], 'counts': tensor([1.5000])}
+    """
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Tensor):
+        return _encoded_tensor(value.detach())
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if dataclasses.is_dataclass(value) or _is_named_tuple(type(value)):
+        return {name: encode(getattr(value, name)) for name in _fields_of(type(value))}
+    if isinstance(value, Mapping):
+        return {key: encode(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return [encode(item) for item in sorted(value)]
+    if isinstance(value, (Sequence, deque)):
+        return [encode(item) for item in value]
+    raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}; make it a dataclass of plain values")
+
+
+def decode(kind: Any, plain: Any) -> Any:
+    """Rebuild a value of a known type from what :func:`encode` returned.
+
+    Fields that were not saved, by an older version say, take their defaults; what is saved and unknown is ignored.
+
+    Args:
+        kind: The type: a dataclass, a named tuple, or an annotation such as ``dict[str, Tensor]``.
+        plain: What was saved.
+
+    Example:
+        >>> decode(dict[str, tuple[int, ...]], {"act": [1, 2]})
+        {'act': (1, 2)}
+    """
+    origin: Any = get_origin(kind) or kind
+    if origin in (Union, types.UnionType):
+        return _decoded_union(get_args(kind), plain)
+    if isinstance(origin, type):
+        if issubclass(origin, Tensor):
+            return _decoded_tensor(plain)
+        if dataclasses.is_dataclass(origin) or _is_named_tuple(origin):
+            hints = _fields_of(origin)
+            return origin(**{name: decode(hint, plain[name]) for name, hint in hints.items() if name in plain})
+        if issubclass(origin, (str, bool, int, float)):
+            return origin(plain)
+        if issubclass(origin, (Mapping, Sequence, set, frozenset, deque)):
+            return _decoded_collection(origin, get_args(kind), plain)
+    return plain  # `Any`: plain values stay what they are
+
+
+def _encoded_tensor(value: Tensor) -> Any:
+    narrow = narrowed(value.cpu())
+    if narrow.dtype == value.dtype:
+        return narrow
+    return {"narrowed": narrow, "dtype": str(value.dtype).removeprefix("torch.")}
+
+
+def _decoded_tensor(plain: Any) -> Any:
+    if isinstance(plain, Mapping) and plain.keys() == _NARROWED:
+        return plain["narrowed"].to(getattr(torch, plain["dtype"]))
+    return plain
+
+
+def narrowed(numbers: Tensor) -> Tensor:
+    """Copy whole numbers into the smallest type that holds them all; other types stay what they are.
+
+    Example:
+        >>> narrowed(torch.tensor([-1, 300]))
+        tensor([ -1, 300], dtype=torch.int16)
+    """
+    if numbers.dtype == torch.bool or numbers.is_floating_point() or not numbers.numel():
+        return numbers.clone()
+    low, high = map(int, numbers.aminmax())
+    limits = ((dtype, torch.iinfo(dtype)) for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32))
+    return numbers.to(next((dtype for dtype, it in limits if it.min <= low and high <= it.max), torch.int64), copy=True)
+
+
+def _decoded_union(kinds: Sequence[Any], plain: Any) -> Any:
+    if plain is None:
+        return None
+    kinds = [kind for kind in kinds if kind is not type(None)]
+    return decode(kinds[0], plain) if len(kinds) == 1 else plain
+
+
+def _decoded_collection(origin: type, kinds: Sequence[Any], plain: Any) -> Any:
+    if issubclass(origin, Mapping):
+        key, item = kinds or (Any, Any)
+        return {decode(key, name): decode(item, value) for name, value in plain.items()}
+    if issubclass(origin, tuple):
+        kinds = [kinds[0]] * len(plain) if len(kinds) == 2 and kinds[1] is ... else kinds or [Any] * len(plain)
+        return tuple(decode(kind, item) for kind, item in zip(kinds, plain, strict=True))
+    items = [decode(kinds[0] if kinds else Any, item) for item in plain]
+    concrete = origin if issubclass(origin, (set, frozenset, deque)) else list
+    return concrete(items)
+
+
+def _is_named_tuple(kind: type) -> bool:
+    return issubclass(kind, tuple) and hasattr(kind, "_fields")
+
+
+@cache
+def _fields_of(kind: Any) -> dict[str, Any]:
+    """List what a class saves, with the annotation of each."""
+    hints = get_type_hints(kind)
+    if dataclasses.is_dataclass(kind):
+        return {field.name: hints[field.name] for field in dataclasses.fields(kind) if field.init}
+    return {name: hints[name] for name in kind._fields}
