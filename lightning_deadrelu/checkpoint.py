@@ -10,7 +10,6 @@ import types
 from collections import deque
 from collections.abc import Mapping, Sequence
 from enum import Enum
-from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
@@ -48,7 +47,7 @@ def encode(value: Any) -> Any:
         return _encoded_tensor(value.detach())
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    if dataclasses.is_dataclass(value) or _is_named_tuple(type(value)):
+    if _has_fields(type(value)):
         return {name: encode(getattr(value, name)) for name in _fields_of(type(value))}
     if isinstance(value, Mapping):
         return {key: encode(item) for key, item in value.items()}
@@ -78,7 +77,7 @@ def decode(kind: Any, plain: Any) -> Any:
     if isinstance(origin, type):
         if issubclass(origin, Tensor):
             return _decoded_tensor(plain)
-        if dataclasses.is_dataclass(origin) or _is_named_tuple(origin):
+        if _has_fields(origin):
             hints = _fields_of(origin)
             return origin(**{name: decode(hint, plain[name]) for name, hint in hints.items() if name in plain})
         if issubclass(origin, (str, bool, int, float)):
@@ -134,11 +133,10 @@ def _decoded_collection(origin: type, kinds: Sequence[Any], plain: Any) -> Any:
     return concrete(items)
 
 
-def _is_named_tuple(kind: type) -> bool:
-    return issubclass(kind, tuple) and hasattr(kind, "_fields")
+def _has_fields(kind: Any) -> bool:
+    return dataclasses.is_dataclass(kind) or (issubclass(kind, tuple) and hasattr(kind, "_fields"))
 
 
-@cache
 def _fields_of(kind: Any) -> dict[str, Any]:
     """List what a class saves, with the annotation of each."""
     hints = get_type_hints(kind)
