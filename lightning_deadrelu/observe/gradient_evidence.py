@@ -22,7 +22,7 @@ from lightning_deadrelu.model.slices import Slice
 from lightning_deadrelu.observe.watch import Watch
 from lightning_deadrelu.repair.writer import tensors_of
 from lightning_deadrelu.statistics import Totals
-from lightning_deadrelu.statistics.judge import NAN
+from lightning_deadrelu.statistics.totals import NAN
 
 KINDS = frozenset({"relu", "relu6", "hardtanh", "threshold"})
 """The rectifiers without any gradient at the hinge and below; ``clamp`` and ``maximum`` share it out at a tie."""

@@ -1,15 +1,10 @@
 """From activations to counts, from counts to verdicts. Pure functions under :class:`UnitLiveness`."""
 
-from lightning_deadrelu.statistics.counts import Counts, UnitLiveness, count
-from lightning_deadrelu.statistics.judge import (
-    LivenessReport,
-    Rules,
-    SiteReport,
-    Totals,
-    UnitHistory,
-    dormancy_of,
-    judge,
-)
+from lightning_deadrelu.statistics.counts import Counts, count
+from lightning_deadrelu.statistics.judge import Rules, dormancy_of, judge
+from lightning_deadrelu.statistics.metric import UnitLiveness
+from lightning_deadrelu.statistics.report import LivenessReport, SiteReport
+from lightning_deadrelu.statistics.totals import Totals, UnitHistory
 
 __all__ = [
     "Counts",

@@ -26,7 +26,8 @@ from lightning_deadrelu.statistics import (
     dormancy_of,
     judge,
 )
-from lightning_deadrelu.statistics.judge import _least_usual, narrowed
+from lightning_deadrelu.statistics.judge import _least_usual
+from lightning_deadrelu.statistics.totals import narrowed
 
 RELU = Rectifier("relu", plain=True)
 RECTIFIERS = {

@@ -17,7 +17,7 @@ from lightning_deadrelu.explain.postmortem.incoming_weights import IncomingWeigh
 from lightning_deadrelu.explain.postmortem.step_log import StepLog, off_centre
 from lightning_deadrelu.model.sites import Site, names_of
 from lightning_deadrelu.statistics import LivenessReport, SiteReport, Totals
-from lightning_deadrelu.statistics.judge import CONSTANT
+from lightning_deadrelu.statistics.totals import CONSTANT
 
 _LEAST_ROWS, _MOST_ROWS = 1024, 8192
 _WAVES = 100

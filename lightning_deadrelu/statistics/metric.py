@@ -1,0 +1,266 @@
+"""Counting for all sites in one flat state, as a metric."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_deadrelu.model.sites import Rectifier, Site
+from lightning_deadrelu.statistics.counts import RELU, Counts, count
+from lightning_deadrelu.statistics.judge import Rules, judge
+from lightning_deadrelu.statistics.report import LivenessReport
+from lightning_deadrelu.statistics.totals import CONSTANT, FINITE, INFINITE, NAN, UNKNOWN, VARIES, Totals, UnitHistory
+
+_UNIT_DIM = {"maxima": 1}
+_NOTHING = (-math.inf, -1.0, UNKNOWN, FINITE, -1.0, 0.0)  # by row of the maxima
+
+
+class UnitLiveness(Metric):
+    """Count, for all sites in one flat state, who fired, how often, how strongly and when last.
+
+    Counts are int64; ranks, calls and batches merge by sum and maximum. Sites are known from the start or
+    added as they are met with :meth:`add_site`.
+
+    Args:
+        sites: Number of units by name, where they are known.
+        window: How many observations fit in before :meth:`reset`; ``observation`` numbers the current one.
+        rules: What a verdict asks for.
+        dtype: Of the sums that are no counts; float32 where a device has no float64.
+        peak_dtype: Of the maxima; float32 is exact unless a model computes in float64. By default as ``dtype``.
+        **kwargs: See :class:`torchmetrics.Metric`.
+
+    Example:
+        >>> metric = UnitLiveness({"relu": 3}, rules=Rules(min_samples=2))
+        >>> metric.update(torch.tensor([[1.0, 0.0, -2.0], [0.5, 0.0, 3.0]]))
+        >>> metric.compute()
+        {'relu': tensor([False,  True, False])}
+    """
+
+    full_state_update = False
+    fired: Tensor
+    magnitude: Tensor
+    maxima: Tensor
+    samples: Tensor
+    elements: Tensor
+
+    def __init__(
+        self,
+        sites: Mapping[str, int] | None = None,
+        *,
+        window: int = 1,
+        rules: Rules = Rules(),
+        dtype: torch.dtype = torch.float64,
+        peak_dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**{"compute_with_cache": False, **kwargs})
+        self.rules = rules
+        self.sites: list[Site] = []
+        self._starts = [0]
+        self._observation = 0
+        self._pending: dict[int, Counts] = {}  # calls of the present observation by site
+        self._caps: Tensor | None = None  # where outputs end, by unit, if any do
+        self.add_state("fired", torch.zeros(0, dtype=torch.int64), "sum")
+        self.add_state("magnitude", torch.zeros(0, dtype=dtype), "sum")
+        self.add_state("maxima", torch.zeros(len(_NOTHING), 0, dtype=peak_dtype or dtype), "max")
+        self.add_state("samples", torch.zeros(0, window, dtype=torch.int64), "sum")
+        self.add_state("elements", torch.zeros(0, dtype=torch.int64), "sum")
+        for name, units in (sites or {}).items():
+            self.add_site(Site(name, False, "relu", (), units))
+        self.make_room()
+
+    @property
+    def observation(self) -> int:
+        """Number of the observation that is being counted, from 0 to ``window``."""
+        return self._observation
+
+    @observation.setter
+    def observation(self, number: int) -> None:
+        if number != self._observation:
+            self.fold()
+        self._observation = number
+
+    @property
+    def units(self) -> int:
+        """Units of all sites."""
+        return self._starts[-1]
+
+    def add_site(self, site: Site) -> int:
+        """Append a site and return its number."""
+        self.sites.append(site)
+        self._starts.append(self.units + site.units)
+        return len(self.sites) - 1
+
+    @torch.inference_mode(False)  # what is counted in place later may be no inference tensor
+    def make_room(self) -> None:
+        """Extend the state by the sites added since: by all at once, because each time everything is copied."""
+        new = self.sites[len(self.samples) :]
+        if not new:
+            return
+        for name, default in self._defaults.items():
+            assert isinstance(default, Tensor)
+            fresh = _fresh(name, default, new)  # the defaults stay empty: they would double the memory
+            setattr(self, name, torch.cat([getattr(self, name), fresh], dim=_UNIT_DIM.get(name, 0)))
+        if any(math.isfinite(site.cap) for site in self.sites):
+            self._caps = torch.cat([self.maxima.new_full((site.units,), site.cap) for site in self.sites])
+
+    def place(self, site: int) -> slice:
+        """Tell where a site's units are in the flat tensors."""
+        return slice(self._starts[site], self._starts[site + 1])
+
+    def update(
+        self,
+        x: Tensor,
+        out: Tensor | None = None,
+        site: int = 0,
+        dims: tuple[int, ...] = (-1,),
+        rectifier: Rectifier = RELU,
+        valid: Tensor | None = None,
+    ) -> None:
+        """Count one call of a rectifier.
+
+        Args:
+            x: Its input, any shape; an empty one changes nothing.
+            out: Its output; computed where it is None.
+            site: Number of the site.
+            dims: The dimensions that hold the units, counted from the end.
+            rectifier: What it is.
+            valid: Boolean, True for data and False for padding, of the shape of ``x`` without the units.
+        """
+        self.make_room()
+        if x.numel():
+            self.add(site, count(x, x.clamp(min=0) if out is None else out, dims, rectifier, valid))
+            self.fold()
+
+    def add(self, site: int, counts: Counts) -> None:
+        """Add a call to the present observation, which :meth:`fold` ends; cheaper than :meth:`update` per call."""
+        if counts.peak.device != self.maxima.device:  # a model spread over several devices
+            counts = Counts(*(torch.as_tensor(value).to(self.maxima.device) for value in counts))
+        before = self._pending.get(site)
+        self._pending[site] = counts if before is None else before.joined(counts)
+
+    def fold(self) -> None:
+        """Take what was added since the last fold into the state. Harmless when there is nothing."""
+        self.make_room()
+        if not self._pending:
+            return
+        parts = [self._pending.get(number) or self._nothing(site.units) for number, site in enumerate(self.sites)]
+        fired = _joined([part.fired for part in parts], self.fired.dtype)
+        self.fired.add_(fired)
+        self.magnitude.add_(torch.cat([part.magnitude for part in parts]))
+        peak, trough = torch.cat([part.peak for part in parts]), torch.cat([part.trough for part in parts])
+        peak, missing = torch.where(peak.isnan(), -math.inf, peak), trough.isnan()
+        infinite = peak.isposinf() | trough.isneginf()
+        varied = missing | (self._capped(peak) > self._capped(trough))
+        last = torch.where((peak > 0) | (fired > 0), self._observation, -1)  # the peak is lost beside a NaN
+        nonfinite = torch.where(missing, NAN, torch.where(infinite, INFINITE, FINITE))
+        rows = [peak, last, torch.where(varied, VARIES, self._constant()), nonfinite]
+        own = self.maxima[: len(rows)]
+        torch.maximum(own, torch.stack([row.to(self.maxima.dtype) for row in rows]), out=own)
+        self._add_sizes()
+        self._pending = {}
+
+    def prove(self, found: Tensor) -> None:
+        """Take in what gradients say.
+
+        Args:
+            found: The last two rows of :attr:`Totals.maxima`.
+        """
+        self.make_room()
+        own = self.maxima[-2:]
+        torch.maximum(own, found.to(own.dtype), out=own)
+
+    def _nothing(self, units: int) -> Counts:
+        """Make the counts of a site that did not run."""
+        zeros = self.maxima.new_zeros(units)
+        return Counts(zeros, zeros, zeros - math.inf, zeros + math.inf, 0, 0)
+
+    def _add_sizes(self) -> None:
+        """Add samples and elements; where no mask made them tensors, of all sites at once."""
+        sizes = [(counts.samples, counts.elements) for counts in self._pending.values()]
+        if any(isinstance(number, Tensor) for pair in sizes for number in pair):
+            for number, counts in self._pending.items():
+                self.samples[number, self._observation].add_(counts.samples)
+                self.elements[number].add_(counts.elements)
+            return
+        table = torch.zeros(len(self.sites), 2, dtype=torch.int64, device="cpu")
+        table[list(self._pending)] = torch.tensor(sizes, device="cpu")
+        samples, elements = table.to(self.samples.device, non_blocking=True).unbind(1)  # waits for no device
+        self.samples[:, self._observation].add_(samples)
+        self.elements.add_(elements)
+
+    def _capped(self, x: Tensor) -> Tensor:
+        return x if self._caps is None else x.minimum(self._caps.to(x.device))
+
+    def _constant(self) -> Tensor:
+        """Mark units with several elements in this observation: only those can be seen to be constant."""
+        constant = self.maxima.new_full((self.units,), CONSTANT)
+        for number, counts in self._pending.items():
+            if isinstance(counts.elements, Tensor) or counts.elements < 2:
+                constant[self.place(number)] = counts.elements > 1
+        return constant
+
+    def copy_site(self, other: UnitLiveness, theirs: int, ours: int) -> None:
+        """Take over the counts of one site of another metric."""
+        self.make_room()
+        self.samples[ours], self.elements[ours] = other.samples[theirs], other.elements[theirs]
+        for name in ("fired", "magnitude", "maxima"):
+            getattr(self, name)[..., self.place(ours)] = getattr(other, name)[..., other.place(theirs)]
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the dead units of each site by name, boolean, shape ``(units,)``."""
+        return {site.name: site.dead for site in self.report().sites}
+
+    def report(self) -> LivenessReport:
+        """Judge what was counted since the last :meth:`reset`, on this rank alone."""
+        return judge(self.totals().to_host(), UnitHistory.empty(), self.sites, self.rules)[0]
+
+    def totals(self) -> Totals:
+        """Return the counts as they stand, on the device."""
+        self.fold()
+        return Totals(*(getattr(self, f.name) for f in fields(Totals)))
+
+    def load(self, totals: Totals) -> None:
+        """Put counts in place of the present ones."""
+        self.make_room()
+        self._pending = {}
+        for f in fields(Totals):
+            getattr(self, f.name).copy_(getattr(totals, f.name))
+
+    def reset(self) -> None:
+        """Forget all counts, in place, and start at observation 0; the sites stay."""
+        states = {name: getattr(self, name) for name in self._defaults}
+        super().reset()
+        for name, state in states.items():
+            setattr(self, name, _cleared(name, state))
+        self._pending = {}
+        self._observation = 0
+
+
+def _joined(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Concatenate counts; those of different types one by one, because float32 would not hold them all."""
+    if len({part.dtype for part in parts}) > 1:
+        parts = [part.to(dtype) for part in parts]
+    return torch.cat(parts).to(dtype)
+
+
+def _fresh(name: str, like: Tensor, sites: Sequence[Site]) -> Tensor:
+    """Make the entries of new sites."""
+    units, number = sum(site.units for site in sites), len(sites)
+    shapes = {"maxima": (len(like), units), "samples": (number, *like.shape[1:]), "elements": (number,)}
+    return _cleared(name, like.new_empty(shapes.get(name, (units,))))
+
+
+def _cleared(name: str, state: Tensor) -> Tensor:
+    """Put in what changes nothing when it is merged."""
+    if name != "maxima":
+        return state.zero_()
+    for row, value in zip(state, _NOTHING, strict=True):
+        row.fill_(value)
+    return state

@@ -1,0 +1,217 @@
+"""Verdicts and their evidence, as users see them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True, eq=False)
+class SiteReport:
+    """The verdicts on the units of one site, and their evidence.
+
+    All tensors have shape ``(units,)`` and live on the CPU.
+
+    Args:
+        name: The module's path; ``-relu`` is appended where a function was called, ``-1`` for a second site.
+        kind: ``"relu"``, ``"relu6"``, ``"hardtanh"``, ...
+        units: How many units there are.
+        samples: Samples observed in the window, on all ranks.
+        elements: Inputs observed per unit in the window.
+        trainable: Whether an optimizer trains what feeds it; frozen sites stay out of the headlines.
+        smooth: Whether no input is exactly dead, as with GELU: only dormancy is judged.
+        dead: Silent in the window, and for at least ``min_samples`` samples. Bool.
+        silent: Never fired in the observed batches of the window, whatever gradients prove. Bool.
+        rare: Fired, or was proved to by a gradient, but on less than 1 % of the elements. Bool.
+        always_on: Fired on all elements: the unit is linear. Bool.
+        frozen: Fired, but put out one value whatever the input: it is downstream of a dead layer. Bool.
+        dormant: Dormancy at most ``tau``. Bool.
+        nonfinite: Met an infinity or a value that is not a number. Bool.
+        judged: Whether the evidence suffices: it lives, or its age reached ``min_samples``. Bool.
+        born_dead: Dead, and has never fired, nor been proved to. Bool.
+        newly_dead: Dead, and was not at the verdict before. Bool.
+        revived: Lives (fires, or was proved to and is not dead), and was dead when last judged. Bool.
+        redied: Newly dead, and had come back to life before. Bool.
+        firing_rate: Share of the elements that fired.
+        peak: Largest input, measured from the hinge.
+        dormancy: Mean absolute output, divided by its mean over the site (Sokar et al. 2023, arXiv 2302.12902).
+        age: Samples observed since the unit last fired, or a gradient proved that it did, int64.
+        usual_rate: Share of the elements that fired over all windows so far in which the unit fired; 0 if it never did.
+        last_fired: The step of the last observation in which the unit fired, int32; -1 if it never did.
+        rate_bound: At 95 % confidence the firing rate is below this: ``1 - 0.05 ** (1 / age)``.
+    """
+
+    name: str
+    kind: str
+    units: int
+    samples: int
+    elements: int
+    trainable: bool
+    smooth: bool
+    dead: Tensor
+    silent: Tensor
+    rare: Tensor
+    always_on: Tensor
+    frozen: Tensor
+    dormant: Tensor
+    nonfinite: Tensor
+    judged: Tensor
+    born_dead: Tensor
+    newly_dead: Tensor
+    revived: Tensor
+    redied: Tensor
+    firing_rate: Tensor
+    peak: Tensor
+    dormancy: Tensor
+    age: Tensor
+    usual_rate: Tensor
+    last_fired: Tensor
+
+    def __post_init__(self) -> None:
+        values = vars(self)
+        values["_later"] = {name: values.pop(name) for name in (*values,) if callable(values[name])}
+
+    def __getattr__(self, name: str) -> Any:
+        """Work out, when first asked for, a field that was given as a function: no window's end needs it."""
+        if name not in (later := vars(self).get("_later", {})):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        values = vars(self)
+        values[name] = later[name]()
+        return values[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @property
+    def rate_bound(self) -> Tensor:
+        """Upper 95 % confidence bound of the firing rate, given silence for ``age`` samples; 1 at age 0."""
+        return 1 - 0.05 ** (1 / self.age.double())
+
+    @property
+    def dead_fraction(self) -> float:
+        """Share of the units that are dead, 0 to 1."""
+        return _number(self.dead) / self.units
+
+    @property
+    def in_headline(self) -> bool:
+        """Whether the site counts in the report's totals."""
+        return self.trainable and not self.smooth
+
+    def to_dict(self) -> dict[str, Any]:
+        """Turn into plain JSON values; masks become lists of unit numbers."""
+        plain: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            plain[f.name] = _plain(value) if isinstance(value, Tensor) else value
+        return plain | {"dead_fraction": self.dead_fraction, "rate_bound": _plain(self.rate_bound)}
+
+
+def _number(mask: Tensor) -> int:
+    """Count what is True, in a fifth of the time that torch's sum takes on a CPU."""
+    return int(np.count_nonzero(mask.numpy()))
+
+
+def _plain(value: Tensor) -> list[Any]:
+    if value.dtype == torch.bool:
+        return list(value.nonzero().flatten().tolist())
+    return [number if math.isfinite(number) else None for number in value.tolist()]
+
+
+@dataclass(frozen=True, eq=False)
+class LivenessReport:
+    """One verdict over all sites.
+
+    Args:
+        sites: The sites in the order of their first execution.
+        step: The training batch after which it was made, as loggers count; 0 for an audit.
+        unwatched: Why, by name, a rectifier that exists is not among the sites.
+
+    Example:
+        >>> from lightning_deadrelu import find_dead_units
+        >>> layer = torch.nn.Linear(2, 3)
+        >>> _ = layer.bias.data.copy_(torch.tensor([5.0, -5.0, 5.0]))
+        >>> report = find_dead_units(torch.nn.Sequential(layer, torch.nn.ReLU()), [torch.rand(300, 2)])
+        >>> report["1"].dead, report.dead_units, report.units
+        (tensor([False,  True, False]), 1, 3)
+    """
+
+    sites: tuple[SiteReport, ...]
+    step: int = 0
+    unwatched: Mapping[str, str] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> SiteReport:
+        for site in self.sites:
+            if site.name == name:
+                return site
+        raise KeyError(f"{name!r} is no site of this report. Sites: {', '.join(site.name for site in self.sites)}")
+
+    @cached_property
+    def headline(self) -> tuple[SiteReport, ...]:
+        """The rectifier sites that are being trained: the denominators of all totals."""
+        return tuple(site for site in self.sites if site.in_headline)
+
+    @property
+    def units(self) -> int:
+        """Units of the headline sites."""
+        return sum(site.units for site in self.headline)
+
+    @property
+    def dead_units(self) -> int:
+        """Dead units of the headline sites."""
+        return self.total("dead")
+
+    @property
+    def dead_fraction(self) -> float:
+        """Share of the headline sites' units that are dead, 0 to 1; 0 where there are none."""
+        return self.fraction("dead")
+
+    def total(self, mask: str) -> int:
+        """Count the units of the headline sites in one of the masks of :class:`SiteReport`."""
+        if mask not in self._totals:
+            self._totals[mask] = sum(_number(getattr(site, mask)) for site in self.headline)
+        return self._totals[mask]
+
+    @cached_property
+    def _totals(self) -> dict[str, int]:
+        return {}
+
+    def fraction(self, mask: str) -> float:
+        """Divide :meth:`total` by the number of units."""
+        return self.total(mask) / self.units if self.units else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Turn into plain values that ``json.dumps`` takes."""
+        sites = [site.to_dict() for site in self.sites]
+        totals = {"units": self.units, "dead_units": self.dead_units, "dead_fraction": self.dead_fraction}
+        return {"step": self.step, **totals, "sites": sites, "unwatched": dict(self.unwatched)}
+
+    def plot(self, ax: Axes | None = None) -> tuple[Figure, Axes]:
+        """Draw the share of dead, rare, always-on and other units of each site; needs matplotlib.
+
+        Args:
+            ax: Where to draw; a new figure by default.
+        """
+        from lightning_deadrelu.report import plot
+
+        return plot(self, ax)
+
+    def __str__(self) -> str:
+        from lightning_deadrelu.report import table
+
+        return table(self)
+
+    def _repr_html_(self) -> str:
+        from lightning_deadrelu.report import html_table
+
+        return html_table(self)
