@@ -1,9 +1,9 @@
-"""Keep units from being born dead, and from being decayed to death: initialisation, parameter groups, closed forms."""
+"""Keep units from being born dead, and from being decayed to death: initialisation and parameter groups."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from lightning_deadrelu.model.sites import clean
 from lightning_deadrelu.model.slices import Attribution, Slice
 from lightning_deadrelu.observe.audit import trace
+from lightning_deadrelu.statistics.born_dead import born_dead_bounds
+
+__all__ = ["born_dead_bounds", "decay_groups", "init_for_relu_", "randomized_asymmetric_init_"]
 
 _TRANSPOSED = nn.modules.conv._ConvTransposeNd
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
@@ -229,40 +232,3 @@ def is_shift(name: str, parameter: Tensor, owner: nn.Module) -> bool:
         True
     """
     return parameter.ndim < 2 or "bias" in name or isinstance(owner, _NORMS) or type(owner).__name__.endswith("Norm")
-
-
-def born_dead_bounds(widths: Sequence[int], *, inputs: int | None = None, bias: bool = True) -> tuple[float, float]:
-    """Bound the probability that a ReLU net is born dead: constant in its inputs, from the first step to the last.
-
-    Both bounds are Lu et al.'s (2020, arXiv 1903.06733), for a plain chain of layers, weights that are independent
-    and symmetric about 0 (He, Xavier, PyTorch's own), and biases that are 0 or symmetric too. The upper bound,
-    1 - prod(1 - 2^-N) over the widths N, is the exact probability that some hidden layer is silent at one given input.
-    The lower bound is proved for nets of one input, without biases, and with hidden layers of one width; it is 0 for
-    others. Against 1 % for ``L`` layers: N of at least ``log2(100 * L)``.
-
-    Args:
-        widths: The widths of the hidden layers.
-        inputs: The number of inputs, if known.
-        bias: Whether biases are drawn; False if they are 0, or there are none.
-
-    Returns:
-        The lower and the upper bound.
-
-    Raises:
-        ValueError: If there is no hidden layer, or one without units.
-
-    Example:
-        >>> lower, upper = born_dead_bounds([2] * 9, inputs=1, bias=False)
-        >>> round(lower, 4), round(upper, 4)
-        (0.8703, 0.9249)
-    """
-    if not widths or min(widths) < 1:
-        raise ValueError(f"`widths={list(widths)}`: every hidden layer has at least 1 unit. Try `widths=[64, 64]`.")
-    upper = 1 - math.prod(1 - 2.0**-width for width in widths)
-    if inputs != 1 or bias or len(set(widths)) > 1:
-        return 0.0, upper
-    n, more = widths[0], len(widths) - 1
-    silent = 1 - 2.0**-n
-    mixed = 1 - 2.0 ** (1 - n) - (n - 1) * 4.0**-n
-    share = (1 - 2.0 ** (1 - n)) * silent / (1 + (n - 1) * 2.0**-n)
-    return 1 - silent**more + share * (mixed**more - silent**more), upper

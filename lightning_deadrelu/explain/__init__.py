@@ -1,1 +1,1 @@
-"""."""
+"""Why units die: a check-up before training, and a post-mortem of those that died."""

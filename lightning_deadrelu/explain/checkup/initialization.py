@@ -9,8 +9,8 @@ from torch import nn
 
 from lightning_deadrelu.explain.checkup.context import CheckContext, Measured, code, listed
 from lightning_deadrelu.explain.finding import Confidence, Finding
-from lightning_deadrelu.prevention import born_dead_bounds
 from lightning_deadrelu.statistics import SiteReport
+from lightning_deadrelu.statistics.born_dead import born_dead_bounds
 
 MARGIN = 4.0
 """Standard errors by which a figure has to differ."""
