@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from lightning_deadrelu.monitor import Monitoring, exchange_as_in
 from lightning_deadrelu.observe import ranks
 from lightning_deadrelu.remedies import Remedy
 from lightning_deadrelu.repair.activation_swap import rectifiers
-from lightning_deadrelu.statistics import LivenessReport, Rules
-from lightning_deadrelu.validation import check
+from lightning_deadrelu.settings import Settings
+from lightning_deadrelu.statistics import LivenessReport
 
 
 class DeadReLUMonitor(Monitoring):
@@ -93,27 +94,32 @@ class DeadReLUMonitor(Monitoring):
         name: str = "dead_relu",
     ) -> None:
         super().__init__()
-        try:
-            check({name: value for name, value in locals().items() if name not in ("self", "__class__")})
-        except ValueError as error:
-            raise MisconfigurationException(str(error)) from None
         self.every_n_steps = every_n_steps
         self.window = window
+        self.min_samples = min_samples
         self.threshold = threshold
         self.remedy = remedy
-        self.include = tuple(include)
-        self.exclude = tuple(exclude)
-        self.rules = Rules(min_samples, tau)
+        self.include = include
+        self.exclude = exclude
+        self.tau = tau
         self.mask = mask
         self.gradient_evidence = gradient_evidence
-        self.unit_dims = dict(unit_dims or {})
+        self.unit_dims = unit_dims
         self.checkup = checkup
         self.alerts = alerts
         self.report_dir = report_dir
         self.name = name
+        self._settings = self._checked_settings()
         self.report = None
         self._pending = None
         self._clear()
+
+    def _checked_settings(self) -> Settings:
+        given = {field.name: getattr(self, field.name) for field in fields(Settings)}
+        try:
+            return Settings(**given)
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from None
 
     # -- what a user may override ------------------------------------------------------------------------
 

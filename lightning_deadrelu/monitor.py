@@ -27,13 +27,14 @@ from lightning_deadrelu.model.trainable import Gradients, trainable_sites
 from lightning_deadrelu.observe import ranks
 from lightning_deadrelu.observe.gradient_evidence import GradientEvidence
 from lightning_deadrelu.observe.watch import Watch
-from lightning_deadrelu.remedies import Remedy, ladder_of
+from lightning_deadrelu.remedies import Remedy
 from lightning_deadrelu.repair.activation_swap import records, rectifiers, reinstate_, restore
 from lightning_deadrelu.repair.policy import Event
 from lightning_deadrelu.repair.repair import Diverged, Patient, Repair
 from lightning_deadrelu.report.history import RunHistory
 from lightning_deadrelu.report.loggers import Reporter
-from lightning_deadrelu.statistics import LivenessReport, Rules, Totals, UnitHistory, judge
+from lightning_deadrelu.settings import Settings
+from lightning_deadrelu.statistics import LivenessReport, Totals, UnitHistory, judge
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,16 +53,18 @@ class Monitoring(Callback):
     window: int
     threshold: float
     remedy: Remedy | str | Sequence[Remedy | str] | None
-    include: tuple[str, ...]
-    exclude: tuple[str, ...]
-    rules: Rules
+    min_samples: int
+    include: Sequence[str]
+    exclude: Sequence[str]
+    tau: float
     mask: Callable[[Any], Tensor] | None
     gradient_evidence: bool
-    unit_dims: dict[str, int]
+    unit_dims: Mapping[str, int] | None
     checkup: bool
     alerts: bool
     report_dir: str | None
     name: str
+    _settings: Settings
     report: LivenessReport | None
     """The latest verdict; None before the first."""
     _pending: dict[str, Any] | None  # what a checkpoint held, until training starts
@@ -127,9 +130,7 @@ class Monitoring(Callback):
         return Patient(self._watch, model, trainer.optimizers, outer, joint, self._gradients)
 
     def _new_repair(self) -> Repair:
-        return Repair(
-            ladder_of(self.remedy), self.threshold, self.rules.min_samples, self._tell, self.gradient_evidence
-        )
+        return Repair(self._settings.rungs, self.threshold, self.min_samples, self._tell, self.gradient_evidence)
 
     def _new_evidence(self) -> GradientEvidence | None:
         return GradientEvidence(self._remark) if self.gradient_evidence else None
@@ -173,17 +174,12 @@ class Monitoring(Callback):
     def _headline(self) -> str:
         return f"{self.name}/dead_fraction"
 
-    @property
-    def _selection(self) -> list[Any]:
-        dims = [[pattern, dim] for pattern, dim in self.unit_dims.items()]
-        return [list(self.include), list(self.exclude), dims]
-
     def _new_watch(self, pl_module: LightningModule) -> Watch:
         return Watch(
             pl_module,
             include=self.include,
             exclude=self.exclude,
-            rules=self.rules,
+            rules=self._settings.rules,
             window=self.window,
             unit_dims=self.unit_dims,
             keep_fused=True,
@@ -288,7 +284,7 @@ class Monitoring(Callback):
             self._evidence.believed(totals, sites) if self._evidence else totals,
             self._history,
             sites,
-            self.rules,
+            self._settings.rules,
             trainable=trainable_sites(sites, pl_module, trainer.optimizers, self._gradients.never),
             step=self._step,
             steps=self._steps,
@@ -367,7 +363,7 @@ class Monitoring(Callback):
             sites = ", ".join(f"`{site.name}` ({int(site.dead.sum())} of {site.units} units)" for site in crossed)
             rank_zero_warn(
                 f"{self.name}: more than {self.threshold:.0%} dead at step {report.step}: {sites}. They fired on no"
-                f" sample for {self.rules.min_samples} samples or more, and get no gradient."
+                f" sample for {self.min_samples} samples or more, and get no gradient."
             )
         return [site.name for site in crossed]
 
@@ -453,7 +449,7 @@ class Monitoring(Callback):
             joined = self._joined()
             if self._watch and self._trainer and joined:
                 state |= {key: getattr(self, f"_{key}") for key in _SAVED}
-                state["selection"] = self._selection
+                state["selection"] = self._settings.selection
                 state["told"] = sorted(self._told)
                 state["sites"] = [list(site) for site in self._watch.sites]
                 state["totals"] = joined[0].saved()
@@ -488,7 +484,7 @@ class Monitoring(Callback):
         self._gradients.load(state["never_trained"], pl_module, trainer.optimizers)
         self._repair.load_state_dict(state["repair"], self._patient(trainer))
         self._record.load_state_dict(state["record"])
-        if state["selection"] != self._selection:  # the sites are others, and so are their numbers
+        if state["selection"] != self._settings.selection:  # the sites are others, and so are their numbers
             self._observation, self._steps = 0, []
             self._repair.forget(self._patient(trainer))
             rank_zero_warn(f"{self.name}: other sites are selected than in the checkpoint, so all ages start at zero.")

@@ -1,98 +1,75 @@
-"""Refuse what a monitor cannot work with, when it is made. Pure."""
+"""What an argument may be, and the error of three parts that follows: what was written, why it cannot work, a mend."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from os import PathLike
-from typing import Any
-
-from lightning_deadrelu.remedies import ladder_of
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NoReturn
 
 
-def check(arguments: Mapping[str, Any]) -> None:
-    """Check all arguments of the monitor.
+class Argument(NamedTuple):
+    """One argument of a call, as a user wrote it.
 
     Args:
-        arguments: What was given, by name.
-
-    Raises:
-        ValueError: What was written, why it cannot work, and the smallest edit that mends it.
+        call: The name of the class or function.
+        name: The name of the argument.
+        value: What was given.
 
     Example:
-        >>> check({"window": 0})
+        >>> Argument("DeadReLUMonitor", "window", 0).check_count(example=10)
         Traceback (most recent call last):
         ValueError: `DeadReLUMonitor(window=0)`: it has to be a whole number of at least 1. Try `window=10`.
     """
-    if ladder_of(arguments.get("remedy")) and arguments.get("threshold") == 1:
-        why = "no site can have more than all of its units dead, so no remedy would ever act"
-        _refuse("threshold", arguments["threshold"], why, "threshold=0.1")
-    if arguments.get("gradient_evidence") is True and arguments.get("mask") is not None:
-        why = "with a `mask`, gradients of padding cannot be told from those of data"
-        _refuse("gradient_evidence", True, why, "gradient_evidence=False")
-    for argument, value in arguments.items():
-        if argument in _COUNTS:
-            _check_count(argument, value)
-        elif argument in _SHARES:
-            _check_share(argument, value)
-        elif argument in ("include", "exclude"):
-            _check_patterns(argument, value)
-        elif argument in _OTHERS:
-            fits, why, example = _OTHERS[argument]
-            if not fits(value):
-                _refuse(argument, value, why, example)
 
+    call: str
+    name: str
+    value: Any
 
-_COUNTS = {"every_n_steps": 10, "window": 10, "min_samples": 299}
-_SHARES = {"threshold": 0.1, "tau": 0.025}
-_OTHERS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
-    "gradient_evidence": (lambda value: isinstance(value, bool), "it is a switch", "gradient_evidence=True"),
-    "mask": (
-        lambda value: value is None or callable(value),
-        "it is called with each batch",
-        'mask=lambda batch: batch["attention_mask"]',
-    ),
-    "unit_dims": (
-        lambda value: _maps_to_dimensions(value),
-        "it maps patterns to dimensions",
-        'unit_dims={"encoder.*": 1}',
-    ),
-    "alerts": (lambda value: isinstance(value, bool), "it is a switch", "alerts=True"),
-    "checkup": (lambda value: isinstance(value, bool), "it is a switch", "checkup=True"),
-    "report_dir": (
-        lambda value: value is None or (isinstance(value, (str, PathLike)) and str(value) != ""),
-        "it is the path of a folder",
-        'report_dir="reports"',
-    ),
-    "name": (
-        lambda value: isinstance(value, str) and value.isidentifier(),
-        "metric keys start with it",
-        'name="dead_relu"',
-    ),
-}
+    def refuse(self, why: str, example: str) -> NoReturn:
+        """Refuse the value.
 
+        Args:
+            why: Why it cannot work.
+            example: The smallest edit that mends it, as ``"window=10"``.
 
-def _refuse(argument: str, value: object, why: str, example: str) -> None:
-    raise ValueError(f"`DeadReLUMonitor({argument}={value!r})`: {why}. Try `{example}`.")
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(f"`{self.call}({self.name}={self.value!r})`: {why}. Try `{example}`.")
 
+    def check(self, fits: bool, why: str, example: str) -> None:
+        """Refuse the value unless it fits."""
+        if not fits:
+            self.refuse(why, example)
 
-def _check_count(argument: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        _refuse(argument, value, "it has to be a whole number of at least 1", f"{argument}={_COUNTS[argument]}")
+    def check_count(self, example: int, least: int = 1, optional: bool = False) -> None:
+        """Refuse all but a whole number from ``least`` on, or None where it is optional."""
+        fits = isinstance(self.value, int) and not isinstance(self.value, bool) and self.value >= least
+        alternative = ", or None" if optional else ""
+        why = f"it has to be a whole number of at least {least}{alternative}"
+        self.check(fits or (optional and self.value is None), why, f"{self.name}={example}")
 
+    def check_number(self, example: float, above: float = -math.inf, below: float = math.inf) -> None:
+        """Refuse all but a finite number between two limits, which are not allowed themselves."""
+        limits = [f"above {above:g}"] * math.isfinite(above) + [f"below {below:g}"] * math.isfinite(below)
+        why = f"it has to be a number {' and '.join(limits)}" if limits else "it has to be a finite number"
+        self.check(self._is_number() and above < self.value < below, why, f"{self.name}={example}")
 
-def _check_share(argument: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        _refuse(argument, value, "it is a share, from 0 to 1", f"{argument}={_SHARES[argument]}")
+    def check_share(self, example: float) -> None:
+        """Refuse all but a number from 0 to 1."""
+        fits = self._is_number() and 0 <= self.value <= 1
+        self.check(fits, "it is a share, from 0 to 1", f"{self.name}={example}")
 
+    def check_flag(self) -> None:
+        """Refuse all but True and False."""
+        self.check(isinstance(self.value, bool), "it is a switch", f"{self.name}=True")
 
-def _check_patterns(argument: str, value: object) -> None:
-    listed = isinstance(value, Sequence) and not isinstance(value, str)
-    if not listed or not all(isinstance(pattern, str) for pattern in value):
-        example = [value] if isinstance(value, str) else ["encoder.*"]
-        _refuse(argument, value, "it takes a list of patterns", f"{argument}={example}")
+    def check_patterns(self) -> None:
+        """Refuse all but a sequence of strings; a string alone is taken for a forgotten pair of brackets."""
+        listed = isinstance(self.value, Sequence) and not isinstance(self.value, str)
+        fits = listed and all(isinstance(pattern, str) for pattern in self.value)
+        example = [self.value] if isinstance(self.value, str) else ["encoder.*"]
+        self.check(fits, "it takes a list of patterns", f"{self.name}={example}")
 
-
-def _maps_to_dimensions(value: object) -> bool:
-    if value is None:
-        return True
-    return isinstance(value, Mapping) and all(isinstance(k, str) and type(v) is int for k, v in value.items())
+    def _is_number(self) -> bool:
+        return isinstance(self.value, (int, float)) and not isinstance(self.value, bool)

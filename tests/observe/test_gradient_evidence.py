@@ -82,8 +82,8 @@ class Compared(Verdicts):
         for site in report.sites:
             if site.name in self.compared:
                 assert site.age.tolist() == self.slow.age(site.name), (site.name, report.step)
-                assert torch.equal(site.dead, site.silent & (site.age >= self.rules.min_samples))
-                assert site.judged[site.age < min(self.rules.min_samples, site.samples)].all()
+                assert torch.equal(site.dead, site.silent & (site.age >= self.min_samples))
+                assert site.judged[site.age < min(self.min_samples, site.samples)].all()
 
 
 class Layers(nn.ModuleDict):

@@ -26,7 +26,7 @@ FLOORS = (
     {"model"},
     {"statistics", "attribution"},
     {"observe", "remedies"},
-    {"repair", "explain", "prevention"},
+    {"repair", "explain", "prevention", "settings"},
     {"report"},
     {"monitor"},
     {"callback", "loop"},

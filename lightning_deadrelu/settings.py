@@ -1,0 +1,117 @@
+"""The arguments of a monitor, whoever calls it, checked together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+from torch import Tensor
+
+from lightning_deadrelu.remedies import Remedy, ladder_of
+from lightning_deadrelu.statistics import Rules
+from lightning_deadrelu.validation import Argument
+
+_COUNTS = {"every_n_steps": 10, "window": 10, "min_samples": 299}
+_SHARES = {"threshold": 0.1, "tau": 0.025}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What :class:`~lightning_deadrelu.DeadReLUMonitor` was given; see there.
+
+    Raises:
+        ValueError: What was written, why it cannot work, and the smallest edit that mends it.
+
+    Example:
+        >>> Settings(window=0)
+        Traceback (most recent call last):
+        ValueError: `DeadReLUMonitor(window=0)`: it has to be a whole number of at least 1. Try `window=10`.
+    """
+
+    every_n_steps: int = 10
+    window: int = 10
+    min_samples: int = 299
+    threshold: float = 0.1
+    remedy: Remedy | str | Sequence[Remedy | str] | None = None
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    tau: float = 0.025
+    mask: Callable[[Any], Tensor] | None = None
+    gradient_evidence: bool = False
+    unit_dims: Mapping[str, int] | None = None
+    checkup: bool = False
+    alerts: bool = False
+    report_dir: str | None = None
+    name: str = "dead_relu"
+
+    def __post_init__(self) -> None:
+        for name, example in _COUNTS.items():
+            self._argument(name).check_count(example)
+        for name, share in _SHARES.items():
+            self._argument(name).check_share(share)
+        for name in ("include", "exclude"):
+            self._argument(name).check_patterns()
+        for name in ("gradient_evidence", "checkup", "alerts"):
+            self._argument(name).check_flag()
+        self._check_the_rest()
+        self._check_together()
+
+    def _argument(self, name: str) -> Argument:
+        return Argument("DeadReLUMonitor", name, getattr(self, name))
+
+    def _check_the_rest(self) -> None:
+        fits: Mapping[str, tuple[bool, str, str]] = {
+            "mask": (
+                self.mask is None or callable(self.mask),
+                "it is called with each batch",
+                'mask=lambda batch: batch["attention_mask"]',
+            ),
+            "unit_dims": (_maps_to_dimensions(self.unit_dims), "it maps patterns to dimensions", _UNIT_DIMS),
+            "report_dir": (_is_path(self.report_dir), "it is the path of a folder", 'report_dir="reports"'),
+            "name": (
+                isinstance(self.name, str) and self.name.isidentifier(),
+                "metric keys start with it",
+                'name="dead_relu"',
+            ),
+        }
+        for name, check in fits.items():
+            self._argument(name).check(*check)
+
+    def _check_together(self) -> None:
+        if self.rungs and self.threshold == 1:
+            why = "no site can have more than all of its units dead, so no remedy would ever act"
+            self._argument("threshold").refuse(why, "threshold=0.1")
+        if self.gradient_evidence and self.mask is not None:
+            why = "with a `mask`, gradients of padding cannot be told from those of data"
+            self._argument("gradient_evidence").refuse(why, "gradient_evidence=False")
+
+    @property
+    def rungs(self) -> tuple[Remedy, ...]:
+        """The remedies, in the order in which they are tried; none if the monitor only watches."""
+        return ladder_of(self.remedy)
+
+    @property
+    def rules(self) -> Rules:
+        """What a verdict asks for."""
+        return Rules(self.min_samples, self.tau)
+
+    @property
+    def selection(self) -> list[Any]:
+        """What decides which sites are watched, and their numbers; plain values, as a checkpoint holds them."""
+        dims = [[pattern, dim] for pattern, dim in (self.unit_dims or {}).items()]
+        return [list(self.include), list(self.exclude), dims]
+
+
+_UNIT_DIMS = 'unit_dims={"encoder.*": 1}'
+
+
+def _maps_to_dimensions(value: object) -> bool:
+    if value is None:
+        return True
+    return isinstance(value, Mapping) and all(isinstance(k, str) and type(v) is int for k, v in value.items())
+
+
+def _is_path(value: object) -> bool:
+    return value is None or (isinstance(value, (str, PathLike)) and str(value) != "")
