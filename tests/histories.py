@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_deadrelu import LivenessReport, SiteReport, UnitLiveness
+from lightning_deadrelu import LivenessReport, SiteReport, UnitLiveness, find_dead_units
 from lightning_deadrelu.attribution import Attributions
 from lightning_deadrelu.model.slices import Attribution
 from lightning_deadrelu.repair.policy import Event
@@ -53,3 +53,36 @@ def run_of(
     known = {name: Attribution(no_incoming=no if number == 0 else "") for number, name in enumerate(names)}
     events.append(Event(step, names[0], "refused", "Reset", reason="its parameters are sharded"))
     return report, raster, events, Attributions(known)
+
+
+def audit(units=8, name="act"):
+    torch.manual_seed(units)
+    layer = nn.Linear(2, units)
+    found = find_dead_units(nn.Sequential(layer, nn.ReLU()), [torch.rand(300, 2)])
+    return replace(found.sites[0], name=name)
+
+
+NONE = dict.fromkeys(("dead", "silent", "rare", "always_on", "frozen", "dormant", "nonfinite", "judged"), ())
+
+
+def site(units=8, name="act", **masks):
+    """A site report with the units listed in each mask."""
+    base, marks = audit(units, name), {}
+    for mask, marked in (NONE | {"judged": range(units)} | masks).items():
+        marks[mask] = torch.zeros(units, dtype=torch.bool)
+        marks[mask][list(marked)] = True
+    return replace(base, **marks)
+
+
+def report(*sites, step=0):
+    return LivenessReport(sites, step)
+
+
+def run(raster, *windows, name="act", units=8):
+    """Add windows with the given units dead."""
+    base = site(units, name)
+    for dead in windows:
+        mask = torch.zeros(units, dtype=torch.bool)
+        mask[list(dead)] = True
+        raster.add(report(replace(base, dead=mask), step=10 * raster.windows + 9))
+    return raster

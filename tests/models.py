@@ -677,3 +677,7 @@ CASES: dict[str, Case] = {
     ),
     "overlap of boxes in a training step": Case(Mlp, [(5, 4), (5, 4)], "act@-1 -", lambda m, x, y: iou(m(x), y).sum()),
 }
+
+
+def inputs_of(case: Case) -> tuple[Tensor, ...]:
+    return case.inputs() if callable(case.inputs) else tuple(torch.randn(shape) for shape in case.inputs)

@@ -13,9 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import FAMILIES
-from models import CASES, Case, MoE, Net, conv_nd, linear, net, parameter, sequential
+from models import CASES, Case, MoE, Net, conv_nd, inputs_of, linear, net, parameter, sequential
 from recorder import no_fast_path
-from test_exactness import inputs_of
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint

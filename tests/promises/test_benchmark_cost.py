@@ -2,22 +2,18 @@
 
 import io
 import re
-import sys
 from functools import partial
-from pathlib import Path
 
+import cost
+import cost_gpu
 import pytest
 import torch
+import trackers
+import turns
 from rich.console import Console
 from torch import nn
 
 from lightning_deadrelu import DeadReLUMonitor
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-import cost
-import cost_gpu
-import trackers
-import turns
 
 
 def _small(scale: int = 1) -> tuple[nn.Module, torch.Tensor]:

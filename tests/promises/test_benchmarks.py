@@ -1,19 +1,15 @@
 """The batched study of the benchmark is the Trainer's run, edit by edit and bit by bit."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
+import absolute
+import causes
+import healthy
 import pytest
 import torch
 from torch.nn.utils import parameters_to_vector
 
 from lightning_deadrelu import DeadReLUMonitor
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-import absolute
-import causes
-import healthy
 
 
 @pytest.mark.filterwarnings("ignore:dead_relu")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from families import FAMILIES, Family
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import CASES, Case, Mlp, PreNormBlock, net
+from models import CASES, Case, Mlp, PreNormBlock, inputs_of, net
 from recorder import Recorder, Rectified, fires, no_fast_path
 from torch import Tensor, nn
 
@@ -51,10 +51,6 @@ def recorded(run: Callable[[], Any]) -> tuple[list[Rectified], Any]:
     with Recorder() as recorder:
         result = run()
     return recorder.calls, result
-
-
-def inputs_of(case: Case) -> tuple[Tensor, ...]:
-    return case.inputs() if callable(case.inputs) else tuple(torch.randn(shape) for shape in case.inputs)
 
 
 def step(case: Case) -> tuple[nn.Module, Callable[[], Any]]:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_unit_remedies import view_of
 from torch import nn
+from views import view_of
 
 from lightning_deadrelu.model.slices import Attribution, Slice
 from lightning_deadrelu.remedies import InitDistribution, Reset, Write

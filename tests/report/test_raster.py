@@ -5,9 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from histories import report, run, site
 
-from lightning_deadrelu import LivenessReport, find_dead_units
 from lightning_deadrelu.report.metrics import EVENTS, headline_metrics, metrics_of, site_metrics
 from lightning_deadrelu.report.raster import (
     MOST_COLUMNS,
@@ -19,39 +18,6 @@ from lightning_deadrelu.report.raster import (
     rows_of,
     states_of,
 )
-
-
-def audit(units=8, name="act"):
-    torch.manual_seed(units)
-    layer = nn.Linear(2, units)
-    report = find_dead_units(nn.Sequential(layer, nn.ReLU()), [torch.rand(300, 2)])
-    return replace(report.sites[0], name=name)
-
-
-NONE = dict.fromkeys(("dead", "silent", "rare", "always_on", "frozen", "dormant", "nonfinite", "judged"), ())
-
-
-def site(units=8, name="act", **masks):
-    """A site report with the units listed in each mask."""
-    base, marks = audit(units, name), {}
-    for mask, marked in (NONE | {"judged": range(units)} | masks).items():
-        marks[mask] = torch.zeros(units, dtype=torch.bool)
-        marks[mask][list(marked)] = True
-    return replace(base, **marks)
-
-
-def report(*sites, step=0):
-    return LivenessReport(sites, step)
-
-
-def run(raster, *windows, name="act", units=8):
-    """Add windows with the given units dead."""
-    base = site(units, name)
-    for dead in windows:
-        mask = torch.zeros(units, dtype=torch.bool)
-        mask[list(dead)] = True
-        raster.add(report(replace(base, dead=mask), step=10 * raster.windows + 9))
-    return raster
 
 
 def test_each_unit_is_in_the_most_telling_state():

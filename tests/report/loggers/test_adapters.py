@@ -15,8 +15,8 @@ import lightning.pytorch as new
 import numpy as np
 import pytest
 import pytorch_lightning as old
-from test_raster import report, run, site
-from test_reporter import KEYS, as_wandb, wandb_records
+from histories import report, run, site
+from logged import KEYS, as_wandb, wandb_records
 from toys import EVERYTHING, KEY, Log, Net, Verdicts, batches, fit
 
 from lightning_deadrelu.report.loggers import Reporter, metrics_of
@@ -25,6 +25,7 @@ from lightning_deadrelu.report.loggers.images import card_of, overview_of
 from lightning_deadrelu.report.loggers.media import MOST_SITES, is_due, media_of, row_of
 from lightning_deadrelu.report.raster import Raster
 
+TESTS = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -231,7 +232,7 @@ def test_a_logger_that_fails_with_pictures_still_gets_scalars(tmp_path):
 def test_without_pillow_there_is_one_warning_and_scalars_and_tables_work(tmp_path):
     script = f"""
         import sys, warnings
-        sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+        sys.path[:0] = [{str(TESTS)!r}, {str(Path(__file__).parent)!r}]
         import importlib.util
         real = importlib.util.find_spec
         importlib.util.find_spec = lambda name, *rest: None if name == "PIL" else real(name, *rest)

@@ -1,5 +1,4 @@
 import csv
-import json
 import subprocess
 import sys
 import textwrap
@@ -11,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from logged import KEYS, as_wandb, wandb_records
 from torch import nn
 from toys import EVERYTHING, KEY, Log, Net, Verdicts, batches, fit, mlp
 
@@ -18,23 +18,6 @@ from lightning_deadrelu import DeadReLUMonitor, LivenessReport
 from lightning_deadrelu.report.loggers import Reporter, metrics_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*the Trainer has no logger", "ignore:.*get no gradient")
-
-COMMON = {
-    "dead_fraction",
-    "dead_units",
-    "judged_fraction",
-    "newly_dead_units",
-    "revived_units",
-    "redied_units",
-    "rare_fraction",
-    "always_on_fraction",
-    "frozen_fraction",
-    "dormant_fraction",
-    "remedied_units",
-    "at_risk_fraction",
-}
-SITES = ("net.1", "net.3")
-KEYS = {f"dead_relu/{key}" for key in COMMON} | {f"dead_relu_sites/{site}" for site in SITES}
 
 
 class Logged(Net):
@@ -112,18 +95,6 @@ def test_the_x_axis_of_manual_optimisation_counts_batches():
 
 
 # -- real loggers ------------------------------------------------------------------------------------------
-
-
-def wandb_records(folder):
-    """Read an offline run back."""
-    (run,) = Path(folder).rglob("*.wandb")
-    wandb = Path(sys.executable).with_name("wandb")
-    done = subprocess.run([wandb, "leet", "inspect", "--json", run], capture_output=True, text=True, check=True)
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def as_wandb(metrics):
-    return {key.replace(".", "_"): value for key, value in metrics.items()}
 
 
 def wandb_logger(kind, folder):

@@ -1,0 +1,35 @@
+"""What loggers get of ``toys.mlp``, and what an offline W&B run holds."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+COMMON = {
+    "dead_fraction",
+    "dead_units",
+    "judged_fraction",
+    "newly_dead_units",
+    "revived_units",
+    "redied_units",
+    "rare_fraction",
+    "always_on_fraction",
+    "frozen_fraction",
+    "dormant_fraction",
+    "remedied_units",
+    "at_risk_fraction",
+}
+SITES = ("net.1", "net.3")
+KEYS = {f"dead_relu/{key}" for key in COMMON} | {f"dead_relu_sites/{site}" for site in SITES}
+
+
+def wandb_records(folder):
+    """Read an offline run back."""
+    (run,) = Path(folder).rglob("*.wandb")
+    wandb = Path(sys.executable).with_name("wandb")
+    done = subprocess.run([wandb, "leet", "inspect", "--json", run], capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def as_wandb(metrics):
+    return {key.replace(".", "_"): value for key, value in metrics.items()}
