@@ -48,7 +48,8 @@ def attribute(model: nn.Module, run: Run) -> dict[Site, Attribution]:
     """Trace one run."""
     seed()
     probe = Probe(model, lambda *call: None)
-    tracer = probe.tracer = Tracer(model)
+    tracer = Tracer(model)
+    probe.subscribe_calls(tracer)
     with probe:
         for out in tensors(run()):
             if out.requires_grad:

@@ -40,7 +40,8 @@ class Tracer:
         >>> from lightning_deadrelu.observe.probe import Probe
         >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
         >>> probe = Probe(model, lambda *call: None)
-        >>> tracer = probe.tracer = Tracer(model)
+        >>> tracer = Tracer(model)
+        >>> handle = probe.subscribe_calls(tracer)
         >>> with probe:
         ...     _ = model(torch.zeros(5, 3))
         >>> (attribution,) = tracer.attributions().values()

@@ -9,8 +9,9 @@ Compiled code, which neither mode nor hooks could see, runs eagerly meanwhile, o
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,6 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode, _push_mode
 from torch.utils.hooks import RemovableHandle
 
-from lightning_deadrelu.attribution import Tracer
 from lightning_deadrelu.model.sites import (
     Rectifier,
     Site,
@@ -61,6 +61,38 @@ class Sink(Protocol):
 
     def __call__(self, site: Site, rectifier: Rectifier, x: Tensor, out: Tensor, dims: tuple[int, ...]) -> None:
         """Take one call."""
+
+
+class CallTaker(Protocol):
+    """Takes all calls of torch functions in one batch."""
+
+    def begin(self) -> None:
+        """Start a batch."""
+
+    def see(
+        self,
+        name: str,
+        func: Callable[..., Any] | None,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        output: Any,
+        frame: tuple[str, nn.Module | None] = ("", None),
+        met: tuple[Site, Rectifier, tuple[int, ...], Tensor] | None = None,
+    ) -> None:
+        """Take one call; see :meth:`~lightning_deadrelu.attribution.Tracer.see`."""
+
+    def end(self) -> None:
+        """End the batch."""
+
+
+Taker = TypeVar("Taker")
+
+
+def subscribed(takers: OrderedDict[int, Taker], taker: Taker) -> RemovableHandle:
+    """Enter a subscriber, and return the handle that takes it out again."""
+    handle = RemovableHandle(takers)
+    takers[handle.id] = taker
+    return handle
 
 
 class InCompiled(Protocol):
@@ -126,10 +158,8 @@ class Probe(TorchFunctionMode):
         """Why, by name, a rectifier that ran is not watched."""
         self.failure: Exception | None = None
         """What went wrong inside the probe, which stopped it; the model's own errors pass through."""
-        self.tracer: Tracer | None = None
-        """Takes every call until the next pause, to tell who feeds and reads each unit."""
-        self.listeners: dict[str, Callable[[Tensor], None]] = {}
-        """By path, who is handed the input of a module."""
+        self._call_takers: OrderedDict[int, CallTaker] = OrderedDict()
+        self._input_takers: dict[str, OrderedDict[int, Callable[[Tensor], None]]] = {}
         self._met: tuple[Site, Rectifier, tuple[int, ...]] | None = None
 
     @property
@@ -159,6 +189,37 @@ class Probe(TorchFunctionMode):
         """Name a parameter of the model; None for any other value."""
         return self._trail.name(tensor)
 
+    def subscribe_input(self, path: str, take: Callable[[Tensor], None]) -> RemovableHandle:
+        """Have a module's input handed to a function at each call, until the handle is removed.
+
+        Args:
+            path: Of the module.
+            take: Called with the first positional argument, detached.
+
+        Example:
+            >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
+            >>> probe = Probe(model, lambda *call: None)
+            >>> handle = probe.subscribe_input("1", lambda x: print(tuple(x.shape)))
+            >>> with probe:
+            ...     _ = model(torch.zeros(5, 3))
+            (5, 4)
+            >>> handle.remove()
+        """
+        return subscribed(self._input_takers.setdefault(path, OrderedDict()), take)
+
+    def subscribe_calls(self, taker: CallTaker) -> RemovableHandle:
+        """Have every call of a torch function handed on, until the next pause or until the handle is removed.
+
+        Args:
+            taker: Is told of the batch's begin, of each call, and of the batch's end.
+        """
+        return subscribed(self._call_takers, taker)
+
+    @property
+    def is_subscribed(self) -> bool:
+        """Whether somebody wants more than calls of rectifiers."""
+        return bool(self._call_takers) or any(self._input_takers.values())
+
     @property
     def armed(self) -> bool:
         """Whether the probe is looking now."""
@@ -185,8 +246,8 @@ class Probe(TorchFunctionMode):
             self._look()
 
     def _look(self) -> None:
-        if self.tracer is not None:
-            self.tracer.begin()
+        for taker in self._call_takers.values():
+            taker.begin()
         self._handles = [
             register_module_forward_pre_hook(self._enter_module),
             register_module_forward_hook(self._leave_module, always_call=True),
@@ -217,9 +278,9 @@ class Probe(TorchFunctionMode):
             handle.remove()
         self._handles = []
         self._forget()
-        if self.tracer is not None:
-            self.tracer.end()
-            self.tracer = None
+        for taker in self._call_takers.values():
+            taker.end()
+        self._call_takers.clear()
 
     def _look_at_model(self) -> None:
         """List modules and parameters; what is exchanged later goes by its module until the next look."""
@@ -237,8 +298,10 @@ class Probe(TorchFunctionMode):
         entry = self._modules.get(id(module))
         if entry is not None and threading.get_ident() == self._thread:
             self.entered.add(entry[1])
-            if entry[1] in self.listeners and args and isinstance(args[0], Tensor) and not recomputes():
-                self._guard(self.listeners[entry[1]], args[0].detach())
+            takers = self._input_takers.get(entry[1])
+            if takers and args and isinstance(args[0], Tensor) and not recomputes():
+                for take in takers.values():
+                    self._guard(take, args[0].detach())
             self._frames.append(ModuleCall(entry[1], module))
             if entry[1] in self._judged_as and self._standing_in is None:
                 self._guard(self._enter_substitute, entry[1], module, args)
@@ -284,8 +347,8 @@ class Probe(TorchFunctionMode):
         rectifier = self._judged_as[self._frames[place].path]
         with torch._C.DisableTorchFunction():  # this is a hook: the mode would see what is done here
             self._rectified(rectifier, x, values, output)
-            if self.tracer is not None:
-                self._trace(self.tracer, "substitute", None, (x,), {}, output, (rectifier, x, values))
+            if self._call_takers:
+                self._hand_on("substitute", None, (x,), {}, output, (rectifier, x, values))
 
     def _path_left(self, module: nn.Module) -> str | None:
         """Drop a module's frame, and those that an error left above it."""
@@ -306,8 +369,8 @@ class Probe(TorchFunctionMode):
         found = self._guard(self._find, name, args, kwargs)
         output = func(*args, **kwargs)
         self._guard(self._note, name, args, kwargs, output, found)
-        if self.tracer is not None:
-            self._guard(self._trace, self.tracer, name, func, args, kwargs, output, found)
+        if self._call_takers:
+            self._guard(self._hand_on, name, func, args, kwargs, output, found)
         return output
 
     def _guard(self, step: Callable[..., Any], *args: Any) -> Any:
@@ -350,9 +413,8 @@ class Probe(TorchFunctionMode):
         if found is not None:  # its input is out of sight
             self._rectified(found[0], outputs[0], outputs[0], outputs[0])
 
-    def _trace(
+    def _hand_on(
         self,
-        tracer: Tracer,
         name: str,
         func: Callable[..., Any] | None,
         args: Sequence[Any],
@@ -364,7 +426,8 @@ class Probe(TorchFunctionMode):
         met, self._met = self._met, None
         frame = (self._frames[-1].path, self._frames[-1].module) if self._frames else ("", None)
         with no_caching_modes():
-            tracer.see(name, func, args, kwargs, output, frame, (*met, found[1]) if met and found else None)
+            for taker in self._call_takers.values():
+                taker.see(name, func, args, kwargs, output, frame, (*met, found[1]) if met and found else None)
 
     def _rectified(self, rectifier: Rectifier, x: Tensor, values: Tensor, output: Tensor) -> None:
         lineage = self._lineage(x) or Provenance()

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_deadrelu.attribution import Attributions, Tracer, merged
 from lightning_deadrelu.model.sites import Rectifier, Site, clean, is_rectifier_module, is_selected, names_of, unmatched
 from lightning_deadrelu.model.slices import Slice
 from lightning_deadrelu.observe.compiled import Compiled, Seen
-from lightning_deadrelu.observe.probe import Probe
+from lightning_deadrelu.observe.probe import Probe, subscribed
 from lightning_deadrelu.statistics import Counts, Rules, UnitLiveness, count
-from lightning_deadrelu.statistics.confirmation import Confirmation
 
 NOT_TRACED = "it has not run while its layers were traced"
+
+
+class RectifierTaker(Protocol):
+    """Takes the calls of rectifiers that a watch counts."""
+
+    def __call__(
+        self, number: int, rectifier: Rectifier, x: Tensor, dims: tuple[int, ...], valid: Tensor | None = None
+    ) -> None:
+        """Take one call.
+
+        Args:
+            number: Of the site in the layout.
+            rectifier: What it is.
+            x: Its input, without what was added for a time.
+            dims: The dimensions of the input that hold the units, counted from the end.
+            valid: True for data and False for padding, of the shape of ``x`` without the units; None where all is data.
+        """
 
 
 class Watch:
@@ -70,8 +89,8 @@ class Watch:
         """True where the current batch holds data, False where padding; None where all is data."""
         self.offsets: dict[int, Tensor] = {}
         """By number of the site, what is added to each unit's input for a time; a verdict looks past it."""
-        self.confirmation: Confirmation | None = None
-        """Looks once more at some units."""
+        self._takers: OrderedDict[int, RectifierTaker] = OrderedDict()
+        self._tracing: RemovableHandle | None = None
         self.dims: dict[int, tuple[int, ...]] = {}
         """By number of the site, the dimensions of its input that hold the units, counted from the end."""
         self.hinges: dict[int, float] = {}
@@ -110,13 +129,16 @@ class Watch:
         if place in self.offsets:
             x, out, rectifier = _without(self.offsets[place], x, dims, rectifier)
         self.liveness.add(place, count(x, out, dims, rectifier, valid))
-        if self.confirmation:
-            self.confirmation(place, rectifier, x, dims, valid)
+        for taker in self._takers.values():
+            taker(place, rectifier, x, dims, valid)
+
+    def subscribe(self, taker: RectifierTaker) -> RemovableHandle:
+        """Have each counted call of a rectifier handed on too, until the handle is removed."""
+        return subscribed(self._takers, taker)
 
     def _needs_values(self) -> bool:
         """Whether more is asked of the present batch than to be counted."""
-        probe = self.probe
-        busy = probe.tracer or probe.listeners or probe.judged_as or self.offsets or self.confirmation
+        busy = self.probe.is_subscribed or self.probe.judged_as or self.offsets or self._takers
         return bool(busy) or self.valid is not None
 
     def _index(self, seen: Seen) -> int | None:
@@ -158,7 +180,9 @@ class Watch:
 
     def trace(self) -> None:
         """Follow the next observed batch from layers to sites and on; what was known before is added to."""
-        self.probe.tracer = self._tracer
+        if self._tracing is not None:
+            self._tracing.remove()  # asked for twice, it is followed once
+        self._tracing = self.probe.subscribe_calls(self._tracer)
 
     @property
     def attributions(self) -> Attributions:

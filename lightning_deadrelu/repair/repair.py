@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lightning_deadrelu.attribution import joined_over_ranks, plain
 from lightning_deadrelu.model.sharding import reshard_
@@ -98,6 +99,7 @@ class Repair:
         self._layers: dict[str, str] = {}  # by site asked about, the linear module that feeds it
         self._report: LivenessReport | None = None  # the verdict behind the requests
         self._confirmation: Confirmation | None = None
+        self._handles: list[RemovableHandle] = []  # of what the confirmation subscribes to
         self._traces = 0  # batches traced, but for those before an edit
         self._unmet: frozenset[str] = frozenset()  # weights that no rank has met while tracing
         self.losses = torch.zeros(3, dtype=torch.float64)
@@ -119,11 +121,12 @@ class Repair:
         watch.offsets = {names.index(name): term for name, term in terms.items() if term is not None}
         if observed and self._requests and self._confirmation is None:
             asked = {names.index(request.site): request.units for request in self._requests}
-            self._confirmation = watch.confirmation = Confirmation(asked, watch.device)
-            watch.probe.listeners = {
-                path: partial(_listen, self._confirmation, names.index(site), watch)
+            self._confirmation = Confirmation(asked, watch.device)
+            self._handles = [watch.subscribe(self._confirmation)]
+            self._handles += [
+                watch.probe.subscribe_input(path, partial(_listen, self._confirmation, names.index(site), watch))
                 for site, path in self._layers.items()
-            }
+            ]
             watch.trace()
 
     def _trace(self, patient: Patient) -> None:
@@ -261,8 +264,10 @@ class Repair:
 
     def forget(self, patient: Patient) -> None:
         """Ask no more about the units asked about."""
-        self._requests, self._confirmation, patient.watch.confirmation = [], None, None
-        patient.watch.probe.listeners = {}
+        self._requests, self._confirmation = [], None
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     def _inputs(self, attribution: Attribution, rows: Tensor | None, patient: Patient) -> Tensor | None:
         """Bring together what all ranks kept of a layer's input."""

@@ -634,12 +634,11 @@ def test_a_batch_is_let_go() -> None:
     watch = Watch(model)
     watch.trace()
     with watch.probe:
-        tracer, hidden = watch.probe.tracer, model[1](model[0](torch.randn(5, 4)))
+        tracer, hidden = watch.tracer, model[1](model[0](torch.randn(5, 4)))
         gone = weakref.ref(hidden)
         del hidden
     assert gone() is None
-    assert watch.probe.tracer is None
-    assert tracer is not None
+    assert not watch.probe.is_subscribed
     assert not tracer._known
     assert not tracer._named
 
@@ -777,7 +776,8 @@ def test_a_swapped_activation_is_loud_for_as_long_as_it_is_there() -> None:
     tracer = Tracer(model)
     for act in (nn.ReLU(), nn.LeakyReLU(0.1), nn.ReLU()):
         judged = Probe(model, lambda *call: None)
-        judged.tracer, model[1] = tracer, act
+        judged.subscribe_calls(tracer)
+        model[1] = act
         if isinstance(act, nn.LeakyReLU):
             judged.judged_as = {"1": Rectifier("relu", plain=True)}
         with judged:

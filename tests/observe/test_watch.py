@@ -52,6 +52,25 @@ def test_include_and_exclude(include, exclude, expected):
     watch.check_patterns()
 
 
+def test_subscribers_do_not_displace_each_other():
+    watch, seen = Watch(Shared()), []
+    handles = [
+        watch.probe.subscribe_input("head", lambda x: seen.append("first")),
+        watch.probe.subscribe_input("head", lambda x: seen.append("second")),
+        watch.subscribe(lambda number, rectifier, x, dims, valid: seen.append(rectifier.kind)),
+    ]
+    expected = ["relu", "first", "second", "relu6"]
+    for gone, handle in zip(["", "first", "second"], handles, strict=True):
+        expected = [name for name in expected if name != gone]
+        with watch.probe:
+            watch._model(torch.randn(5, 4), (0,))
+        assert watch.probe.failure is None
+        assert seen == expected
+        seen.clear()
+        handle.remove()
+    assert not watch.probe.is_subscribed
+
+
 def test_counts_move_with_their_sites_to_another_layout():
     ours, theirs = run(order=(0, 1)), run(order=(2, 1))
     ours.liveness.fold()

@@ -793,10 +793,10 @@ def test_two_ranks_end_bit_equal(remedy):
     assert_same(first, second)
 
 
-def run_to_the_end(remedy, items, *callbacks, ckpt=None):
+def run_to_the_end(remedy, items, *callbacks, ckpt=None, **options):
     torch.manual_seed(0)
     model = Net(mlp(3), lr=0.02)
-    monitor = DeadReLUMonitor(remedy=remedy, **{**EAGER, "every_n_steps": 2, "window": 3})
+    monitor = DeadReLUMonitor(remedy=remedy, **{**EAGER, "every_n_steps": 2, "window": 3, **options})
     trainer = fit(model, Loader(items), monitor, *callbacks, ckpt=ckpt, max_epochs=2)
     return monitor, model, trainer
 
@@ -819,6 +819,14 @@ def test_interrupted_and_resumed_equals_uninterrupted_also_in_mid_anneal(remedy,
         assert repr(again.events) == repr(monitor.events), step
         assert_same(resumed.state_dict(), model.state_dict())
         assert_same(resumed_trainer.optimizers[0].state_dict()["state"], trainer.optimizers[0].state_dict()["state"])
+
+
+def test_a_check_up_of_a_resumed_run_takes_nothing_from_the_confirmation_of_an_edit(tmp_path):
+    items = tensors(20, 8)
+    monitor, model, _ = run_to_the_end(Reset(), items, Save(tmp_path))
+    edited = next(event.step for event in monitor.events if event.action == "edited")
+    resumed = run_to_the_end(Reset(), items, ckpt=tmp_path / f"{edited}.ckpt", checkup=True)[1]
+    assert_same(resumed.state_dict(), model.state_dict())
 
 
 def test_the_state_of_a_repair_is_plain(tmp_path):

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lightning_deadrelu.explain.checkup.context import CheckContext, Entry, Measured, groups_of
 from lightning_deadrelu.explain.checkup.initialization import bad_init, narrow_and_deep, negative_bias, uncentred_inputs
@@ -65,6 +66,7 @@ class CheckRun:
         self._measured: dict[str, Measured] = {}
         self._entry: tuple[str, Tensor] | None = None
         self._fresh = True
+        self._handles: list[RemovableHandle] = []
         self.error: Exception | None = None
         """Why there are no findings."""
 
@@ -80,7 +82,7 @@ class CheckRun:
         """Follow the next batch, and look at what its first layer is given."""
         watch.trace()
         layers = {clean(n): m for n, m in watch.probe.model.named_modules() if isinstance(m, _ENTRIES)}
-        watch.probe.listeners = {path: partial(self._enter, path, layer) for path, layer in layers.items()}
+        self._handles = [watch.probe.subscribe_input(name, partial(self._enter, name, m)) for name, m in layers.items()]
 
     def _enter(self, path: str, layer: nn.Module, x: Tensor) -> None:
         if self._entry is None:
@@ -129,7 +131,8 @@ class CheckRun:
             scheduled: Whether there is a learning-rate schedule.
             fresh: Whether no step was made before.
         """
-        watch.probe.listeners = {}
+        for handle in self._handles:
+            handle.remove()
         held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
         self.measure(model, (parameter for parameter in model.parameters() if id(parameter) not in held))
         found: list[Finding] = []
