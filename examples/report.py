@@ -13,29 +13,12 @@ import subprocess
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
 
 from digits import Classifier, Digits
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import Trainer, seed_everything
 
-from lightning_deadrelu import DeadReLUMonitor, LivenessReport, Reset
+from lightning_deadrelu import DeadReLUMonitor, Reset
 from lightning_deadrelu.report import html_page as page
-from lightning_deadrelu.report import summary
-from lightning_deadrelu.report.raster import Raster
-
-
-class Recorder(DeadReLUMonitor):
-    """The monitor, with a memory of what became of each unit."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.raster = Raster()
-        self.seen = 0
-
-    def on_verdict(self, trainer: Trainer, pl_module: LightningModule, report: LivenessReport) -> None:
-        new = self.events[self.seen :]
-        self.seen = len(self.events)
-        self.raster.add(report, {event.site: event.units for event in new if event.action == "edited"})
 
 
 def photograph(html: Path, picture: Path) -> None:
@@ -55,7 +38,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="a PNG file")
     args = parser.parse_args()
     seed_everything(0, verbose=False)
-    monitor = Recorder(every_n_steps=1, window=5, remedy=Reset(start_step=220, cooldown=4, evidence=900))
+    monitor = DeadReLUMonitor(every_n_steps=1, window=5, remedy=Reset(start_step=220, cooldown=4, evidence=900))
     trainer = Trainer(
         max_epochs=args.epochs,
         accelerator="cpu",
@@ -66,9 +49,8 @@ def main() -> None:
         enable_progress_bar=False,
     )
     trainer.fit(Classifier(lr=0.2), Digits())
-    assert monitor.report is not None
-    print(summary(monitor.report, monitor.raster, monitor.events))
-    _, html = page.write(monitor.report, monitor.raster, monitor.events, monitor.attribution, args.out, monitor.deaths)
+    print(monitor.summary())
+    _, html = page.write(monitor.run_report, args.out)
     print(f"Page: {html}")
     if args.picture:
         photograph(html, args.picture)

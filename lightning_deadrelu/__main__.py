@@ -20,8 +20,8 @@ from torch import nn
 
 from lightning_deadrelu.observe.audit import find_dead_units
 from lightning_deadrelu.repair.activation_swap import restore_activations
+from lightning_deadrelu.report import RunReport, summary
 from lightning_deadrelu.report import html_page as page
-from lightning_deadrelu.report import summary
 from lightning_deadrelu.statistics import LivenessReport
 
 _EPILOG = """
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         report = audit(options)
-        print(summary(report))
+        print(summary(RunReport(report)))
         _write(report, options)
     except (ValueError, TypeError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
@@ -111,7 +111,7 @@ def _write(report: LivenessReport, options: argparse.Namespace) -> None:
     for path, content in ((options.json, page.to_json), (options.html, page.to_html)):
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(content(report), encoding="utf-8")
+            path.write_text(content(RunReport(report)), encoding="utf-8")
 
 
 # -- factories -------------------------------------------------------------------------------------------

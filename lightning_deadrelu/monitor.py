@@ -19,7 +19,7 @@ from typing_extensions import override
 from lightning_deadrelu.attribution import Attributions
 from lightning_deadrelu.explain.checkup import CheckRun
 from lightning_deadrelu.explain.finding import Finding
-from lightning_deadrelu.explain.postmortem import DeathEvent, told
+from lightning_deadrelu.explain.postmortem import DeathEvent
 from lightning_deadrelu.explain.postmortem.recorder import FlightRecorder, Notes
 from lightning_deadrelu.model.sharding import split_layer
 from lightning_deadrelu.model.sites import Site
@@ -33,6 +33,7 @@ from lightning_deadrelu.repair.policy import Event
 from lightning_deadrelu.repair.repair import Diverged, Patient, Repair
 from lightning_deadrelu.report.history import RunHistory
 from lightning_deadrelu.report.loggers import Reporter
+from lightning_deadrelu.report.run_report import RunReport
 from lightning_deadrelu.settings import Settings
 from lightning_deadrelu.statistics import LivenessReport, Totals, UnitHistory, judge
 
@@ -319,7 +320,7 @@ class Monitoring(Callback):
             units, at_risk = sum(map(len, edited.values())), self._record.at_risk_fraction
             self._reporter(report, trainer.loggers, trainer.is_global_zero, units, at_risk)
             if close:
-                self._reporter.media(report, self._raster, trainer.loggers, trainer.is_global_zero)
+                self._reporter.media(self.run_report, trainer.loggers, trainer.is_global_zero)
         crossed = self._warn(report)
         self._reporter.alert(crossed, report, trainer.loggers, trainer.is_global_zero)
 
@@ -327,7 +328,7 @@ class Monitoring(Callback):
         """Tell what became of all units, at the end of training, on rank 0."""
         if self.report is None or not self.report.sites or not trainer.is_global_zero:
             return
-        self._reporter.media(self.report, self._raster, trainer.loggers, final=True)
+        self._reporter.media(self.run_report, trainer.loggers, final=True)
         if not trainer.fast_dev_run:
             print(f"\n{self.name}: {self.summary()}")
         self._write_report()
@@ -336,14 +337,20 @@ class Monitoring(Callback):
         if self.report_dir and self.report:
             from lightning_deadrelu.report.html_page import write
 
-            write(self.report, self._raster, self.events, self.attribution, self.report_dir, self.deaths, self.findings)
+            write(self.run_report, self.report_dir)
+
+    @property
+    def run_report(self) -> RunReport:
+        """All that is known of the run so far, in one object."""
+        report = self.report or LivenessReport(())
+        known = dict(self.attribution or {})
+        return RunReport(report, self._raster, self.events, known, self.deaths, self.findings, self.name)
 
     def summary(self) -> str:
         """Tell what became of each site over the run, in the order of execution, under a sentence that says it all."""
         from lightning_deadrelu.report import summary
 
-        lines = [summary(self.report or LivenessReport(()), self._raster, self.events), told(self.deaths)]
-        return "\n".join(line for line in lines if line)
+        return summary(self.run_report)
 
     def plot(self) -> tuple[Figure, tuple[Axes, ...]]:
         """Draw the run: dead units over time, and what became of the units of the worst sites; needs matplotlib.
@@ -351,9 +358,9 @@ class Monitoring(Callback):
         Returns:
             The figure and its axes, the curves first.
         """
-        from lightning_deadrelu.report import plot_history
+        from lightning_deadrelu.report import plot_run
 
-        return plot_history(self.report or LivenessReport(()), self._raster, self.events)
+        return plot_run(self.run_report)
 
     def _warn(self, report: LivenessReport) -> list[str]:
         """Say on the terminal which sites have crossed the threshold, each once in a fit, and name them."""

@@ -10,6 +10,7 @@ from lightning_deadrelu.attribution import Attributions
 from lightning_deadrelu.model.slices import Attribution
 from lightning_deadrelu.repair.policy import Event
 from lightning_deadrelu.report.raster import Raster
+from lightning_deadrelu.report.run_report import RunReport
 
 SHORT, LONG = "layer{}.relu", "model.backbone.encoder.stages.{}.residual_branch.activation.relu"
 
@@ -27,9 +28,7 @@ def site_of(name: str, dead: Tensor, before: Tensor | None = None) -> SiteReport
     return replace(site, newly_dead=site.dead & ~before, revived=~site.dead & before)
 
 
-def run_of(
-    sites: int, windows: int = 40, units: int = 48, pattern: str = SHORT, every: int = 50
-) -> tuple[LivenessReport, Raster, list[Event], Attributions]:
+def run_of(sites: int, windows: int = 40, units: int = 48, pattern: str = SHORT, every: int = 50) -> RunReport:
     """Make up a run; of the sites one in four loses units, the more the deeper it is."""
     random = torch.Generator().manual_seed(0)
     raster, events = Raster(), []
@@ -52,7 +51,7 @@ def run_of(
     no = "feeds are shared by 2 layers: <b>`conv1`</b>"
     known = {name: Attribution(no_incoming=no if number == 0 else "") for number, name in enumerate(names)}
     events.append(Event(step, names[0], "refused", "Reset", reason="its parameters are sharded"))
-    return report, raster, events, Attributions(known)
+    return RunReport(report, raster, tuple(events), Attributions(known))
 
 
 def audit(units=8, name="act"):

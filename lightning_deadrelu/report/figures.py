@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_deadrelu.report.raster import SiteRaster, State
-from lightning_deadrelu.report.site_summary import column_of, conclusion, shortened_names, stories, worst_first
+from lightning_deadrelu.report.run_report import RunReport
+from lightning_deadrelu.report.site_summary import column_of, shortened_names, worst_first
 from lightning_deadrelu.report.tables import headline, states_of
 from lightning_deadrelu.statistics import LivenessReport, SiteReport
 
@@ -107,15 +108,11 @@ _CURVES |= {"always_on_fraction": ("always on", "#0072B2", "-."), "frozen_fracti
 _MOST_RASTERS = 4
 
 
-def plot_history(
-    report: LivenessReport, raster: Raster, events: Iterable[Event] = ()
-) -> tuple[Figure, tuple[Axes, ...]]:
+def plot_run(run: RunReport) -> tuple[Figure, tuple[Axes, ...]]:
     """Draw a run: how many units were dead over time, and below what became of the units of the worst sites.
 
     Args:
-        report: The latest verdict.
-        raster: The history.
-        events: What was done; each edit gets a mark.
+        run: What to draw; each edit gets a mark.
 
     Returns:
         The figure and its axes, the curves first.
@@ -123,19 +120,19 @@ def plot_history(
     Raises:
         ModuleNotFoundError: Without matplotlib.
     """
-    pyplot, events = _pyplot(), list(events)
-    sites = [raster.sites[s.site.name] for s in worst_first(stories(report, raster, events))[:_MOST_RASTERS]]
+    pyplot, raster = _pyplot(), run.history
+    sites = [raster.sites[one.site.name] for one in worst_first(run.sites)[:_MOST_RASTERS]]
     heights = [2.6, *(1.2 for _ in sites)]
     figure, grid = pyplot.subplots(
         len(heights), 1, figsize=(8, sum(heights) + 1.1), height_ratios=heights, layout="constrained", squeeze=False
     )
     curves, *rasters = grid[:, 0]
-    _draw_curves(curves, raster, events)
+    _draw_curves(curves, raster, run.events)
     for ax, site in zip(rasters, sites, strict=True):
-        _draw_raster(ax, site, report[site.name])
+        _draw_raster(ax, site, run.report[site.name])
     for ax in grid[:, 0]:
         _label_steps(ax, raster.steps, last=ax is grid[-1, 0])
-    title = textwrap.fill(conclusion(report, raster, events).replace("`", ""), 96)
+    title = textwrap.fill(run.conclusion.replace("`", ""), 96)
     figure.suptitle(title, x=0.01, ha="left", fontsize="medium")
     _add_key(figure, sites)
     return figure, tuple(grid[:, 0])

@@ -14,15 +14,13 @@ import torch
 
 from lightning_deadrelu.render import svg
 from lightning_deadrelu.report.raster import Raster, SiteRaster, State
+from lightning_deadrelu.report.run_report import RunReport
 from lightning_deadrelu.report.site_summary import (
     Gap,
     SiteSummary,
     column_of,
-    conclusion,
-    refused,
     shortened,
     shortened_names,
-    stories,
     worst_first,
 )
 from lightning_deadrelu.statistics import LivenessReport
@@ -30,7 +28,6 @@ from lightning_deadrelu.statistics import LivenessReport
 if TYPE_CHECKING:
     from lightning_deadrelu.explain.finding import Finding
     from lightning_deadrelu.explain.postmortem import DeathEvent
-    from lightning_deadrelu.model.slices import Attribution
     from lightning_deadrelu.repair.policy import Event
 
 _LINES = {"dead_fraction": "dead", "rare_fraction": "rare", "always_on_fraction": "always on"}
@@ -39,72 +36,46 @@ _OPEN = 3
 _UNKNOWN = "#8C8C8C"
 
 
-def write(
-    report: LivenessReport,
-    raster: Raster | None,
-    events: Iterable[Event],
-    attribution: Mapping[str, Attribution] | None,
-    folder: str | Path,
-    deaths: Iterable[DeathEvent] = (),
-    findings: Iterable[Finding] = (),
-) -> tuple[Path, Path]:
+def write(run: RunReport, folder: str | Path) -> tuple[Path, Path]:
     """Write ``report.json`` and ``report.html``.
 
     Args:
-        report: The latest verdict.
-        raster: The history; None after an audit.
-        events: What was done.
-        attribution: What is known of what feeds and reads each site.
+        run: What to write.
         folder: Where to; made if it is not there.
-        deaths: When units died, and why.
-        findings: Of the check-up.
 
     Returns:
         The paths of both.
     """
-    folder, events, deaths, findings = Path(folder), list(events), list(deaths), list(findings)
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / "report.json", folder / "report.html"
     for path, content in zip(paths, (to_json, to_html), strict=True):
-        path.write_text(content(report, raster, events, attribution, deaths, findings), encoding="utf-8")
+        path.write_text(content(run), encoding="utf-8")
     return paths
 
 
 # -- for programs ----------------------------------------------------------------------------------------
 
 
-def to_json(
-    report: LivenessReport,
-    raster: Raster | None = None,
-    events: Iterable[Event] = (),
-    attribution: Mapping[str, Attribution] | None = None,
-    deaths: Iterable[DeathEvent] = (),
-    findings: Iterable[Finding] = (),
-) -> str:
+def to_json(run: RunReport) -> str:
     """Write verdicts, curves, events and refusals as strict JSON; what is not finite becomes null.
 
     Args:
-        report: The latest verdict.
-        raster: The history; None after an audit.
-        events: What was done.
-        attribution: What is known of what feeds and reads each site.
-        deaths: When units died, and why.
-        findings: Of the check-up.
+        run: What to write.
 
     Example:
-        >>> json.loads(to_json(LivenessReport(())))["conclusion"]
+        >>> json.loads(to_json(RunReport(LivenessReport(()))))["conclusion"]
         'No rectifier was watched.'
     """
-    events = list(events)
     content = {
-        "conclusion": conclusion(report, raster, events),
-        **report.to_dict(),
-        "run": [_run_of(story) for story in stories(report, raster, events)],
-        "curves": _curves_of(raster),
-        "findings": [finding.to_dict() for finding in findings],
-        "deaths": [wave.to_dict() for wave in deaths],
-        "events": [event._asdict() for event in events],
-        "refused": refused(report, events, attribution or {}),
+        "conclusion": run.conclusion,
+        **run.report.to_dict(),
+        "run": [_run_of(summary) for summary in run.sites],
+        "curves": _curves_of(run.history),
+        "findings": [finding.to_dict() for finding in run.findings],
+        "deaths": [death.to_dict() for death in run.deaths],
+        "events": [event._asdict() for event in run.events],
+        "refused": run.refused,
     }
     return json.dumps(_strict(content), allow_nan=False, indent=1)
 
@@ -113,8 +84,8 @@ def _run_of(story: SiteSummary) -> dict[str, Any]:
     return {"name": story.site.name} | {key: value for key, value in story._asdict().items() if key != "site"}
 
 
-def _curves_of(raster: Raster | None) -> dict[str, Any]:
-    if raster is None:
+def _curves_of(raster: Raster) -> dict[str, Any]:
+    if not raster.steps:
         return {}
     return {"steps": raster.steps, "model": dict(raster.curves), "sites": dict(raster.site_curves)}
 
@@ -130,38 +101,24 @@ def _strict(value: Any) -> Any:
 # -- for people ------------------------------------------------------------------------------------------
 
 
-def to_html(
-    report: LivenessReport,
-    raster: Raster | None = None,
-    events: Iterable[Event] = (),
-    attribution: Mapping[str, Attribution] | None = None,
-    deaths: Iterable[DeathEvent] = (),
-    findings: Iterable[Finding] = (),
-) -> str:
+def to_html(run: RunReport) -> str:
     """Write a page that stands alone: pictures are in it, and it asks for nothing.
 
     Args:
-        report: The latest verdict.
-        raster: The history; None after an audit.
-        events: What was done.
-        attribution: What is known of what feeds and reads each site.
-        deaths: When units died, and why.
-        findings: Of the check-up.
+        run: What to write.
 
     Example:
-        >>> to_html(LivenessReport(())).startswith("<!DOCTYPE html>")
+        >>> to_html(RunReport(LivenessReport(()))).startswith("<!DOCTYPE html>")
         True
     """
-    events = list(events)
-    told = stories(report, raster, events)
-    history = raster if raster and raster.steps else None
-    parts = [_tiles(report, history, told), _over_time(history, events) if history else ""]
-    parts += [_findings(findings), _deaths(list(deaths)), _depth(told)]
+    told, history = run.sites, run.history if run.history.steps else None
+    parts = [_tiles(run.report, history, told), _over_time(history, run.events) if history else ""]
+    parts += [_findings(run.findings), _deaths(run.deaths), _depth(told)]
     parts += [_heat(history) if history else "", _table(told), _rasters(history, told) if history else ""]
-    parts += [_events(events), _refusals(refused(report, events, attribution or {}))]
+    parts += [_events(run.events), _refusals(run.refused)]
     return Template(_beside("page.html")).substitute(
         style=_beside("page.css"),
-        conclusion=_coded(conclusion(report, raster, events)),
+        conclusion=_coded(run.conclusion),
         content="\n".join(part for part in parts if part),
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -14,7 +14,6 @@ from lightning_deadrelu.report.raster import Raster
 from lightning_deadrelu.statistics import LivenessReport, SiteReport
 
 if TYPE_CHECKING:
-    from lightning_deadrelu.model.slices import Attribution
     from lightning_deadrelu.repair.policy import Event
 
 _MANY = 0.1  # the monitor's own threshold, by default
@@ -69,21 +68,23 @@ class Gap(NamedTuple):
         return f"... {len(self.stories):,} sites, {dead}"
 
 
-def stories(report: LivenessReport, raster: Raster | None = None, events: Iterable[Event] = ()) -> list[SiteSummary]:
+def summarize(report: LivenessReport, history: Raster, events: Iterable[Event]) -> list[SiteSummary]:
     """Gather what became of each site, in the order of execution.
 
     Args:
         report: The latest verdict.
-        raster: The history; None after an audit.
+        history: The states of all units over the run.
         events: What was done.
     """
     edited: dict[str, set[int]] = {}
     for event in events:
         if event.action == "edited":
             edited.setdefault(event.site, set()).update(event.units)
-    curves = raster.site_curves if raster else {}
-    steps = raster.steps if raster else ()
-    return [_story(site, curves.get(site.name, ()), steps, sorted(edited.get(site.name, ()))) for site in report.sites]
+    curves = history.site_curves
+    return [
+        _story(site, curves.get(site.name, ()), history.steps, sorted(edited.get(site.name, ())))
+        for site in report.sites
+    ]
 
 
 def _story(site: SiteReport, curve: Sequence[float], steps: Sequence[int], edited: Sequence[int]) -> SiteSummary:
@@ -207,53 +208,25 @@ def _in_common(paths: list[list[str]]) -> int:
     return sum(1 for _ in itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False)))
 
 
-def refused(
-    report: LivenessReport, events: Iterable[Event], attribution: Mapping[str, Attribution]
-) -> dict[str, dict[str, str]]:
-    """Gather by site what could not be watched, traced or edited, and why.
-
-    Args:
-        report: The latest verdict.
-        events: What was done.
-        attribution: What is known of what feeds and reads each site.
-
-    Example:
-        >>> refused(LivenessReport((), unwatched={"head": "it has not run"}), [], {})
-        {'head': {'not watched': 'it has not run'}}
-    """
-    found = {name: {"not watched": reason} for name, reason in report.unwatched.items()}
-    for name, known in attribution.items():
-        reasons = {"what feeds it": known.no_incoming, "what reads it": known.no_outgoing, "terms": known.no_outlet}
-        found.setdefault(name, {}).update({what: why for what, why in reasons.items() if why})
-    for event in events:
-        if event.action == "refused":
-            found.setdefault(event.site, {})[event.remedy] = event.reason
-    return {name: reasons for name, reasons in found.items() if reasons}
-
-
 # -- in one sentence -------------------------------------------------------------------------------------
 
 
-def conclusion(report: LivenessReport, raster: Raster | None = None, events: Iterable[Event] = ()) -> str:
+def conclude(report: LivenessReport, history: Raster, events: Iterable[Event], summaries: Sequence[SiteSummary]) -> str:
     """Say in one sentence how a model fares, since when, and what was done.
 
     Args:
         report: The latest verdict.
-        raster: The history; None after an audit.
+        history: The states of all units over the run.
         events: What was done.
-
-    Example:
-        >>> conclusion(LivenessReport(()))
-        'No rectifier was watched.'
+        summaries: What became of each site.
     """
     if not report.sites:
         return "No rectifier was watched."
     if not report.units:
         return "No rectifier in training was watched."
-    events = list(events)
-    told = [story for story in stories(report, raster, events) if story.site.in_headline]
-    line = _deaths(report, told) + _past(report, raster) + _others(report)
-    return f"{line}{_deeds(stories(report, raster, events), events)}."
+    told = [summary for summary in summaries if summary.site.in_headline]
+    line = _deaths(report, told) + _past(report, history) + _others(report)
+    return f"{line}{_deeds(summaries, events)}."
 
 
 def _deaths(report: LivenessReport, told: Sequence[SiteSummary]) -> str:
@@ -273,13 +246,13 @@ def _deaths(report: LivenessReport, told: Sequence[SiteSummary]) -> str:
     return f"{line}, most in `{most.site.name}` ({number:,}{since})"
 
 
-def _past(report: LivenessReport, raster: Raster | None) -> str:
+def _past(report: LivenessReport, history: Raster) -> str:
     """Say how bad it was, if it was worse."""
-    curve = raster.curves.get("dead_fraction", ()) if raster else ()
+    curve = history.curves.get("dead_fraction", ())
     worst = max(curve, default=0.0)
-    if raster is None or worst <= report.dead_fraction + 0.01:
+    if worst <= report.dead_fraction + 0.01:
         return ""
-    return f", after {worst:.1%} at step {raster.steps[curve.index(worst)]:,}"
+    return f", after {worst:.1%} at step {history.steps[curve.index(worst)]:,}"
 
 
 def _others(report: LivenessReport) -> str:

@@ -6,21 +6,20 @@ import html
 import io
 import math
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from lightning_deadrelu.explain.postmortem import told
 from lightning_deadrelu.model.slices import Attribution
-from lightning_deadrelu.report.site_summary import Gap, SiteSummary, conclusion, shortened, shortened_names, stories
+from lightning_deadrelu.report.run_report import RunReport
+from lightning_deadrelu.report.site_summary import Gap, SiteSummary, shortened, shortened_names
 from lightning_deadrelu.statistics import LivenessReport, SiteReport
 
 if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
-
-    from lightning_deadrelu.repair.policy import Event
-    from lightning_deadrelu.report.raster import Raster
 
 
 def headline(report: LivenessReport) -> str:
@@ -157,30 +156,26 @@ def _attribution_cells(attribution: Attribution) -> tuple[str, str, str, str]:
 # -- at the end of a run ---------------------------------------------------------------------------------
 
 
-def summary(
-    report: LivenessReport, raster: Raster | None = None, events: Iterable[Event] = (), width: int | None = None
-) -> str:
+def summary(run: RunReport, width: int | None = None) -> str:
     """Tell what became of each site over a run, in the order of execution, under a sentence that says it all.
 
     Of more than a dozen sites the healthy ones are gathered, and of many sick ones all but the worst 20.
 
     Args:
-        report: The latest verdict.
-        raster: The history; None after an audit.
-        events: What was done.
+        run: What to show.
         width: Characters per line; by default those of the terminal, from 80 to 140.
 
     Example:
-        >>> print(summary(LivenessReport(())))
+        >>> print(summary(RunReport(LivenessReport(()))))
         No rectifier was watched.
     """
-    events = list(events)
-    told = stories(report, raster, events)
-    names = dict(zip((s.site.name for s in told), shortened_names([s.site.name for s in told]), strict=True))
-    rows = [_told(row, names) for row in shortened(told)]
+    names = [summary.site.name for summary in run.sites]
+    short = dict(zip(names, shortened_names(names), strict=True))
+    rows = [_told(row, short) for row in shortened(run.sites)]
     width = width or min(max(shutil.get_terminal_size((120, 24)).columns, 80), 140)
-    lines = [conclusion(report, raster, events), *([_laid_out(rows, width)] if rows else [])]
-    return "\n".join([*lines, *(f"not watched: {name}: {reason}" for name, reason in report.unwatched.items())])
+    lines = [run.conclusion, *([_laid_out(rows, width)] if rows else [])]
+    lines += [f"not watched: {name}: {reason}" for name, reason in run.report.unwatched.items()]
+    return "\n".join([*lines, *filter(None, [told(run.deaths)])])
 
 
 def _laid_out(rows: list[dict[str, str]], width: int) -> str:

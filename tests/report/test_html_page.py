@@ -19,8 +19,8 @@ from torch import nn
 from lightning_deadrelu import LivenessReport, find_dead_units
 from lightning_deadrelu.render import svg
 from lightning_deadrelu.report import html_page as page
-from lightning_deadrelu.report.raster import Raster
-from lightning_deadrelu.report.site_summary import conclusion, shortened, stories
+from lightning_deadrelu.report.run_report import RunReport
+from lightning_deadrelu.report.site_summary import shortened
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SIZES = [(0, SHORT), (1, SHORT), (3, SHORT), (30, LONG), (200, LONG)]
@@ -60,7 +60,7 @@ class Page(HTMLParser):
 
 @pytest.mark.parametrize("count", [1, 3, 30, 200])
 def test_the_page_stands_alone(runs, count):
-    text = page.to_html(*runs[count])
+    text = page.to_html(runs[count])
     read = Page(text)
     assert all(address.startswith("data:") for address in read.addresses)
     assert "script" not in read.tags
@@ -69,39 +69,36 @@ def test_the_page_stands_alone(runs, count):
 
 
 def test_the_page_tells_all(runs):
-    report, raster, events, attribution = runs[3]
-    words = " ".join(Page(page.to_html(report, raster, events, attribution)).words)
-    for site in report.sites:
+    words = " ".join(Page(page.to_html(runs[3])).words)
+    for site in runs[3].report.sites:
         assert site.name in words
     assert "Reset" in words
     assert "its parameters are sharded" in words
     assert "feeds are shared by 2 layers: <b>" in words
     assert "it has not run" in words
     assert "299 silent samples" in words
-    assert re.sub("`", "", conclusion(report, raster, events)) in "".join(
-        Page(page.to_html(report, raster, events, attribution)).words
-    )
+    assert runs[3].conclusion.replace("`", "") in "".join(Page(page.to_html(runs[3])).words)
 
 
 def test_odd_names_are_escaped():
     name = '<img src=x onerror="alert(1)">&`'
     run = run_of(2, windows=3, units=4, pattern=name + "{}")
-    read = Page(page.to_html(*run))
+    read = Page(page.to_html(run))
     assert all(address.startswith("data:") for address in read.addresses)
     assert any(name in word for word in read.words)
 
 
 def test_an_audit_has_a_page_without_curves():
     report = find_dead_units(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), [torch.rand(300, 4)])
-    words = " ".join(Page(page.to_html(report)).words)
+    words = " ".join(Page(page.to_html(RunReport(report))).words)
     assert "By depth" in words
     assert "Over the run" not in words
 
 
-@pytest.mark.parametrize("raster", [None, Raster()])
-def test_nothing_is_no_error(raster):
-    assert "No rectifier was watched." in page.to_html(LivenessReport(()), raster)
-    assert json.loads(page.to_json(LivenessReport(()), raster))["events"] == []
+def test_nothing_is_no_error():
+    nothing = RunReport(LivenessReport(()))
+    assert "No rectifier was watched." in page.to_html(nothing)
+    assert json.loads(page.to_json(nothing))["events"] == []
 
 
 def strict(text: str) -> dict:
@@ -112,9 +109,9 @@ def strict(text: str) -> dict:
 
 
 def test_json_holds_all(runs, tmp_path):
-    report, raster, events, attribution = runs[3]
+    report, raster, events = runs[3].report, runs[3].history, runs[3].events
     raster.add(LivenessReport(report.sites[:2], 9999))  # a site that is missing leaves a gap
-    written = page.write(report, raster, events, attribution, tmp_path / "new" / "folder")
+    written = page.write(runs[3], tmp_path / "new" / "folder")
     assert [path.name for path in written] == ["report.json", "report.html"]
     content = strict(written[0].read_text(encoding="utf-8"))
     assert content["dead_units"] == report.dead_units
@@ -129,7 +126,7 @@ def test_json_holds_all(runs, tmp_path):
     assert content["refused"]["layer0.relu"]["Reset"] == "its parameters are sharded"
     assert content["refused"]["head.relu"] == {"not watched": "it has not run"}
     assert content["run"][1]["remedied"] > content["run"][1]["revived"] > 0
-    assert content["conclusion"] == conclusion(report, raster, events)
+    assert content["conclusion"] == runs[3].conclusion
 
 
 def test_curves_and_bars_are_where_the_values_are():
@@ -154,7 +151,7 @@ def test_a_picture_is_what_was_given():
 @pytest.mark.parametrize("count", [3, 200])
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_a_browser_opens_it_without_errors(runs, tmp_path, count, theme):
-    _, path = page.write(*runs[count], tmp_path)
+    _, path = page.write(runs[count], tmp_path)
     picture = tmp_path / "page.png"
     flags = [
         "--headless=new",
@@ -189,15 +186,15 @@ def test_the_example_writes_a_page_and_its_picture(tmp_path):
 
 def test_few_sites_are_all_told_and_many_are_gathered(runs):
     for count in (3, 30, 200):
-        rows = shortened(stories(*runs[count][:3]))
+        rows = shortened(runs[count].sites)
         told = [story for row in rows for story in (row.stories if hasattr(row, "stories") else [row])]
-        assert [story.site.name for story in told] == [site.name for site in runs[count][0].sites]
+        assert [story.site.name for story in told] == [site.name for site in runs[count].report.sites]
         assert len(rows) <= max(count, 3) if count <= 12 else len(rows) <= 62
 
 
 def test_the_worst_and_the_step_of_death_are_those_of_the_curve(runs):
-    report, raster, events, _ = runs[30]
-    for story in stories(report, raster, events):
+    raster = runs[30].history
+    for story in runs[30].sites:
         curve = raster.site_curves[story.site.name]
         assert story.worst == max(curve)
         rises = [b - a for a, b in zip((0.0, *curve), curve, strict=False)]
@@ -205,8 +202,7 @@ def test_the_worst_and_the_step_of_death_are_those_of_the_curve(runs):
 
 
 def test_the_conclusion_counts(runs):
-    report, raster, events, _ = runs[3]
-    line = conclusion(report, raster, events)
+    report, events, line = runs[3].report, runs[3].events, runs[3].conclusion
     edited = {unit for event in events if event.action == "edited" for unit in event.units}
     fire = sum(not report["layer1.relu"].silent[unit] for unit in edited)
     assert line.startswith(f"{report.dead_units} of 60 units are dead")
@@ -216,9 +212,12 @@ def test_the_conclusion_counts(runs):
 def test_a_healthy_model_needs_few_words():
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
     nn.init.constant_(model[0].bias, 5.0)
-    report = find_dead_units(model, [torch.rand(300, 4)])
-    assert conclusion(report) == "None of 8 units is dead."
+
+    def conclusion():
+        return RunReport(find_dead_units(model, [torch.rand(300, 4)])).conclusion
+
+    assert conclusion() == "None of 8 units is dead."
     nn.init.constant_(model[0].bias[:1], -50.0)
-    assert conclusion(find_dead_units(model, [torch.rand(300, 4)])) == "1 of 8 units is dead (12.5%), in `1`."
+    assert conclusion() == "1 of 8 units is dead (12.5%), in `1`."
     nn.init.constant_(model[0].bias, -50.0)
-    assert conclusion(find_dead_units(model, [torch.rand(300, 4)])) == "8 of 8 units are dead (100.0%), all in `1`."
+    assert conclusion() == "8 of 8 units are dead (100.0%), all in `1`."

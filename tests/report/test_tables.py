@@ -10,9 +10,9 @@ from histories import LONG, run_of
 from torch import nn
 
 from lightning_deadrelu import LivenessReport, find_dead_units
-from lightning_deadrelu.report import headline, plot, plot_history, summary, table
+from lightning_deadrelu.report import RunReport, headline, plot, plot_run, summary, table
 from lightning_deadrelu.report.raster import Raster
-from lightning_deadrelu.report.site_summary import conclusion, shortened_names
+from lightning_deadrelu.report.site_summary import shortened_names
 
 matplotlib.use("agg")
 pyplot = pytest.importorskip("matplotlib.pyplot")
@@ -132,15 +132,15 @@ def test_plot_keeps_texts_apart(count, pattern, style):
 
 @pytest.fixture(scope="module")
 def runs():
-    return {count: run_of(count, windows=10, units=20, pattern=LONG)[:3] for count in (1, 3, 30, 200)}
+    return {count: run_of(count, windows=10, units=20, pattern=LONG) for count in (1, 3, 30, 200)}
 
 
 @pytest.mark.parametrize("count", [1, 3, 30, 200])
 @pytest.mark.parametrize("width", [80, 120])
 def test_summary_fits_and_tells_every_site_that_is_not_well(runs, count, width):
-    report, raster, events = runs[count]
-    lines = summary(report, raster, events, width).splitlines()
-    assert lines[0] == conclusion(report, raster, events)
+    report = runs[count].report
+    lines = summary(runs[count], width).splitlines()
+    assert lines[0] == runs[count].conclusion
     assert all(len(line) <= width for line in lines[1:])
     assert len(lines) <= 70
     names = dict(
@@ -152,8 +152,8 @@ def test_summary_fits_and_tells_every_site_that_is_not_well(runs, count, width):
 
 
 def test_summary_counts_what_was_done(runs):
-    report, raster, events = runs[3]
-    over, under, *rows = summary(report, raster, events, 140).splitlines()[1:]
+    events = runs[3].events
+    over, under, *rows = summary(runs[3], 140).splitlines()[1:]
     assert over.split() == ["dead", "died", "fire"]
     assert " ".join(under.split()) == "layer kind units now worst at step remedied again verdict"
     told = rows[1].split()
@@ -163,8 +163,8 @@ def test_summary_counts_what_was_done(runs):
 
 def test_summary_of_an_audit_leaves_out_what_it_does_not_know():
     report = audit(nn.ReLU())
-    assert summary(report, width=120).splitlines()[2].split() == ["layer", "kind", "units", "now", "verdict"]
-    assert summary(LivenessReport(())) == "No rectifier was watched."
+    assert summary(RunReport(report), width=120).splitlines()[2].split() == ["layer", "kind", "units", "now", "verdict"]
+    assert summary(RunReport(LivenessReport(()))) == "No rectifier was watched."
 
 
 def test_notebooks_get_a_table_that_is_escaped():
@@ -177,7 +177,7 @@ def test_notebooks_get_a_table_that_is_escaped():
 @pytest.mark.parametrize("style", ["default", "dark_background"])
 def test_history_is_drawn_and_keeps_texts_apart(runs, count, style):
     with pyplot.style.context(style):
-        figure, axes = plot_history(*runs[count])
+        figure, axes = plot_run(runs[count])
         figure.canvas.draw()
         assert len(axes) == 1 + min(count, 4)
         names = [ax._left_title.get_window_extent() for ax in axes[1:]]
@@ -190,8 +190,8 @@ def test_history_is_drawn_and_keeps_texts_apart(runs, count, style):
 
 
 def test_history_draws_the_curve_and_marks_the_edits(runs):
-    report, raster, events = runs[3]
-    _, (curves, *rasters) = plot_history(report, raster, events)
+    raster, events = runs[3].history, runs[3].events
+    _, (curves, *rasters) = plot_run(runs[3])
     dead, marks = curves.lines[0], curves.lines[-1]
     assert tuple(dead.get_ydata()) == raster.curves["dead_fraction"]
     steps = sorted({event.step for event in events if event.action == "edited"})
@@ -202,5 +202,5 @@ def test_history_draws_the_curve_and_marks_the_edits(runs):
 def test_history_of_nothing_is_empty():
     raster = Raster()
     raster.add(LivenessReport((), step=9))
-    _, axes = plot_history(LivenessReport((), step=9), raster)
+    _, axes = plot_run(RunReport(LivenessReport((), step=9), raster))
     assert len(axes) == 1

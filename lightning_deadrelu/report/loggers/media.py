@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_deadrelu.report.loggers.images import Picture, can_draw, card_of, overview_of
 from lightning_deadrelu.report.raster import Raster
+from lightning_deadrelu.report.run_report import RunReport
 from lightning_deadrelu.statistics import LivenessReport, SiteReport
 
 MOST_SITES = 32
@@ -65,18 +66,17 @@ def is_due(windows: int, every: int, stride: int = 1) -> bool:
     return windows % (every * stride) == 0 or (windows < every and windows & (windows - 1) == 0)
 
 
-def media_of(report: LivenessReport, raster: Raster, name: str = "dead_relu") -> Media:
+def media_of(run: RunReport) -> Media:
     """Make what trackers show.
 
     Args:
-        report: The verdict.
-        raster: The history.
-        name: What the pictures are titled with.
+        run: What to show.
 
     Example:
-        >>> media_of(LivenessReport((), step=3), Raster()).step
+        >>> media_of(RunReport(LivenessReport((), step=3))).step
         3
     """
+    report, raster, name = run.report, run.history, run.name
     shown = _worst(report.sites)
     media = Media(report.step, [row_of(site) for site in report.sites], {site.name: site.firing_rate for site in shown})
     overview, cards, histories = None, {}, raster.sites

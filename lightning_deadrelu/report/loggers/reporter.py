@@ -14,7 +14,7 @@ from lightning_deadrelu.report.loggers.adapters import TRACKERS, kind_of, lay_ou
 from lightning_deadrelu.report.loggers.images import can_draw
 from lightning_deadrelu.report.loggers.media import is_due, media_of
 from lightning_deadrelu.report.metrics import metrics_of
-from lightning_deadrelu.report.raster import Raster
+from lightning_deadrelu.report.run_report import RunReport
 from lightning_deadrelu.statistics import LivenessReport
 
 _LONGEST_TITLE = 63  # W&B takes less than 64 characters
@@ -88,8 +88,7 @@ class Reporter:
 
     def media(
         self,
-        report: LivenessReport,
-        raster: Raster,
+        run: RunReport,
         loggers: Iterable[Logger],
         is_global_zero: bool = True,
         final: bool = False,
@@ -97,21 +96,20 @@ class Reporter:
         """Send pictures, tables and firing rates, if this window is one that draws; call it after each.
 
         Args:
-            report: The verdict.
-            raster: The history, with this window.
+            run: What to send, with this window.
             loggers: Where to; those that take no pictures are passed over.
             is_global_zero: Whether this is rank 0; elsewhere nothing happens.
             final: Whether training ends: then it draws, unless this verdict was drawn before.
         """
         barred = self._broken | self._no_media
         takers = [logger for logger in loggers if kind_of(logger) and id(logger) not in barred]
-        due = bool(self._every) and (final or is_due(raster.windows, self._every, raster.stride))
-        if not (takers and due and is_global_zero and report.sites) or report.step == self._drawn:
+        due = bool(self._every) and (final or is_due(run.history.windows, self._every, run.history.stride))
+        if not (takers and due and is_global_zero and run.report.sites) or run.report.step == self._drawn:
             return
-        self._drawn = report.step
+        self._drawn = run.report.step
         self._warn_if_blind()
         try:
-            media = media_of(report, raster, self._name)
+            media = media_of(run)
         except Exception as error:
             self._no_media |= set(map(id, takers))
             rank_zero_warn(f"{self._name}: pictures could not be made, and are left out: {error!r}")

@@ -24,6 +24,7 @@ from lightning_deadrelu.report.loggers.adapters import names_of
 from lightning_deadrelu.report.loggers.images import card_of, overview_of
 from lightning_deadrelu.report.loggers.media import MOST_SITES, is_due, media_of, row_of
 from lightning_deadrelu.report.raster import Raster
+from lightning_deadrelu.report.run_report import RunReport
 
 TESTS = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -192,7 +193,7 @@ def test_only_the_sites_with_most_dead_units_are_drawn_and_all_are_in_the_table(
     sites = [site(40, f"layer{i}", dead=range(i % 40)) for i in range(60)]
     raster = Raster()
     raster.add(report(*sites, step=5))
-    media = media_of(report(*sites, step=5), raster)
+    media = media_of(RunReport(report(*sites, step=5), raster))
     assert len(media.cards) == len(media.rates) == MOST_SITES
     assert (media.left_out, len(media.rows)) == (28, 60)
     assert "layer39" in media.cards
@@ -204,13 +205,13 @@ def test_only_the_sites_with_most_dead_units_are_drawn_and_all_are_in_the_table(
 def test_the_end_of_fit_draws_once_and_other_ranks_never(tmp_path):
     raster, one = run(Raster(), [0], [1], [1]), report(site(), step=29)
     reporter, logger = Reporter("a"), taker(tmp_path)
-    reporter.media(one, raster, [logger], is_global_zero=False, final=True)
-    reporter.media(one, raster, [logger])
+    reporter.media(RunReport(one, raster), [logger], is_global_zero=False, final=True)
+    reporter.media(RunReport(one, raster), [logger])
     assert not list(tmp_path.iterdir())
-    reporter.media(one, raster, [logger], final=True)
-    reporter.media(one, raster, [logger], final=True)
+    reporter.media(RunReport(one, raster), [logger], final=True)
+    reporter.media(RunReport(one, raster), [logger], final=True)
     assert len((tmp_path / "a" / "sites.csv").read_text().splitlines()) == 2
-    Reporter("b", media_every_n_windows=0).media(one, raster, [logger], final=True)
+    Reporter("b", media_every_n_windows=0).media(RunReport(one, raster), [logger], final=True)
     assert not (tmp_path / "b").exists()
 
 
@@ -223,7 +224,7 @@ def test_a_logger_that_fails_with_pictures_still_gets_scalars(tmp_path):
         for step in (9, 19):
             one = report(site(), step=step)
             reporter(one, [bad, good])
-            reporter.media(one, raster, [bad, good], final=True)
+            reporter.media(RunReport(one, raster), [bad, good], final=True)
     assert len([w for w in record if "CSVLogger took no media and is left out" in str(w.message)]) == 1
     assert len(bad.rows) == len(good.rows) == 2
     assert (tmp_path / "folder" / "dead_relu" / "overview.png").exists()
@@ -244,7 +245,7 @@ def test_without_pillow_there_is_one_warning_and_scalars_and_tables_work(tmp_pat
             for step in (9, 19):
                 one = report(site(), step=step)
                 reporter(one, [logger])
-                reporter.media(one, raster, [logger], final=True)
+                reporter.media(RunReport(one, raster), [logger], final=True)
         assert [str(w.message) for w in record if "Pillow is missing" in str(w.message)].__len__() == 1, record
         assert len(record) == 1, [str(w.message) for w in record]
         assert len(logger.rows) == 2
