@@ -86,6 +86,7 @@ def test_yaml(line, tmp_path):
     assert monitor_of("--config", str(config)).remedy == REMEDIES[line]
 
 
+@pytest.mark.slow
 def test_the_example():
     monitor = monitor_of("--config", str(EXAMPLES / "cli.yaml"))
     assert monitor.remedy == [Reset(cooldown=2, evidence=600), "leaky"]
@@ -97,6 +98,7 @@ def test_what_is_wrong_ends_with_a_reason(capsys):
     assert "every_n_steps" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [("fit", "--help"), ("fit", "--trainer.callbacks.help", MONITOR.split("=")[1])])
 def test_help(options):
     command = [sys.executable, str(EXAMPLES / "digits.py"), *options]

@@ -71,6 +71,7 @@ def test_it_prints_what_is_dead(place, capsys):
     assert printed[3].split()[:4] == ["1", "relu", "8", "2"]
 
 
+@pytest.mark.slow
 def test_it_runs_as_a_module(tmp_path):
     command = [sys.executable, "-m", "lightning_deadrelu", "audit", "nets:broken", "--data", "nets:batches"]
     done = subprocess.run([*command, "--fail-above", "0.1"], capture_output=True, text=True, timeout=120, check=False)

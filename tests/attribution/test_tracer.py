@@ -51,6 +51,7 @@ def test_no_attribution_of_the_zoo_is_wrong(name: str) -> None:
 COMPLETE = {"OPT": 2, "T5": 4, "Bert": 2, "ConvNeXt": 2, "ViT": 2, "T5, gated": 4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*COMPLETE, "ResNet, basic", "RegNet y", "Switch", "LeViT", "VITS", "BiT", "DPT"])
 def test_no_attribution_of_a_family_is_wrong(name: str) -> None:
     pytest.importorskip("transformers")

@@ -489,6 +489,7 @@ def distributed(rank, way, **options):
     return monitor.report.to_dict(), compiled.refusal, compiled._proven, compiler.graphs
 
 
+@pytest.mark.ranks
 def test_ranks_observe_compiled_models():
     known = on_two_ranks(partial(distributed, way=nothing))
     seen = on_two_ranks(partial(distributed, way=lightning_whole))
@@ -496,6 +497,7 @@ def test_ranks_observe_compiled_models():
     assert [one[1:] for one in seen] == [("", True, 2)] * 2
 
 
+@pytest.mark.ranks
 def test_what_ddp_splits_is_observed_in_some_way(monkeypatch):
     monkeypatch.setattr("torch.distributed._DEFAULT_FIRST_BUCKET_BYTES", 1)
     small = DDPStrategy(process_group_backend="gloo", bucket_cap_mb=1e-5)

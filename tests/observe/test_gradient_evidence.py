@@ -521,6 +521,7 @@ def fit_rare(rank, decay):
     return reports_of(monitor), len(monitor._evidence._refuted)
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("decay", [False, True])
 def test_what_fires_on_one_rank_is_cleared_on_both(decay):
     first, second = on_two_ranks(fit_rare, decay)

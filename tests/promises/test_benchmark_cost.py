@@ -69,6 +69,7 @@ def test_the_interval_of_the_median_holds_it_in_95_of_100_cases():
     assert 950 <= hits < 1000  # 97.9 % by the binomial law
 
 
+@pytest.mark.timing
 def test_an_observation_costs_in_proportion_to_what_it_reads():
     def build(scale):
         return nn.Sequential(nn.Linear(8, 1024), nn.ReLU()), torch.randn(512 * scale, 8)
@@ -81,6 +82,7 @@ def test_an_observation_costs_in_proportion_to_what_it_reads():
     assert any(ratio() < 2.5 for _ in range(5))  # other programs may disturb one of them
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [cost_gpu.resnet50, cost_gpu.opt])
 def test_the_table_for_gpus_runs_without_one(build):
     torch.manual_seed(0)

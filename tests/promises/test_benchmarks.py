@@ -12,6 +12,7 @@ from torch.nn.utils import parameters_to_vector
 from lightning_deadrelu import DeadReLUMonitor
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:dead_relu")
 def test_the_batched_study_does_what_the_trainer_does():
     seed, steps = 2, 120
@@ -26,6 +27,7 @@ def test_the_batched_study_does_what_the_trainer_does():
     torch.testing.assert_close(study.weights[0], parameters_to_vector(alone.parameters()), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("planted", ["outlier batch", "negative biases", "uncentred inputs"])
 def test_a_planted_cause_kills_and_is_named_first(planted):
     row = causes.PLANTED[planted]
@@ -34,6 +36,7 @@ def test_a_planted_cause_kills_and_is_named_first(planted):
     assert found.first in row.causes
 
 
+@pytest.mark.slow
 def test_of_a_healthy_network_nothing_is_said():
     found = causes.outcome(healthy.SETUPS["MLP, SGD, warm-up, cosine"](0))
     assert found.findings == ()

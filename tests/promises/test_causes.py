@@ -24,6 +24,7 @@ def run(script: str, *options: str) -> tuple[float, float]:
     return import_module("common").run(module.build, module.__doc__, ["--short", *options])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_cause_kills_and_the_cure_does_not(script, capsys):
     before, after = run(script)
@@ -34,6 +35,7 @@ def test_the_cause_kills_and_the_cure_does_not(script, capsys):
     assert f"{before:.0%}" in printed
 
 
+@pytest.mark.slow
 def test_a_picture(tmp_path):
     run("outlier_spike", "--picture", str(tmp_path / "curves.png"))
     assert (tmp_path / "curves.png").stat().st_size > 5000

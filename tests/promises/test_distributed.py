@@ -48,6 +48,7 @@ def fit_branching(rank, options):
     return reports_of(monitor)
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}, {"max_epochs": 2}], ids=str)
 def test_two_ranks_give_the_verdicts_of_one_process_on_the_joined_batches(options):
     torch.manual_seed(0)
@@ -80,6 +81,7 @@ def fit_branching_and_save(rank):
     return reports_of(monitor)
 
 
+@pytest.mark.ranks
 def test_saving_within_an_accumulated_batch_loses_nothing():
     saved = on_two_ranks(fit_branching_and_save)
     for reports, expected in zip(saved, on_two_ranks(fit_branching, {"accumulate_grad_batches": 2}), strict=True):
@@ -97,6 +99,7 @@ def everything_after(rank, watched):
     return model.state_dict(), trainer.optimizers[0].state_dict(), model.losses, torch.get_rng_state()
 
 
+@pytest.mark.ranks
 def test_watching_two_ranks_changes_no_bit():
     assert_same(on_two_ranks(everything_after, True), on_two_ranks(everything_after, False))
 
@@ -117,6 +120,7 @@ def count_collectives(rank):
     return counts
 
 
+@pytest.mark.ranks
 def test_three_collectives_in_a_window_once_the_layout_is_settled():
     for counts in on_two_ranks(count_collectives):
         settled, met_new = {"all_reduce": 3}, {"all_reduce": 3, "all_gather_object": 1}
@@ -158,6 +162,7 @@ FAILURES = {
 }
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("case", FAILURES)
 def test_a_failure_on_one_rank_stops_the_watch_on_all_and_the_run_on_none(case, victim):
@@ -191,6 +196,7 @@ def interrupted(rank):
     return leaving.state["totals"]["samples"].sum(1).tolist() if rank else monitor.state_dict()["observation"]
 
 
+@pytest.mark.ranks
 def test_after_an_exception_the_state_is_had_without_other_ranks():
     assert on_two_ranks(interrupted) == [3, [15, 15]]
 
@@ -204,6 +210,7 @@ def two_trainers(rank):
     return monitor.report.sites[0].samples, monitor.report.step
 
 
+@pytest.mark.ranks
 def test_trainers_of_their_own_within_one_process_group_do_not_mix():
     assert on_two_ranks(two_trainers) == [(5, 4), (5, 8)]
 
@@ -215,6 +222,7 @@ def stop_early(rank):
     return trainer.current_epoch, monitor.report.to_dict()
 
 
+@pytest.mark.ranks
 def test_early_stopping_stops_all_ranks():
     one, other = on_two_ranks(stop_early)
     assert one == other
@@ -230,6 +238,7 @@ def misspelt(rank):
     return len(model.losses)
 
 
+@pytest.mark.ranks
 def test_a_pattern_that_matches_nothing_is_refused_on_all_ranks():
     assert on_two_ranks(misspelt) == [2, 2]
 
@@ -240,6 +249,7 @@ def rows(rank):
     return log.verdicts()
 
 
+@pytest.mark.ranks
 def test_values_are_the_same_on_all_ranks():
     one, other = on_two_ranks(rows)
     assert one == other

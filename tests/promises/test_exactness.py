@@ -130,6 +130,7 @@ def widths(model: nn.Module, source: tuple[str, ...]) -> set[int]:
 COMPARED: dict[str, tuple[int, int, int]] = {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family(name: str) -> None:
     truth, expected_result = recorded(family_step(FAMILIES[name])[1])
@@ -151,6 +152,7 @@ def test_family(name: str) -> None:
     COMPARED[name] = len(truth), len(sites), sum(site.traced for site in sites)
 
 
+@pytest.mark.slow
 def test_how_many_families_were_compared() -> None:
     """A figure to quote; holds where all of this file ran."""
     if set(COMPARED) == set(FAMILIES):
@@ -251,6 +253,7 @@ RECTIFIERS = ("module", "in place", "shared", "functional", "method", "clamp")
 WORDS = ("layer", "residual", "norm", "pool", "dropout", "there and back", "flatten", *RECTIFIERS)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(dims=st.integers(0, 3), words=st.lists(st.sampled_from(WORDS), max_size=12))
 def test_random_stacks(dims: int, words: list[str]) -> None:

@@ -28,6 +28,7 @@ def watch(out: Path, *options: str) -> str:
     return run("01_watch.py", out, *options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("logger", LEFT_BEHIND)
 def test_watch(logger, tmp_path):
     printed = watch(tmp_path, "--epochs", "1", "--logger", logger)
@@ -38,6 +39,7 @@ def test_watch(logger, tmp_path):
     assert ("wandb sync" in printed) == (logger == "wandb")
 
 
+@pytest.mark.slow
 def test_a_high_learning_rate_kills_more(tmp_path):
     def dead(lr: str) -> float:
         printed = watch(tmp_path, "--lr", lr, "--epochs", "6", "--logger", "none")
@@ -47,6 +49,7 @@ def test_a_high_learning_rate_kills_more(tmp_path):
     assert dead("0.02") < 15 < dead("0.15")
 
 
+@pytest.mark.slow
 def test_other_data(tmp_path):
     random = np.random.default_rng(0)
     for name, values in (
@@ -60,6 +63,7 @@ def test_other_data(tmp_path):
     assert "units are dead" in printed
 
 
+@pytest.mark.slow
 def test_repair(tmp_path):
     printed = run("02_repair.py", tmp_path, "--steps", "400", "--remedy", "reset", "leaky")
     assert "Reset edited `net.relu2`" in printed
@@ -68,6 +72,7 @@ def test_repair(tmp_path):
     assert (tmp_path / "repair.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_ray(tmp_path):
     """By hand: ``pip install -c constraints.txt ".[examples,ray]" pytest && pytest tests/test_examples.py -k ray``."""
     pytest.importorskip("ray", reason="ray is large, and not among the tests' packages")

@@ -103,6 +103,7 @@ def run(code: str) -> str:
     return done.stdout
 
 
+@pytest.mark.timing
 def test_import_is_quick():
     code = (
         "import time, lightning.pytorch, lightning.pytorch.loggers; start = time.process_time();"
@@ -142,6 +143,7 @@ def test_version_is_told_once():
     assert not any(re.search(rf'"{re.escape(stated)}"', path.read_text(encoding="utf-8")) for path in SOURCES)
 
 
+@pytest.mark.slow
 def test_wheel_holds_the_package_alone(tmp_path):
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
     subprocess.run(build, check=True, timeout=300)

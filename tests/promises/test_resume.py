@@ -213,6 +213,7 @@ def one_rank_run(ckpt=None):
     return reports_of(monitor)
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("step", [2, 8, 13])
 def test_nothing_is_lost_that_two_ranks_save_in_mid_window(step, tmp_path):
     whole = on_two_ranks(two_rank_run, tmp_path, None)[0]
@@ -225,6 +226,7 @@ def test_nothing_is_lost_that_two_ranks_save_in_mid_window(step, tmp_path):
         assert_alike(report, expected)
 
 
+@pytest.mark.ranks
 def test_what_two_ranks_save_after_fit_holds_both_their_counts(tmp_path):
     reports = on_two_ranks(two_rank_run, tmp_path, None)[0]
     state = next(iter(torch.load(tmp_path / "end.ckpt", weights_only=True)["callbacks"].values()))

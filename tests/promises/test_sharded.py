@@ -155,6 +155,7 @@ def watch_shards(rank):
     return found
 
 
+@pytest.mark.ranks
 def test_shards_are_watched_as_the_whole():
     found = on_two_ranks(watch_shards)
     joined = [list(pair) for pair in zip(shares(0), shares(1), strict=True)]
@@ -234,6 +235,7 @@ def write_to_shards(rank):
     return found, check_writes([beyond], net, [])
 
 
+@pytest.mark.ranks
 def test_writing_to_shards_is_writing_to_the_whole():
     for rank, (found, beyond) in enumerate(on_two_ranks(write_to_shards)):
         assert beyond.startswith("`Write` to `0.weight`: index 7 is out of bounds")
@@ -290,6 +292,7 @@ def shard_in_all_ways(rank):
     return found
 
 
+@pytest.mark.ranks
 def test_all_ways_of_sharding_are_followed_and_written_to():
     for found in on_two_ranks(shard_in_all_ways):
         attribution, weights = found.pop("not at all")
@@ -336,6 +339,7 @@ def repair(rank, sharded):
     return found
 
 
+@pytest.mark.ranks
 def test_shards_are_repaired_as_the_whole():
     sharded, whole = on_two_ranks(repair, True), on_two_ranks(repair, False)
     for case in REMEDIES:
@@ -367,6 +371,7 @@ def interrupt_and_resume(rank, folder, steps):
     return runs
 
 
+@pytest.mark.ranks
 def test_a_resumed_run_goes_on_in_mid_window_and_mid_anneal(tmp_path):
     for whole, *resumed in on_two_ranks(interrupt_and_resume, tmp_path, (2, 5, 10, 11)):
         assert sum(" edited " in event for event in whole[0]) >= 3
@@ -403,6 +408,7 @@ def train_shards(rank, watched):
     return state_of(model, trainer.optimizers[0]), torch.stack(model.losses), torch.get_rng_state(), trainable
 
 
+@pytest.mark.ranks
 def test_watching_changes_nothing_and_repairing_lasts_where_weights_stay_gathered():
     alone, watched, repaired = (on_two_ranks(train_shards, case) for case in ("", "watched", "repaired"))
     for rank in range(2):
@@ -446,6 +452,7 @@ def split_units(rank):
     return found
 
 
+@pytest.mark.ranks
 def test_units_that_are_split_over_ranks_are_not_judged():
     why = "tensor parallelism splits `net.0.weight`, so that each rank has other units"
     for rank, found in enumerate(on_two_ranks(split_units)):
@@ -486,6 +493,7 @@ def watch_flat_parameters(rank):
     return found
 
 
+@pytest.mark.ranks
 def test_flat_parameters_are_watched():
     for whole, *flat in on_two_ranks(watch_flat_parameters):
         for one in flat:

@@ -152,6 +152,7 @@ def test_no_units_are_no_work():
     assert (new.shape, shift.shape) == ((0, 3), (0,))
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("offset", [0.0, -1e3])
 def test_a_wide_layer_takes_seconds(offset):
     """A tenth of a transformer's 16384 units, beside live ones, and beside none that fire: once 28 s."""

@@ -206,6 +206,7 @@ def test_laws_are_told_from_what_was_drawn():
         assert again.std().item() == pytest.approx(drawn.std().item(), rel=0.05)
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("make", [torch.rand, torch.randn])
 def test_the_law_of_a_large_tensor_is_told_from_some_of_its_entries(make):
     drawn = make(3000, 1001).T  # not as it lies in memory

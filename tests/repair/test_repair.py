@@ -732,6 +732,7 @@ def test_strategies_that_shard_are_watched_and_not_repaired(strategy):
     assert monitor.report.dead_units >= 3
 
 
+@pytest.mark.ranks
 def test_ranks_that_would_edit_otherwise_do_not_edit():
     for events, state in on_two_ranks(repaired_unevenly):
         assert [action for _, _, action, *_ in events][:2] == ["refused", "given up"]
@@ -763,6 +764,7 @@ def failing_on_one_rank(rank, where):
     return model.state_dict()
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("where", ["propose", "see", "decide"])
 def test_a_failure_on_one_rank_leaves_ranks_equal(where):
     first, second = on_two_ranks(failing_on_one_rank, where)
@@ -785,6 +787,7 @@ def repaired(rank, remedy, options):
     return events, model.state_dict(), trainer.optimizers[0].state_dict()["state"]
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("remedy", [*OBJECTS, "ladder"])
 def test_two_ranks_end_bit_equal(remedy):
     given = ["thermal_kick", "reset", "leaky"] if remedy == "ladder" else OBJECTS[remedy]

@@ -147,6 +147,7 @@ def test_a_picture_is_what_was_given():
     assert raw[16:24] == (3).to_bytes(4, "big") + (2).to_bytes(4, "big")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 @pytest.mark.parametrize("count", [3, 200])
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -169,6 +170,7 @@ def test_a_browser_opens_it_without_errors(runs, tmp_path, count, theme):
     assert picture.stat().st_size > 10_000
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 def test_the_example_writes_a_page_and_its_picture(tmp_path):
     pytest.importorskip("sklearn")

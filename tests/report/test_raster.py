@@ -130,15 +130,27 @@ def test_resume_is_continuation(count, tmp_path):
     assert as_values(run(first, *[[1], [2]] * 300)) == as_values(run(second, *[[1], [2]] * 300))
 
 
-def test_bounded_in_memory_file_and_time():
-    base, raster = site(4096), Raster()
-    generator = torch.Generator().manual_seed(0)
+def large_model(raster):
+    """Fill one window of 64 sites of 4096 units each; return the generator and the sites."""
+    base, generator = site(4096), torch.Generator().manual_seed(0)
     sites = tuple(replace(base, name=f"layer{i}", dead=torch.rand(4096, generator=generator) < 0.3) for i in range(64))
     raster.add(report(*sites, step=0))
-    start = time.perf_counter()
+    return generator, sites
+
+
+@pytest.mark.timing
+def test_a_window_of_a_large_model_is_added_fast():
+    raster = Raster()
+    _, sites = large_model(raster)
+    start = time.process_time()
     raster.add(report(*sites, step=1))
-    assert time.perf_counter() - start < 0.5
-    for step in range(2, 512):
+    assert time.process_time() - start < 0.5
+
+
+def test_bounded_in_memory_and_file():
+    raster = Raster()
+    generator, sites = large_model(raster)
+    for step in range(1, 512):
         turned = replace(sites[0], dead=torch.rand(4096, generator=generator) < 0.3)
         raster.add(report(turned, *sites[1:], step=step))
     assert all(one.states.shape == (256, 512) for one in raster.sites.values())

@@ -596,6 +596,7 @@ def test_what_ranks_exchange_depends_on_the_layout_alone():
     assert before == [(2 * 320 + 2 * 10 + 2,), (6, 320)]
 
 
+@pytest.mark.timing
 def test_a_large_layout_is_judged_fast():
     sites, units = 8, 294_912  # 2.4 million
     metric = UnitLiveness({f"ffn{number}": units for number in range(sites)}, window=10, peak_dtype=torch.float32)

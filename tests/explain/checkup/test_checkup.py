@@ -470,6 +470,7 @@ def on_ranks(rank):
     return [finding.cause for finding in monitor.findings], float(trainer.callback_metrics["dead_relu/dead_fraction"])
 
 
+@pytest.mark.ranks
 def test_two_ranks():
     first, second = on_two_ranks(on_ranks)
     assert first == second

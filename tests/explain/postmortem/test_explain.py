@@ -177,6 +177,7 @@ def two_ranks(rank):
     return [str(wave) for wave in monitor.deaths]
 
 
+@pytest.mark.ranks
 def test_two_ranks_tell_the_same():
     one, other = on_two_ranks(two_ranks)
     assert one == other

@@ -57,6 +57,7 @@ def everywhere(request, tmp_path_factory):
     return folder, loggers, monitor.reports
 
 
+@pytest.mark.slow
 def test_the_values_are_the_same_everywhere(everywhere):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -84,6 +85,7 @@ def table_of(reports):
     return [{"step": one.step, **row_of(site)} for one in reports if one.step in (3, 7, 15) for site in one.sites]
 
 
+@pytest.mark.slow
 def test_wandb_media(everywhere):
     folder, _, reports = everywhere
     records = wandb_records(folder)
@@ -107,6 +109,7 @@ def test_wandb_media(everywhere):
     assert summary["dead_relu_summary/worst_site"] == "net.1"
 
 
+@pytest.mark.slow
 def test_tensorboard_media(everywhere):
     from PIL import Image
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -133,6 +136,7 @@ def test_tensorboard_media(everywhere):
     assert b"dead_relu_sites/" in layouts[0].tensor_proto.string_val[0]
 
 
+@pytest.mark.slow
 def test_mlflow_media(everywhere):
     folder, _, reports = everywhere
     (file,) = (folder / "artifacts").rglob("sites.json")
@@ -143,6 +147,7 @@ def test_mlflow_media(everywhere):
     assert sum("net.1" in name for name in pictures) == sum("overview" in name for name in pictures) == 3
 
 
+@pytest.mark.slow
 def test_files_beside_csv(everywhere):
     from PIL import Image
 
@@ -230,6 +235,7 @@ def test_a_logger_that_fails_with_pictures_still_gets_scalars(tmp_path):
     assert (tmp_path / "folder" / "dead_relu" / "overview.png").exists()
 
 
+@pytest.mark.slow
 def test_without_pillow_there_is_one_warning_and_scalars_and_tables_work(tmp_path):
     script = f"""
         import sys, warnings
@@ -286,7 +292,7 @@ def test_alerts_are_off_unless_asked_for_and_are_joined_if_they_come_too_soon():
     assert "b: 1 of 8" in calls[1][1]
 
 
-@pytest.mark.parametrize("sites", [1, 3, 30, 200, 1000])
+@pytest.mark.parametrize("sites", [1, 3, 30, 200, pytest.param(1000, marks=pytest.mark.slow)])
 def test_pictures_of_any_size(sites):
     raster = Raster()
     for step in (9, 19):

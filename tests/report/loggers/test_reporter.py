@@ -107,6 +107,7 @@ def wandb_logger(kind, folder):
     return WandbLogger(experiment=run) if kind == "given" else WandbLogger()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:There is a wandb run already in progress", "ignore")
 @pytest.mark.parametrize("kind", ["own", "given", "found"])
 def test_wandb(kind, tmp_path):
@@ -162,6 +163,7 @@ def test_csv(tmp_path):
     assert read == expected
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_mlflow(tmp_path):
     pytest.importorskip("mlflow")
@@ -275,6 +277,7 @@ def test_a_run_that_cannot_be_prepared_is_left_out():
     assert len(log.verdicts()) == 1
 
 
+@pytest.mark.slow
 def test_wandb_need_not_be_installed(tmp_path):
     script = f"""
         import sys, warnings
