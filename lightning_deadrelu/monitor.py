@@ -280,13 +280,13 @@ class Monitoring(Callback):
 
     def _judge(self, totals: Totals, trainer: Trainer, pl_module: LightningModule, close: bool) -> LivenessReport:
         assert self._watch is not None
-        sites = self._watch.sites
+        layout = self._watch.layout
         report, history = judge(
-            self._evidence.believed(totals, sites) if self._evidence else totals,
+            self._evidence.believed(totals, layout) if self._evidence else totals,
             self._history,
-            sites,
+            layout,
             self._settings.rules,
-            trainable=trainable_sites(sites, pl_module, trainer.optimizers, self._gradients.never),
+            trainable=trainable_sites(layout.sites, pl_module, trainer.optimizers, self._gradients.never),
             step=self._step,
             steps=self._steps,
             unwatched=self._watch.unwatched(),
@@ -299,9 +299,9 @@ class Monitoring(Callback):
         """Find out why units died; of a window that has not ended, tell it only in summaries."""
         assert self._watch is not None
         patient = trainer.lightning_module, trainer.optimizers
-        waves = self._inquest.look(report, totals, notes, self._watch.sites, self._record.peaks.of, patient)
+        waves = self._inquest.look(report, totals, notes, self._watch.layout, self._record.peaks.of, patient)
         if close:
-            self._inquest.close(totals, notes, self._watch.sites, trainer.lightning_module, waves)
+            self._inquest.close(totals, notes, self._watch.layout, trainer.lightning_module, waves)
         else:
             self._inquest.keep_open(waves)
         for wave in waves:
@@ -419,7 +419,7 @@ class Monitoring(Callback):
         """Bring all that a verdict needs to the host, in one transfer."""
         assert self._watch is not None
         assert self._trainer is not None
-        notes = self._inquest.notes(self._watch.sites, self._trainer.lightning_module, losses.device)
+        notes = self._inquest.notes(self._watch.layout, self._trainer.lightning_module, losses.device)
         totals, (losses, *rest) = totals.to_host_with(losses, *notes)
         return totals, losses, Notes(*rest)
 

@@ -65,7 +65,7 @@ def find_dead_units(
         raise RuntimeError("The audit itself failed; the model ran through.") from watch.probe.failure
     watch.check_patterns()
     totals = watch.liveness.totals().to_host()
-    return judge(totals, UnitHistory.empty(), watch.sites, watch.liveness.rules, unwatched=watch.unwatched())[0]
+    return judge(totals, UnitHistory.empty(), watch.layout, watch.liveness.rules, unwatched=watch.unwatched())[0]
 
 
 def trace(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] | None = None) -> Watch:

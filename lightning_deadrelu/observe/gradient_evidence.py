@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_deadrelu.model.sites import Site, names_of
+from lightning_deadrelu.model.layout import Layout
+from lightning_deadrelu.model.sites import Site
 from lightning_deadrelu.model.slices import Slice
 from lightning_deadrelu.observe.watch import Watch
 from lightning_deadrelu.repair.writer import tensors_of
@@ -185,7 +185,7 @@ class GradientEvidence:
 
     def _new_plan(self, watch: Watch, model: nn.Module) -> Plan | None:
         self._slices |= watch.sole_readers()
-        tensors, places = tensors_of(model), _places(watch.sites)
+        tensors, places = tensors_of(model), watch.layout.places
         parts = []
         for number, site in enumerate(watch.sites):
             if site in self._refuted or site.owner in watch.judged_as or number in watch.offsets:
@@ -226,9 +226,9 @@ class GradientEvidence:
     def flush(self, watch: Watch) -> None:
         """Hand what was proved to the counts; to be called before they are read, or their layout changes."""
         if self._plan:
-            watch.liveness.prove(self._plan.flush(watch.liveness.units))
+            watch.liveness.prove(self._plan.flush(watch.layout.units))
 
-    def believed(self, totals: Totals, sites: Sequence[Site]) -> Totals:
+    def believed(self, totals: Totals, layout: Layout) -> Totals:
         """Take out what gradients say of sites where they contradict the forward: there they are never asked again.
 
         In an observed batch every sample passes the forward. Who had a gradient in one, and yet was silent in the whole
@@ -236,18 +236,17 @@ class GradientEvidence:
 
         Args:
             totals: The window's counts, merged over ranks, on the CPU.
-            sites: Their layout.
+            layout: Of its sites.
         """
         _, last, _, nonfinite, _, moved = totals.maxima
         denied = (last < 0) & (nonfinite < NAN) & (moved > 0)
         seen = totals.samples.sum(1) > 0
-        places = _places(sites)
-        found = [number for number, place in enumerate(places) if seen[number] and denied[place].any()]
-        if new := [number for number in found if sites[number] not in self._refuted]:
-            self._refuted |= {sites[number] for number in new}
-            self._tell(_REFUTED.format(", ".join(f"`{names_of(sites)[number]}`" for number in new)))
+        found = [number for number, place in enumerate(layout.places) if seen[number] and denied[place].any()]
+        if new := [number for number in found if layout.sites[number] not in self._refuted]:
+            self._refuted |= {layout.sites[number] for number in new}
+            self._tell(_REFUTED.format(", ".join(f"`{layout.names[number]}`" for number in new)))
         maxima = totals.maxima.clone()
-        for site, place in zip(sites, places, strict=True):
+        for site, place in zip(layout, layout.places, strict=True):
             if site in self._refuted:
                 maxima[-2, place] = -1
         return replace(totals, maxima=maxima)
@@ -280,12 +279,6 @@ _REFUTED = (
     " They prove nothing there, and are not asked again. Use the optimizer's `weight_decay` in place of a term in the"
     " loss, or set `gradient_evidence=False`."
 )
-
-
-def _places(sites: Sequence[Site]) -> list[slice]:
-    """Tell where each site's units are in the flat tensors."""
-    ends = list(accumulate((site.units for site in sites), initial=0))
-    return [slice(start, end) for start, end in pairwise(ends)]
 
 
 def _is_plain(tensor: Tensor, device: torch.device) -> bool:

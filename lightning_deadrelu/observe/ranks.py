@@ -37,7 +37,7 @@ def agree(watch: Watch | None, failed: bool, device: torch.device) -> bool:
         failed: Whether this rank has failed.
         device: Where the backend communicates.
     """
-    sites = watch.sites if watch else []
+    sites = watch.sites if watch else ()
     mark = _fingerprint(sites)
     header = torch.tensor([mark, -mark, float(failed or watch is None)], dtype=torch.float64, device=device)
     dist.all_reduce(header, dist.ReduceOp.MAX)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_deadrelu.attribution import Attributions, Tracer, merged
-from lightning_deadrelu.model.sites import Rectifier, Site, clean, is_rectifier_module, is_selected, names_of, unmatched
+from lightning_deadrelu.model.layout import Layout
+from lightning_deadrelu.model.sites import Rectifier, Site, clean, is_rectifier_module, is_selected, unmatched
 from lightning_deadrelu.model.slices import Slice
 from lightning_deadrelu.observe.compiled import Compiled, Seen
 from lightning_deadrelu.observe.probe import Probe, subscribed
@@ -112,9 +113,14 @@ class Watch:
         self.probe.judged_as = rectifiers
 
     @property
-    def sites(self) -> list[Site]:
-        """The layout: every site met, in order; those left out have 0 units."""
-        return self.liveness.sites
+    def layout(self) -> Layout:
+        """Every site met, in order; those left out have 0 units."""
+        return self.liveness.layout
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites of the layout."""
+        return self.layout.sites
 
     def _take(self, site: Site, rectifier: Rectifier, x: Tensor, out: Tensor, dims: tuple[int, ...]) -> None:
         place = self._places.get(site)
@@ -153,10 +159,10 @@ class Watch:
         self.liveness.add(place, counts)
 
     def _name(self, place: int) -> str:
-        return names_of(self.sites)[place]
+        return self.layout.names[place]
 
     def _add(self, site: Site) -> int:
-        name = names_of([*self.sites, site])[-1]
+        name = Layout((*self.layout, site)).names[-1]
         selected = is_selected(name, site.kind, site.smooth, self._include, self._exclude)
         if self._blind and selected:
             self.probe.unwatched[name] = self._blind
@@ -172,10 +178,10 @@ class Watch:
         for site in layout:
             self.liveness.add_site(site)
         self._places = {site: place for place, site in enumerate(self.sites)}
-        for place, site in enumerate(old.sites):
+        for place, site in enumerate(old.layout):
             self.liveness.copy_site(old, place, self._places[site])
-        self.dims = {self._places[old.sites[place]]: dims for place, dims in self.dims.items()}
-        self.hinges = {self._places[old.sites[place]]: hinge for place, hinge in self.hinges.items()}
+        self.dims = {self._places[old.layout.sites[place]]: dims for place, dims in self.dims.items()}
+        self.hinges = {self._places[old.layout.sites[place]]: hinge for place, hinge in self.hinges.items()}
         self.compiled.forget()
 
     def trace(self) -> None:
@@ -189,7 +195,7 @@ class Watch:
         """Which entries feed and read the units of each site, as far as all traced batches tell."""
         tracer = self._tracer
         known = merged(tracer.attributions(), self.sites, tracer.failure or NOT_TRACED)
-        named = zip(names_of(self.sites), self.sites, strict=True)
+        named = zip(self.layout.names, self.sites, strict=True)
         return Attributions({name: known[site] for name, site in named if site.units}, tracer.used)
 
     @property
@@ -232,7 +238,7 @@ class Watch:
         """
         modules = [clean(name) for name, _ in self._model.named_modules()]
         late = [name for name in modules if name and name not in self.probe.entered]
-        names = [*names_of(self.sites), *self.unwatched(), *late]
+        names = [*self.layout.names, *self.unwatched(), *late]
         kinds = [site.kind for site in self.sites]
         given = {"include": list(self._include), "exclude": list(self._exclude), "unit_dims": list(self._unit_dims)}
         for argument, patterns in given.items():

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_deadrelu.attribution import joined_over_ranks, plain
 from lightning_deadrelu.model.sharding import reshard_
-from lightning_deadrelu.model.sites import clean, names_of
+from lightning_deadrelu.model.sites import clean
 from lightning_deadrelu.model.slices import Attribution
 from lightning_deadrelu.model.trainable import Gradients
 from lightning_deadrelu.observe import ranks
@@ -116,15 +116,15 @@ class Repair:
         if not self.terms.sites and not self._requests:
             return
         self.terms.begin()
-        names = names_of(watch.sites)
-        terms = {name: self.terms.offset(name) for name in self.terms.sites if name in names}
-        watch.offsets = {names.index(name): term for name, term in terms.items() if term is not None}
+        layout = watch.layout
+        terms = {name: self.terms.offset(name) for name in self.terms.sites if name in layout}
+        watch.offsets = {layout.number(name): term for name, term in terms.items() if term is not None}
         if observed and self._requests and self._confirmation is None:
-            asked = {names.index(request.site): request.units for request in self._requests}
+            asked = {layout.number(request.site): request.units for request in self._requests}
             self._confirmation = Confirmation(asked, watch.device)
             self._handles = [watch.subscribe(self._confirmation)]
             self._handles += [
-                watch.probe.subscribe_input(path, partial(_listen, self._confirmation, names.index(site), watch))
+                watch.probe.subscribe_input(path, partial(_listen, self._confirmation, layout.number(site), watch))
                 for site, path in self._layers.items()
             ]
             watch.trace()
@@ -180,8 +180,7 @@ class Repair:
         """Put the rectifiers back where another activation did not help, and the next remedy is in turn."""
         if not sites:
             return
-        names = names_of(patient.watch.sites)
-        paths = {patient.watch.sites[names.index(site)].owner for site in sites}
+        paths = {patient.watch.layout.site(site).owner for site in sites}
         keep = {record["path"] for record in records(patient.model)} - paths
         reinstate_(patient.model, keep)
         patient.watch.judged_as = rectifiers(patient.model) | self.terms.rectifiers
@@ -217,11 +216,11 @@ class Repair:
     ) -> list[Case]:
         """Lay out all that is known of each site asked about; all that ranks have to exchange is exchanged here."""
         assert self._report is not None
-        attributions, names = self._agreed(patient), names_of(patient.watch.sites)
+        attributions = self._agreed(patient)
         cases = []
         for request in requests:
             site, attribution = self._report[request.site], attributions[request.site]
-            number = names.index(request.site)
+            number = patient.watch.layout.number(request.site)
             hinge = patient.watch.hinges.get(number, 0.0)
             inputs = self._inputs(attribution, confirmation.rows(number), patient)
             units, quantiles = confirmed(request, site, confirmation.of(number, evidence))
@@ -292,8 +291,7 @@ class Repair:
 
     def _reason_against(self, remedy: Remedy, site: SiteReport, attribution: Attribution, patient: Patient) -> str:
         """Say why a remedy cannot be applied to a site; empty if it can."""
-        names = names_of(patient.watch.sites)
-        own = patient.watch.sites[names.index(site.name)]
+        own = patient.watch.layout.site(site.name)
         untraced = "" if attribution.incoming else "what feeds it could not be traced"
         reasons = {
             "incoming": attribution.no_incoming or untraced,
@@ -317,7 +315,7 @@ class Repair:
                 raise Diverged(f"an edit failed on this rank, which now differs from the others: {error!r}") from error
             raise
         watch = patient.watch
-        number = names_of(watch.sites).index(view.report.name)
+        number = watch.layout.number(view.report.name)
         site, dims = watch.sites[number], watch.dims[number]
         if edits.warmth and view.attribution.outlet:
             self.terms.warm(patient.model, view.report.name, view.attribution.outlet, edits.warmth)

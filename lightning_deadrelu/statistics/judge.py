@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_deadrelu.model.sites import Site, names_of
+from lightning_deadrelu.model.layout import Layout
 from lightning_deadrelu.statistics.report import LivenessReport, SiteReport
 from lightning_deadrelu.statistics.totals import CONSTANT, FINITE, NAN, Totals, UnitHistory
 
@@ -37,7 +37,7 @@ class Rules:
 def judge(
     totals: Totals,
     history: UnitHistory,
-    sites: Sequence[Site],
+    layout: Layout,
     rules: Rules = Rules(),
     *,
     trainable: Sequence[bool] | None = None,
@@ -50,7 +50,7 @@ def judge(
     Args:
         totals: The window's counts on the CPU, merged over ranks; the report shares no memory with them.
         history: What is known from the windows before.
-        sites: The layout of the flat tensors.
+        layout: Of the flat tensors.
         rules: What a verdict asks for.
         trainable: For each site, whether an optimizer trains what feeds it; by default all do.
         step: The step the report bears.
@@ -60,15 +60,15 @@ def judge(
     Returns:
         The report, and the history for the next window.
     """
-    before = history.extended(sum(site.units for site in sites))
+    before = history.extended(layout.units)
     steps = [*steps, *[step] * (totals.samples.shape[1] - len(steps))]  # an observation may be under way
-    found, history = _units(totals, before, sites, rules, steps)
-    parts = zip(*(values.split([site.units for site in sites]) for values in found.values()), strict=True)
+    found, history = _units(totals, before, layout, rules, steps)
+    parts = zip(*(values.split([site.units for site in layout]) for values in found.values()), strict=True)
     counted = zip(totals.samples.sum(1).tolist(), totals.elements.tolist(), strict=True)
-    learns = [True] * len(sites) if trainable is None else trainable
+    learns = [True] * len(layout) if trainable is None else trainable
     reports = [
         SiteReport(name, site.kind, site.units, *sizes, trains, site.smooth, **_rated(found, part, sizes[1]))
-        for site, name, sizes, trains, part in zip(sites, names_of(sites), counted, learns, parts, strict=True)
+        for site, name, sizes, trains, part in zip(layout, layout.names, counted, learns, parts, strict=True)
         if site.units  # without, the site was left out and only keeps its place
     ]
     return LivenessReport(tuple(reports), step, dict(unwatched or {})), history
@@ -86,7 +86,7 @@ def _rated(names: Iterable[str], part: Sequence[Tensor], elements: int) -> dict[
 
 
 def _units(
-    totals: Totals, before: UnitHistory, sites: Sequence[Site], rules: Rules, steps: Sequence[int]
+    totals: Totals, before: UnitHistory, layout: Layout, rules: Rules, steps: Sequence[int]
 ) -> tuple[dict[str, Tensor], UnitHistory]:
     """Judge the units of all sites end to end: fields of :class:`SiteReport` and counts by name, and the next history.
 
@@ -96,7 +96,7 @@ def _units(
     _, last, varied, nonfinite, proved, _ = totals.maxima.numpy()
     fires, sane, proven = last >= 0, nonfinite < NAN, proved >= 0
     shown = fires | proven
-    found = _by_site(totals, before, sites, steps, ~shown)
+    found = _by_site(totals, before, layout, steps, ~shown)
     known, hard = found.pop("known"), found.pop("hard")
     silent = hard & ~fires & sane
     dead = silent & (found["age"] >= rules.min_samples)
@@ -115,18 +115,17 @@ def _units(
 
 
 def _by_site(
-    totals: Totals, before: UnitHistory, sites: Sequence[Site], steps: Sequence[int], quiet: Array
+    totals: Totals, before: UnitHistory, layout: Layout, steps: Sequence[int], quiet: Array
 ) -> dict[str, Array]:
     """Work out what takes numbers of the site, one site at a time, so that a part stays in the cache."""
     magnitude, number = totals.magnitude.numpy(), torch.tensor([-1, *steps], dtype=torch.int32)
     dtypes = {"known": bool, "hard": bool, "always_on": bool, "rare": bool, "dormancy": magnitude.dtype}
     dtypes |= {"age": np.int64, "seen": np.int64, "last_fired": np.int32}
     flat = {key: np.empty(len(quiet), dtype) for key, dtype in dtypes.items()}
-    most = int(totals.elements.max()) if len(sites) else 0
+    most = int(totals.elements.max()) if len(layout) else 0
     flat["fired"] = totals.fired.numpy().astype(np.int32 if most < 2**31 else np.int64)  # half the bytes to compare
-    after, start = _after(totals.samples), 0
-    for index, site in enumerate(sites):
-        place = slice(start, start := start + site.units)
+    after = _after(totals.samples)
+    for index, (site, place) in enumerate(zip(layout, layout.places, strict=True)):
         known, elements = bool(after[index, 0]), int(totals.elements[index])
         part = {key: values[place] for key, values in flat.items()}
         part["known"][:], part["hard"][:] = known, known and not site.smooth

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_deadrelu.model.layout import Layout
 from lightning_deadrelu.model.sites import Rectifier, Site
 from lightning_deadrelu.statistics.counts import RELU, Counts, count
 from lightning_deadrelu.statistics.judge import Rules, judge
@@ -61,8 +62,7 @@ class UnitLiveness(Metric):
     ) -> None:
         super().__init__(**{"compute_with_cache": False, **kwargs})
         self.rules = rules
-        self.sites: list[Site] = []
-        self._starts = [0]
+        self.layout = Layout()
         self._observation = 0
         self._pending: dict[int, Counts] = {}  # calls of the present observation by site
         self._caps: Tensor | None = None  # where outputs end, by unit, if any do
@@ -86,33 +86,23 @@ class UnitLiveness(Metric):
             self.fold()
         self._observation = number
 
-    @property
-    def units(self) -> int:
-        """Units of all sites."""
-        return self._starts[-1]
-
     def add_site(self, site: Site) -> int:
         """Append a site and return its number."""
-        self.sites.append(site)
-        self._starts.append(self.units + site.units)
-        return len(self.sites) - 1
+        self.layout = Layout((*self.layout, site))
+        return len(self.layout) - 1
 
     @torch.inference_mode(False)  # what is counted in place later may be no inference tensor
     def make_room(self) -> None:
         """Extend the state by the sites added since: by all at once, because each time everything is copied."""
-        new = self.sites[len(self.samples) :]
+        new = self.layout.sites[len(self.samples) :]
         if not new:
             return
         for name, default in self._defaults.items():
             assert isinstance(default, Tensor)
             fresh = _fresh(name, default, new)  # the defaults stay empty: they would double the memory
             setattr(self, name, torch.cat([getattr(self, name), fresh], dim=_UNIT_DIM.get(name, 0)))
-        if any(math.isfinite(site.cap) for site in self.sites):
-            self._caps = torch.cat([self.maxima.new_full((site.units,), site.cap) for site in self.sites])
-
-    def place(self, site: int) -> slice:
-        """Tell where a site's units are in the flat tensors."""
-        return slice(self._starts[site], self._starts[site + 1])
+        if any(math.isfinite(site.cap) for site in self.layout):
+            self._caps = torch.cat([self.maxima.new_full((site.units,), site.cap) for site in self.layout])
 
     def update(
         self,
@@ -150,7 +140,7 @@ class UnitLiveness(Metric):
         self.make_room()
         if not self._pending:
             return
-        parts = [self._pending.get(number) or self._nothing(site.units) for number, site in enumerate(self.sites)]
+        parts = [self._pending.get(number) or self._nothing(site.units) for number, site in enumerate(self.layout)]
         fired = _joined([part.fired for part in parts], self.fired.dtype)
         self.fired.add_(fired)
         self.magnitude.add_(torch.cat([part.magnitude for part in parts]))
@@ -189,7 +179,7 @@ class UnitLiveness(Metric):
                 self.samples[number, self._observation].add_(counts.samples)
                 self.elements[number].add_(counts.elements)
             return
-        table = torch.zeros(len(self.sites), 2, dtype=torch.int64, device="cpu")
+        table = torch.zeros(len(self.layout), 2, dtype=torch.int64, device="cpu")
         table[list(self._pending)] = torch.tensor(sizes, device="cpu")
         samples, elements = table.to(self.samples.device, non_blocking=True).unbind(1)  # waits for no device
         self.samples[:, self._observation].add_(samples)
@@ -200,10 +190,10 @@ class UnitLiveness(Metric):
 
     def _constant(self) -> Tensor:
         """Mark units with several elements in this observation: only those can be seen to be constant."""
-        constant = self.maxima.new_full((self.units,), CONSTANT)
+        constant = self.maxima.new_full((self.layout.units,), CONSTANT)
         for number, counts in self._pending.items():
             if isinstance(counts.elements, Tensor) or counts.elements < 2:
-                constant[self.place(number)] = counts.elements > 1
+                constant[self.layout.place(number)] = counts.elements > 1
         return constant
 
     def copy_site(self, other: UnitLiveness, theirs: int, ours: int) -> None:
@@ -211,7 +201,7 @@ class UnitLiveness(Metric):
         self.make_room()
         self.samples[ours], self.elements[ours] = other.samples[theirs], other.elements[theirs]
         for name in ("fired", "magnitude", "maxima"):
-            getattr(self, name)[..., self.place(ours)] = getattr(other, name)[..., other.place(theirs)]
+            getattr(self, name)[..., self.layout.place(ours)] = getattr(other, name)[..., other.layout.place(theirs)]
 
     def compute(self) -> dict[str, Tensor]:
         """Return the dead units of each site by name, boolean, shape ``(units,)``."""
@@ -219,7 +209,7 @@ class UnitLiveness(Metric):
 
     def report(self) -> LivenessReport:
         """Judge what was counted since the last :meth:`reset`, on this rank alone."""
-        return judge(self.totals().to_host(), UnitHistory.empty(), self.sites, self.rules)[0]
+        return judge(self.totals().to_host(), UnitHistory.empty(), self.layout, self.rules)[0]
 
     def totals(self) -> Totals:
         """Return the counts as they stand, on the device."""

@@ -238,7 +238,7 @@ class Batched:
 
     def _judge(self, step: int) -> None:
         report, self.history = judge(
-            self.liveness.totals(), self.history, self.liveness.sites, self.liveness.rules, step=step
+            self.liveness.totals(), self.history, self.liveness.layout, self.liveness.rules, step=step
         )
         self.liveness.reset()
         for s, one in enumerate(self.ones):

@@ -135,7 +135,7 @@ def _train(watch, model, run, data):
 
 
 def report(watch):
-    return judge(watch.liveness.totals().to_host(), UnitHistory.empty(), watch.sites, Rules(1))[0].to_dict()
+    return judge(watch.liveness.totals().to_host(), UnitHistory.empty(), watch.layout, Rules(1))[0].to_dict()
 
 
 def expected(model, data):

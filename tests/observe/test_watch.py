@@ -75,12 +75,12 @@ def test_counts_move_with_their_sites_to_another_layout():
     ours, theirs = run(order=(0, 1)), run(order=(2, 1))
     ours.liveness.fold()
     before = {site.source: site for site in ours.sites}
-    layout = list(dict.fromkeys([*theirs.sites, *ours.sites]))
-    counts = {ours.sites[i].source: ours.liveness.fired[ours.liveness.place(i)].clone() for i in range(len(ours.sites))}
+    layout = tuple(dict.fromkeys([*theirs.sites, *ours.sites]))
+    counts = {ours.sites[i].source: ours.liveness.fired[ours.layout.place(i)].clone() for i in range(len(ours.sites))}
     ours.adopt(layout)
     assert ours.sites == layout
     for i, site in enumerate(ours.sites):
-        fired = ours.liveness.fired[ours.liveness.place(i)]
+        fired = ours.liveness.fired[ours.layout.place(i)]
         assert torch.equal(fired, counts[site.source]) if site.source in before else not fired.any()
     with ours.probe:  # and what comes next goes to the right place
         ours._model(torch.ones(1, 4), (2,))

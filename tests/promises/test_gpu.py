@@ -35,7 +35,7 @@ def test_masks_equal_those_of_the_cpu():
     reports = []
     for device in ("cpu", "cuda"):
         watch = observe(copy.deepcopy(model).to(device), [batch.to(device) for batch in batches])
-        reports.append(judge(watch.liveness.totals().to_host(), UnitHistory.empty(), watch.sites, Rules(1))[0])
+        reports.append(judge(watch.liveness.totals().to_host(), UnitHistory.empty(), watch.layout, Rules(1))[0])
     for one, other in zip(reports[0].sites, reports[1].sites, strict=True):
         for name in ("dead", "rare", "always_on", "frozen", "age"):
             assert torch.equal(getattr(one, name), getattr(other, name)), name
@@ -104,7 +104,7 @@ def test_compiled_code_counts_as_eager_code_does(mode, autocast):
     assert watches[1].compiled.refusal == ""
     assert watches[1].compiled._proven
     eager, compiled = (
-        judge(watch.liveness.totals().to_host(), UnitHistory.empty(), watch.sites, Rules(1))[0] for watch in watches
+        judge(watch.liveness.totals().to_host(), UnitHistory.empty(), watch.layout, Rules(1))[0] for watch in watches
     )
     for one, other in zip(eager.sites, compiled.sites, strict=True):
         assert (one.name, one.samples, one.elements) == (other.name, other.samples, other.elements)

@@ -486,7 +486,7 @@ def watch_flat_parameters(rank):
             with watch.probe:
                 net(x.clone().requires_grad_()).sum().backward()
         assert watch.probe.failure is None
-        report, _ = judge(watch.liveness.totals().to_host(), UnitHistory.empty(), watch.sites, Rules(1))
+        report, _ = judge(watch.liveness.totals().to_host(), UnitHistory.empty(), watch.layout, Rules(1))
         found.append(
             [{"name": site.name, "age": site.age, "dead": site.dead, "peak": site.peak} for site in report.sites]
         )

@@ -148,7 +148,7 @@ def test_the_site_stays_the_same_and_its_input_is_seen_with_the_term():
         watch = Watch(model, rules=Rules(1))
         with watch.probe:
             model(x)
-        before = list(watch.sites)
+        before = watch.sites
         watch.liveness.fold()
         terms = warmed(model, gamma=torch.full((6,), 100.0))
         terms.begin()

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from torch.nn import functional as F
 
+from lightning_deadrelu.model.layout import Layout
 from lightning_deadrelu.model.sites import Rectifier, Site
 from lightning_deadrelu.statistics import (
     LivenessReport,
@@ -226,7 +227,7 @@ def report_of(windows, min_samples, ranks=1):
                 metrics[place % ranks].observation = number
                 if len(x):
                     metrics[place % ranks].add(0, count(x, x.relu()))
-        report, history = judge(merge(metrics), history, metrics[0].sites, Rules(min_samples))
+        report, history = judge(merge(metrics), history, metrics[0].layout, Rules(min_samples))
         reports.append(report)
     return reports
 
@@ -342,10 +343,10 @@ def test_without_data_a_dead_unit_is_neither_dead_nor_newly_dead_afterwards():
 def test_a_site_met_late_starts_with_no_history():
     metric = UnitLiveness({"a": 2})
     metric.update(torch.full((9, 2), -1.0))
-    _, history = judge(metric.totals().to_host(), UnitHistory.empty(), metric.sites, Rules(5))
+    _, history = judge(metric.totals().to_host(), UnitHistory.empty(), metric.layout, Rules(5))
     late = metric.add_site(Site("b", False, "relu", (), 1))
     metric.update(torch.full((3, 1), -1.0), site=late)
-    report, _ = judge(metric.totals().to_host(), history, metric.sites, Rules(5))
+    report, _ = judge(metric.totals().to_host(), history, metric.layout, Rules(5))
     assert report["a"].age.tolist() == [18, 18]
     assert report["b"].age.tolist() == [3]
 
@@ -407,7 +408,7 @@ def test_judging_all_sites_at_once_equals_a_loop_over_units(units, dtype):
     for window, length in enumerate((4, 4, 1, 4, 4)):
         totals = random_totals(units, length, window, dtype)
         steps = [window * 100 + 7 * number for number in range(length)]
-        report, history = judge(totals, history, sites, rules, steps=steps)
+        report, history = judge(totals, history, Layout(sites), rules, steps=steps)
         at, found = 0, {site.name: site for site in report.sites}
         for index, site in enumerate(sites):
             rows = []
@@ -441,7 +442,7 @@ def test_an_observation_under_way_bears_the_step_of_the_report():
     for number in range(3):
         metric.observation = number
         metric.update(torch.ones(2, 1))
-    report, _ = judge(metric.totals().to_host(), UnitHistory.empty(), metric.sites, step=9, steps=[3, 5])
+    report, _ = judge(metric.totals().to_host(), UnitHistory.empty(), metric.layout, step=9, steps=[3, 5])
     assert report["a"].last_fired.tolist() == [9]
 
 
@@ -452,7 +453,9 @@ def two_sites(trainable=(True, True)) -> LivenessReport:
     metric = UnitLiveness({"a": 2, "b": 3}, rules=Rules(1))
     metric.update(torch.tensor([[1.0, -1.0]]), site=0)
     metric.update(torch.tensor([[-1.0, -1.0, 2.0], [-1.0, -1.0, 1.0]]), site=1)
-    return judge(metric.totals().to_host(), UnitHistory.empty(), metric.sites, Rules(1), trainable=trainable, step=7)[0]
+    return judge(metric.totals().to_host(), UnitHistory.empty(), metric.layout, Rules(1), trainable=trainable, step=7)[
+        0
+    ]
 
 
 def test_report_counts_the_sites_that_are_trained():
@@ -551,7 +554,7 @@ def test_reset_keeps_the_sites_and_forward_answers_for_the_batch():
     assert metric(torch.tensor([[-1.0, 1.0]]))["relu"].tolist() == [True, False]
     assert metric.compute()["relu"].tolist() == [False, False]
     metric.reset()
-    assert metric.units == 2
+    assert metric.layout.units == 2
     assert metric.elements.item() == 0
 
 
@@ -574,7 +577,7 @@ def test_counts_and_history_are_saved_small_and_come_back_whole():
     for seed in range(3):
         totals = random_totals(units, 4, seed, torch.float32)
         sites = [Site(f"act{n}", False, "relu", (), count) for n, count in enumerate(units)]
-        _, history = judge(totals, history, sites)
+        _, history = judge(totals, history, Layout(sites))
     for one in (totals, history):
         again = type(one).loaded(one.saved())
         for name, values in vars(one).items():
@@ -604,7 +607,7 @@ def test_a_large_layout_is_judged_fast():
     totals, history, seconds = metric.totals(), UnitHistory.empty(), []
     for _ in range(3):
         start = time.thread_time()
-        report, history = judge(totals, history, metric.sites)
+        report, history = judge(totals, history, metric.layout)
         seconds.append(time.thread_time() - start)
     assert min(seconds) < 0.5
     assert report.units == sites * units
@@ -620,6 +623,6 @@ def test_packed_totals_are_unpacked_bit_for_bit():
 
 def test_layout_is_end_to_end():
     metric = UnitLiveness({"a": 3, "b": 2, "c": 4})
-    places = [metric.place(i) for i in range(3)]
+    places = [metric.layout.place(i) for i in range(3)]
     assert [p.stop - p.start for p in places] == [3, 2, 4]
     assert all(a.stop == b.start for a, b in pairwise(places))

@@ -168,7 +168,7 @@ class CheckRun:
 def _verdict(watch: Watch, model: nn.Module, optimizers: Sequence[Optimizer]) -> LivenessReport:
     trainable = trainable_sites(watch.sites, model, optimizers)
     totals = watch.liveness.totals().to_host()
-    return judge(totals, UnitHistory.empty(), watch.sites, Rules(MIN_SAMPLES), trainable=trainable)[0]
+    return judge(totals, UnitHistory.empty(), watch.layout, Rules(MIN_SAMPLES), trainable=trainable)[0]
 
 
 def _moments(layer: nn.Module, x: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 from lightning_deadrelu.explain.postmortem import DeathEvent, DyingUnits, WeightStats, explain, joined, most_telling
 from lightning_deadrelu.explain.postmortem.incoming_weights import IncomingWeights, sources_of, trained
 from lightning_deadrelu.explain.postmortem.step_log import StepLog, off_centre
-from lightning_deadrelu.model.sites import Site, names_of
+from lightning_deadrelu.model.layout import Layout
+from lightning_deadrelu.model.sites import Site
 from lightning_deadrelu.statistics import LivenessReport, SiteReport, Totals
 from lightning_deadrelu.statistics.totals import CONSTANT
 
@@ -121,15 +122,15 @@ class FlightRecorder:
 
     # -- at a window's end -------------------------------------------------------------------------------
 
-    def notes(self, sites: Sequence[Site], model: nn.Module, device: torch.device) -> Notes:
+    def notes(self, layout: Layout, model: nn.Module, device: torch.device) -> Notes:
         """Return what lies on the device, to be copied to the host along with the counts.
 
         Args:
-            sites: The sites in the order of the counts.
+            layout: The sites in the order of the counts.
             model: The model.
             device: Where the counts are.
         """
-        weights = self._feeds.notes(sites, sources_of(sites, model), device)
+        weights = self._feeds.notes(layout.sites, sources_of(layout.sites, model), device)
         centre = torch.full((1,), math.nan) if self._centre is None else self._centre.reshape(1)
         return Notes(self.vitals.ring.to(device), weights, centre.to(device))
 
@@ -138,7 +139,7 @@ class FlightRecorder:
         report: LivenessReport,
         totals: Totals,
         notes: Notes,
-        sites: Sequence[Site],
+        layout: Layout,
         peaks: Callable[[SiteReport, Tensor], Tensor],
         patient: tuple[nn.Module, Sequence[Optimizer]],
     ) -> tuple[DeathEvent, ...]:
@@ -150,18 +151,18 @@ class FlightRecorder:
             report: The verdict.
             totals: The counts it was made from, on the host.
             notes: What came to the host with them.
-            sites: The sites in the order of the counts.
+            layout: The sites in the order of the counts.
             peaks: Gives the largest inputs of some units of a site in the windows before, shape ``(windows, units)``.
             patient: The model and its optimizers.
         """
-        return self._guard(self._explained, report, totals, notes, sites, peaks, patient) or ()
+        return self._guard(self._explained, report, totals, notes, layout, peaks, patient) or ()
 
     def _explained(
         self,
         report: LivenessReport,
         totals: Totals,
         notes: Notes,
-        sites: Sequence[Site],
+        layout: Layout,
         peaks: Callable[[SiteReport, Tensor], Tensor],
         patient: tuple[nn.Module, Sequence[Optimizer]],
     ) -> tuple[DeathEvent, ...]:
@@ -169,8 +170,8 @@ class FlightRecorder:
             return ()
         model, optimizers = patient
         constant = totals.maxima[2] == CONSTANT
-        places, names = _places(sites), names_of(sites)
-        sources = dict(zip(names, sources_of(sites, model), strict=True))
+        places = dict(zip(layout.names, layout.places, strict=True))
+        sources = dict(zip(layout.names, sources_of(layout.sites, model), strict=True))
         dying = [site.name for site in report.headline if site.newly_dead.any()]
         rows = self._feeds.biases([places[name] for name in dying], [sources[name] for name in dying])
         biases = dict(zip(dying, rows, strict=True))
@@ -180,7 +181,7 @@ class FlightRecorder:
             place = places[site.name]
             if site.name in biases:
                 of = self._victims(site, peaks, constant[place])
-                of = self._fed(of, names.index(site.name), biases[site.name], notes)
+                of = self._fed(of, layout.number(site.name), biases[site.name], notes)
                 upstream = next((name for name, root in reversed(dead) if root), dead[-1][0] if dead else "")
                 how = trained(sources[site.name], optimizers, self.vitals.travelled)
                 victims.append(of._replace(first=number == 0, upstream=upstream, **how))
@@ -224,19 +225,19 @@ class FlightRecorder:
         )
 
     def close(
-        self, totals: Totals, notes: Notes, sites: Sequence[Site], model: nn.Module, waves: Sequence[DeathEvent]
+        self, totals: Totals, notes: Notes, layout: Layout, model: nn.Module, waves: Sequence[DeathEvent]
     ) -> None:
         """End a window.
 
         Args:
             totals: Its counts, on the host.
             notes: What came to the host with them.
-            sites: The sites in the order of the counts.
+            layout: The sites in the order of the counts.
             model: The model.
             waves: What :meth:`look` found in it.
         """
-        places, sources = list(_places(sites).values()), sources_of(sites, model)
-        self._feeds.close(totals.maxima[1] >= 0, places, sources, notes.weights, self._observed[-1])
+        sources = sources_of(layout.sites, model)
+        self._feeds.close(totals.maxima[1] >= 0, layout.places, sources, notes.weights, self._observed[-1])
         self._closed = most_telling(joined([*self._closed, *waves]), _WAVES)
         self._open = ()
 
@@ -272,10 +273,3 @@ class FlightRecorder:
         self._observed = deque(state["observed"], maxlen=_LEAST_ROWS)
         self._feeds.load_state_dict(state["feeds"], device)
         self._centre = state["centre"].to(device)
-
-
-def _places(sites: Sequence[Site]) -> dict[str, slice]:
-    places, start = {}, 0
-    for name, site in zip(names_of(sites), sites, strict=True):
-        places[name] = slice(start, start := start + site.units)
-    return places
