@@ -1,0 +1,72 @@
+"""Code on the pages of the site runs, links between them lead somewhere, and each public name has its place."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+from torch.utils.data import DataLoader
+
+import lightning_deadrelu
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)
+
+
+class Net(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
+        self.head = nn.Linear(8, 1)
+
+    def forward(self, x):
+        return self.head(self.encoder(x))
+
+    def training_step(self, batch, batch_idx):
+        return self(batch).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def code_of(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*")
+@pytest.mark.parametrize("page", [page for page in PAGES if code_of(page)], ids=lambda page: page.stem)
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib").use("agg")
+    monkeypatch.chdir(tmp_path)
+    data = DataLoader(torch.randn(64, 4), batch_size=16)
+    known = {"model": Net(), "train_loader": data, "network": Net(), "batches": list(data)}
+    for block in code_of(page):
+        exec(compile(block, str(page), "exec"), known)
+    for trainer in [value for name, value in known.items() if name == "trainer"]:
+        assert "dead_relu/dead_fraction" in trainer.callback_metrics
+
+
+def test_every_public_name_has_its_place_among_the_pages():
+    api = (DOCS / "api.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"auto(?:class|function):: (\w+)", api))
+    assert set(lightning_deadrelu.__all__) <= listed
+
+
+def test_files_that_the_pages_name_exist():
+    for page in PAGES:
+        for name in re.findall(r"`((?:examples|tests)/[\w/.]+\.\w+)`", page.read_text(encoding="utf-8")):
+            assert (ROOT / name).exists(), f"{page.name} names {name}"
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("furo")
+    build = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", str(DOCS), str(tmp_path)]
+    done = subprocess.run(build, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
