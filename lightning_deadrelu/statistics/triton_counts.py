@@ -70,7 +70,8 @@ class _Layout(NamedTuple):
 
 def _layout_of(x: Tensor, dims: tuple[int, ...]) -> _Layout | None:
     """Tell the layout; None where there are gaps, or the dimensions do not lie next to each other."""
-    order = sorted(range(x.ndim), key=lambda dim: (-x.stride(dim), dim))
+    strides = x.stride()
+    order = sorted(range(x.ndim), key=lambda dim: (-strides[dim], dim))
     if not x.permute(order).is_contiguous():
         return None
     at = sorted(order.index(dim % x.ndim) for dim in dims)
