@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_deadrelu.attribution.result import Attribution
 from lightning_deadrelu.model.sites import clean
-from lightning_deadrelu.model.slices import Attribution, Slice
+from lightning_deadrelu.model.slices import Slice
 from lightning_deadrelu.observe.audit import trace
 from lightning_deadrelu.statistics.born_dead import born_dead_bounds
 

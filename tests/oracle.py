@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_deadrelu.attribution import Tracer
-from lightning_deadrelu.model.sites import Rectifier, Site, clean
-from lightning_deadrelu.model.slices import Attribution, Slice
+from lightning_deadrelu.attribution.result import Attribution
+from lightning_deadrelu.model.rectifiers import Rectifier
+from lightning_deadrelu.model.sites import Site, clean
+from lightning_deadrelu.model.slices import Slice
 from lightning_deadrelu.observe.probe import Probe
 
 Run = Callable[[], Any]

@@ -2,7 +2,7 @@
 
 from lightning_deadrelu.attribution.ledger import merged
 from lightning_deadrelu.attribution.over_ranks import joined_over_ranks, plain
-from lightning_deadrelu.attribution.result import Attributions
+from lightning_deadrelu.attribution.result import Attribution, Attributions, Outlet
 from lightning_deadrelu.attribution.tracer import Tracer
 
-__all__ = ["Attributions", "Tracer", "joined_over_ranks", "merged", "plain"]
+__all__ = ["Attribution", "Attributions", "Outlet", "Tracer", "joined_over_ranks", "merged", "plain"]

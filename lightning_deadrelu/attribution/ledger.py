@@ -18,8 +18,9 @@ from lightning_deadrelu.attribution.labels import (
     distinct,
     pairs,
 )
+from lightning_deadrelu.attribution.result import Attribution, Outlet
 from lightning_deadrelu.model.sites import Site, base_name
-from lightning_deadrelu.model.slices import Attribution, Outlet, Slice
+from lightning_deadrelu.model.slices import Slice
 
 _NORM_ROLES = frozenset({"scale", "shift", "mean", "variance"})
 _UNFED = "no layer was seen to feed it directly"

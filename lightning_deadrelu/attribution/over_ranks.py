@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_deadrelu.attribution.result import Attributions
-from lightning_deadrelu.model.slices import Attribution, Slice
+from lightning_deadrelu.attribution.result import Attribution, Attributions
+from lightning_deadrelu.model.slices import Slice
 
 _PARTS = ("incoming", "outgoing", "outlet")
 _DIFFER = {"incoming": "ranks differ in what feeds it", "outgoing": "", "outlet": "ranks differ in where its outlet is"}

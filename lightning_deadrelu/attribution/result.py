@@ -1,10 +1,54 @@
-"""Attributions by name, for people to look at."""
+"""What tracing found: which entries feed each unit of a site, and which read it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
 
-from lightning_deadrelu.model.slices import Attribution
+from torch import Tensor
+
+from lightning_deadrelu.model.slices import Slice
+
+
+class Outlet(NamedTuple):
+    """Where a constant can be added to each unit's input: the output of the last layer before the site.
+
+    Args:
+        path: The module's path.
+        channels: The place of each unit along ``dim`` of the module's output, shape ``(units,)``, int64.
+        dim: Counted from the end.
+    """
+
+    path: str
+    channels: Tensor
+    dim: int
+
+
+@dataclass(frozen=True, eq=False)
+class Attribution:
+    """Which entries feed each unit of a site, and which read it.
+
+    Args:
+        incoming: What feeds the units, in the order of execution.
+        outgoing: What reads them: the weights of all layers behind.
+        outlet: Where a term can be added; None where no module's output is the place.
+        no_incoming: Why the units' parameters must not be edited; empty if they may.
+        no_outgoing: Why the readers are not known; empty if they are.
+        no_outlet: Why there is no outlet.
+    """
+
+    incoming: tuple[Slice, ...] = ()
+    outgoing: tuple[Slice, ...] = ()
+    outlet: Outlet | None = None
+    no_incoming: str = ""
+    no_outgoing: str = ""
+    no_outlet: str = ""
+
+    @property
+    def bias(self) -> Slice | None:
+        """The last entries added to the units: a norm's shift where there is a norm, else the layer's bias."""
+        return next((one for one in reversed(self.incoming) if one.role in ("bias", "shift")), None)
 
 
 class Attributions(Mapping[str, Attribution]):

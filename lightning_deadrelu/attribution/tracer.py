@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from lightning_deadrelu.attribution.labels import Flow, Outcome, Step, Stream, UnaccountedRead, Weight, leaks_of
 from lightning_deadrelu.attribution.ledger import Connectivity, merged
 from lightning_deadrelu.attribution.propagation import follow, plain
+from lightning_deadrelu.attribution.result import Attribution
 from lightning_deadrelu.attribution.storage import Memory, storage_of
+from lightning_deadrelu.model.rectifiers import Rectifier
 from lightning_deadrelu.model.sharding import is_sharded
-from lightning_deadrelu.model.sites import Rectifier, Site, clean
-from lightning_deadrelu.model.slices import Attribution, Slice
+from lightning_deadrelu.model.sites import Site, clean
+from lightning_deadrelu.model.slices import Slice
 from lightning_deadrelu.observe.provenance import tensors_in
 
 _ZEROS = frozenset({"zeros", "zeros_like", "new_zeros"})

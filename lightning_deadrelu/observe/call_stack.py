@@ -7,7 +7,7 @@ import inspect
 import torch
 from torch import nn
 
-from lightning_deadrelu.model.sites import is_rectifier_module
+from lightning_deadrelu.model.rectifiers import is_rectifier_module
 from lightning_deadrelu.observe.provenance import Provenance
 
 

@@ -17,7 +17,8 @@ from typing import Any, ClassVar, NamedTuple, cast
 
 from torch import Tensor, nn
 
-from lightning_deadrelu.model.sites import Rectifier, Site
+from lightning_deadrelu.model.rectifiers import Rectifier
+from lightning_deadrelu.model.sites import Site
 from lightning_deadrelu.observe.compiled_graph import Additions, Found, Unreadable, find_calls
 from lightning_deadrelu.observe.probe import Probe, recomputes
 from lightning_deadrelu.statistics import Counts

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import _push_mode
 
-from lightning_deadrelu.model.sites import Rectifier, Site
+from lightning_deadrelu.model.rectifiers import Rectifier
+from lightning_deadrelu.model.sites import Site
 from lightning_deadrelu.observe.call_stack import ModuleCall
 from lightning_deadrelu.observe.probe import Probe
 from lightning_deadrelu.observe.torch_modes import remove_mode

@@ -19,17 +19,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode, _push_mode
 from torch.utils.hooks import RemovableHandle
 
-from lightning_deadrelu.model.sites import (
-    Rectifier,
-    Site,
-    base_name,
-    clean,
-    count_units,
-    guess_dims,
-    is_rectifier_module,
-    matches,
-    rectifier_of,
-)
+from lightning_deadrelu.model.rectifiers import Rectifier, is_rectifier_module, rectifier_of
+from lightning_deadrelu.model.sites import Site, base_name, clean, count_units, guess_dims, matches
 from lightning_deadrelu.observe.call_stack import ModuleCall, in_forward, may_be_fused
 from lightning_deadrelu.observe.provenance import Call, Provenance, function_name, of_module, parameter, tensors_in
 from lightning_deadrelu.observe.tensor_origins import TensorOrigins

@@ -12,7 +12,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_deadrelu.attribution import Attributions, Tracer, merged
 from lightning_deadrelu.model.layout import Layout
-from lightning_deadrelu.model.sites import Rectifier, Site, clean, is_rectifier_module, is_selected, unmatched
+from lightning_deadrelu.model.rectifiers import Rectifier, is_rectifier_module
+from lightning_deadrelu.model.sites import Site, clean, is_selected, unmatched
 from lightning_deadrelu.model.slices import Slice
 from lightning_deadrelu.observe.compiled import Compiled, Seen
 from lightning_deadrelu.observe.probe import Probe, subscribed

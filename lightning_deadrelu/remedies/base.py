@@ -10,7 +10,8 @@ from typing import ClassVar, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from lightning_deadrelu.model.slices import Attribution, Slice
+from lightning_deadrelu.attribution.result import Attribution
+from lightning_deadrelu.model.slices import Slice
 from lightning_deadrelu.statistics import SiteReport
 from lightning_deadrelu.statistics.confirmation import LEVELS
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_deadrelu.model.sites import Rectifier, Site, clean, matches
+from lightning_deadrelu.model.rectifiers import Rectifier
+from lightning_deadrelu.model.sites import Site, clean, matches
 from lightning_deadrelu.repair.substitute_modules import MARK, SUBSTITUTES, Original, build, original_of
 
 _EXACT = ("relu", "relu6", "hardtanh", "threshold")

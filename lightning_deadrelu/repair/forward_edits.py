@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_deadrelu.model.sites import Rectifier, clean
+from lightning_deadrelu.model.rectifiers import Rectifier
+from lightning_deadrelu.model.sites import clean
 from lightning_deadrelu.repair.activation_swap import find_module, places_of, take_over
 from lightning_deadrelu.repair.substitute_modules import LeakyUnits, original_of
 
 if TYPE_CHECKING:
-    from lightning_deadrelu.model.slices import Outlet
+    from lightning_deadrelu.attribution.result import Outlet
     from lightning_deadrelu.remedies.base import Warmth
 
 _CALLED = ("forward", "training_step")
@@ -212,7 +213,7 @@ class ForwardEdits:
 
     Example:
         >>> from lightning_deadrelu.remedies.base import Warmth
-        >>> from lightning_deadrelu.model.slices import Outlet
+        >>> from lightning_deadrelu.attribution.result import Outlet
         >>> model, terms = nn.Sequential(nn.Linear(3, 2), nn.ReLU()), ForwardEdits()
         >>> terms.warm(model, "1", Outlet("0", torch.arange(2), -1), Warmth(torch.tensor([0.0, 5.0]), 2))
         >>> terms.begin(); terms.offset("1"); terms.end(); terms.advance()

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_deadrelu.model.slices import Attribution
+from lightning_deadrelu.attribution.result import Attribution
 from lightning_deadrelu.remedies import Edits, Remedy, SiteView, Write
 from lightning_deadrelu.repair.policy import Request
 from lightning_deadrelu.statistics import SiteReport

@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_deadrelu.attribution import joined_over_ranks, plain
+from lightning_deadrelu.attribution.result import Attribution
 from lightning_deadrelu.model.sharding import reshard_
 from lightning_deadrelu.model.sites import clean
-from lightning_deadrelu.model.slices import Attribution
 from lightning_deadrelu.model.trainable import Gradients
 from lightning_deadrelu.observe import ranks
 from lightning_deadrelu.observe.watch import NOT_TRACED, Watch

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_deadrelu.model.sites import Rectifier
+from lightning_deadrelu.model.rectifiers import Rectifier
 
 SUBSTITUTES: dict[str, Callable[[bool], nn.Module]] = {
     "leaky_relu": lambda inplace: nn.LeakyReLU(inplace=inplace),
@@ -33,7 +33,7 @@ class Original(NamedTuple):
     """The rectifier that a module was, in plain types.
 
     Args:
-        kind: As :class:`~lightning_deadrelu.model.sites.Rectifier` names it.
+        kind: As :class:`~lightning_deadrelu.model.rectifiers.Rectifier` names it.
         hinge: Inputs at or below it do not fire.
         cap: Inputs at or above it are clipped.
         low: The output for inputs that do not fire.

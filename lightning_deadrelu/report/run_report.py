@@ -12,9 +12,9 @@ from lightning_deadrelu.report.site_summary import SiteSummary, conclude, summar
 from lightning_deadrelu.statistics import LivenessReport
 
 if TYPE_CHECKING:
+    from lightning_deadrelu.attribution.result import Attribution
     from lightning_deadrelu.explain.finding import Finding
     from lightning_deadrelu.explain.postmortem import DeathEvent
-    from lightning_deadrelu.model.slices import Attribution
     from lightning_deadrelu.repair.policy import Event
 
 

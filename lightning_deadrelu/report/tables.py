@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from lightning_deadrelu.attribution.result import Attribution
 from lightning_deadrelu.explain.postmortem import told
-from lightning_deadrelu.model.slices import Attribution
 from lightning_deadrelu.report.run_report import RunReport
 from lightning_deadrelu.report.site_summary import Gap, SiteSummary, shortened, shortened_names
 from lightning_deadrelu.statistics import LivenessReport, SiteReport

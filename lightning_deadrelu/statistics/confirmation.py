@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_deadrelu.model.sites import Rectifier
+from lightning_deadrelu.model.rectifiers import Rectifier
 
 LEVELS = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
 """The shares of which quantiles are kept of each unit's inputs."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_deadrelu.model.sites import Rectifier
+from lightning_deadrelu.model.rectifiers import Rectifier
 
 RELU = Rectifier("relu", plain=True)
 _EXACT_IN_FLOAT32 = 2**24

@@ -12,7 +12,8 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_deadrelu.model.layout import Layout
-from lightning_deadrelu.model.sites import Rectifier, Site
+from lightning_deadrelu.model.rectifiers import Rectifier
+from lightning_deadrelu.model.sites import Site
 from lightning_deadrelu.statistics.counts import RELU, Counts, count
 from lightning_deadrelu.statistics.judge import Rules, judge
 from lightning_deadrelu.statistics.report import LivenessReport

@@ -21,8 +21,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_deadrelu.attribution import Attributions, Tracer, joined_over_ranks
 from lightning_deadrelu.attribution.labels import Origin
-from lightning_deadrelu.model.sites import Rectifier, names_of
-from lightning_deadrelu.model.slices import Attribution
+from lightning_deadrelu.attribution.result import Attribution
+from lightning_deadrelu.model.rectifiers import Rectifier
+from lightning_deadrelu.model.sites import names_of
 from lightning_deadrelu.observe.probe import Probe
 from lightning_deadrelu.observe.watch import NOT_TRACED, Watch
 

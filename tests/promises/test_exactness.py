@@ -16,7 +16,8 @@ from models import CASES, Case, Mlp, PreNormBlock, inputs_of, net
 from recorder import Recorder, Rectified, fires, no_fast_path
 from torch import Tensor, nn
 
-from lightning_deadrelu.model.sites import Rectifier, Site, names_of
+from lightning_deadrelu.model.rectifiers import Rectifier
+from lightning_deadrelu.model.sites import Site, names_of
 from lightning_deadrelu.observe.probe import Probe
 from lightning_deadrelu.statistics import count
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from views import rows, view_of
 
-from lightning_deadrelu.model.slices import Attribution
+from lightning_deadrelu.attribution.result import Attribution
 from lightning_deadrelu.remedies import (
     LEVELS,
     BiasWarming,

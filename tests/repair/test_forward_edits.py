@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from toys import Net as Trained
 from toys import batches, fit
 
-from lightning_deadrelu.model.slices import Outlet
+from lightning_deadrelu.attribution.result import Outlet
 from lightning_deadrelu.observe.watch import Watch
 from lightning_deadrelu.remedies.base import Warmth
 from lightning_deadrelu.repair.activation_swap import records, rectifiers, substitute_

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_deadrelu.model.slices import Attribution, Outlet, Slice
+from lightning_deadrelu.attribution.result import Attribution, Outlet
+from lightning_deadrelu.model.slices import Slice
 from lightning_deadrelu.repair.proposals import fed_by_linear, fires_now
 
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 from views import view_of
 
-from lightning_deadrelu.model.slices import Attribution, Slice
+from lightning_deadrelu.attribution.result import Attribution
+from lightning_deadrelu.model.slices import Slice
 from lightning_deadrelu.remedies import InitDistribution, Reset, Write
 from lightning_deadrelu.repair.writer import check_writes, laws_of, tensors_of, why_not, write_
 

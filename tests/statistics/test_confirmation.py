@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_deadrelu.model.sites import Rectifier
+from lightning_deadrelu.model.rectifiers import Rectifier
 from lightning_deadrelu.remedies import LEVELS
 from lightning_deadrelu.statistics.confirmation import MOST_ROWS, Confirmation, SilenceSample
 

@@ -16,7 +16,8 @@ from hypothesis.extra import numpy as arrays
 from torch.nn import functional as F
 
 from lightning_deadrelu.model.layout import Layout
-from lightning_deadrelu.model.sites import Rectifier, Site
+from lightning_deadrelu.model.rectifiers import Rectifier
+from lightning_deadrelu.model.sites import Site
 from lightning_deadrelu.statistics import (
     LivenessReport,
     Rules,

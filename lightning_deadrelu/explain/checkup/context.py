@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_deadrelu.attribution.result import Attribution
 from lightning_deadrelu.model.sites import clean
-from lightning_deadrelu.model.slices import Attribution
 from lightning_deadrelu.statistics import LivenessReport, SiteReport
 
 
