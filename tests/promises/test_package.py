@@ -1,24 +1,20 @@
-"""What holds for the package as a whole: names, imports, wheel, README, repository."""
+"""The plan of the package holds: what imports what, how long files are, what is public, what the wheel holds."""
 
 import ast
 import re
 import subprocess
 import sys
 import zipfile
+from graphlib import TopologicalSorter
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-import torch
-from lightning.pytorch import LightningModule
-from torch import nn
-from torch.utils.data import DataLoader
 
 import lightning_deadrelu
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "lightning_deadrelu"
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 # From the ground up: a part may import those on the floors below its own, and nothing beside or above it.
 FLOORS = (
@@ -40,37 +36,81 @@ ONLY_IN = {
 }
 
 
-def part_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+# Where private torch may be named: each place is one that a new torch may break.
+PRIVATE_TORCH = {"observe/torch_modes", "observe/compiled", "observe/compiled_graph"}
+MOST_LINES, MOST_LINES_OF_A_CLASS = 400, 250
+# What does not hold yet: take an entry out with the change that mends it.
+UPWARD = {
+    ("attribution/result", "report/__init__"),
+    ("statistics/report", "report/__init__"),
+    ("observe/gradient_evidence", "repair/writer"),
+    ("attribution/labels", "observe/provenance"),
+    ("attribution/tracer", "observe/provenance"),
+    ("attribution/reshaping", "observe/provenance"),
+}
+THROUGH_INIT = {
+    ("statistics/forecast", "statistics/__init__"),
+    ("explain/postmortem/recorder", "explain/postmortem/__init__"),
+}
+WITH_LIGHTNING = {"monitor"}
+WITH_PRIVATE_TORCH = {
+    "observe/probe",
+    "observe/provenance",
+    "explain/checkup/examination",
+    "explain/postmortem/step_log",
+}
+TOO_LONG = {"monitor", "observe/probe", "observe/provenance", "repair/activation_swap", "repair/repair"}
+CLASSES_TOO_LONG = {
+    ("attribution/tracer", "Tracer"),
+    ("callback", "DeadReLUMonitor"),
+    ("monitor", "Monitoring"),
+    ("observe/probe", "Probe"),
+    ("repair/repair", "Repair"),
+}
+
+SOURCES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
+TREES = {where: ast.parse(path.read_text(encoding="utf-8")) for where, path in SOURCES.items()}
 
 
-def imports(path: Path, *, lazy: bool = True) -> set[str]:
+def imports(where: str, *, lazy: bool = True) -> set[str]:
     """List what a file imports, for types alone left out; ``lazy=False`` leaves out imports within functions too."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
     skipped = {
         node
-        for block in ast.walk(tree)
+        for block in ast.walk(TREES[where])
         if (isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test))
         or (not lazy and isinstance(block, ast.FunctionDef))
         for node in ast.walk(block)
     }
     found = set()
-    for node in ast.walk(tree):
-        if node in skipped:
-            continue
-        if isinstance(node, ast.Import):
+    for node in ast.walk(TREES[where]):
+        if isinstance(node, ast.Import) and node not in skipped:
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{path.name}: a relative import"
+        elif isinstance(node, ast.ImportFrom) and node not in skipped:
+            assert not node.level, f"{where}: a relative import"
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
-def uses(names: set[str], package: str) -> bool:
-    return any(name == package or name.startswith(f"{package}.") for name in names)
+def own_imports(where: str, *, lazy: bool = True) -> set[str]:
+    """List the files of ours that a file imports, a folder's ``__init__`` where the name comes from there."""
+    prefix, found = "lightning_deadrelu.", set()
+    for name in imports(where, lazy=lazy):
+        parts = name.removeprefix(prefix).split(".") if name.startswith(prefix) else []
+        ways = ["/".join(parts[:length]) for length in range(len(parts), 0, -1)]
+        ways = [known for way in ways for known in (way, f"{way}/__init__") if known in SOURCES]
+        found |= set(ways[:1])
+    return found - {where}
 
 
-SOURCES = sorted(PACKAGE.rglob("*.py"))
+def private_torch(tree: ast.AST) -> set[str]:
+    """List the private names of torch that a file imports or reaches by their full name."""
+    dotted = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            dotted |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            dotted |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in dotted if re.match(r"torch(\.\w+)*\._[a-zA-Z]\w*(\.\w+)*$", name)}
 
 
 def test_all_is_sorted_complete_and_documented():
@@ -86,15 +126,48 @@ def test_all_is_sorted_complete_and_documented():
         assert getattr(lightning_deadrelu, name).__doc__, name
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_point_down(path):
+def test_imports_point_down():
     floor = {part: number for number, parts in enumerate(FLOORS) for part in parts}
-    part = part_of(path)
-    own = {name.split(".")[1] for name in imports(path) if name.startswith("lightning_deadrelu.")}
-    assert {other for other in own - {part} if floor[other] >= floor[part]} == set()
-    where = path.relative_to(PACKAGE).with_suffix("").as_posix()
-    for package, places in ONLY_IN.items():
-        assert not uses(imports(path), package) or where.startswith(tuple(places)), package
+    arrows = {(where, other) for where in SOURCES for other in own_imports(where)}
+    parts = {arrow: tuple(place.partition("/")[0] for place in arrow) for arrow in arrows}
+    assert {arrow for arrow, (own, other) in parts.items() if own != other and floor[other] >= floor[own]} <= UPWARD
+
+
+def test_no_circles():
+    tuple(TopologicalSorter({where: own_imports(where, lazy=False) for where in SOURCES}).static_order())
+
+
+def test_no_file_imports_its_neighbours_through_their_folder():
+    arrows = {(where, f"{where.rpartition('/')[0]}/__init__") for where in SOURCES}
+    assert {(where, init) for where, init in arrows if init in own_imports(where)} <= THROUGH_INIT
+
+
+@pytest.mark.parametrize("package", ONLY_IN)
+def test_what_is_imported_in_few_places(package):
+    users = {
+        where
+        for where in SOURCES
+        for name in imports(where)
+        if f"{name}.".startswith(f"{package}.") and not where.startswith(tuple(ONLY_IN[package]))
+    }
+    assert users <= WITH_LIGHTNING
+
+
+def test_private_torch_is_named_in_few_places():
+    found = {where: names for where, tree in TREES.items() if (names := private_torch(tree))}
+    assert {where: found[where] for where in found.keys() - PRIVATE_TORCH - WITH_PRIVATE_TORCH} == {}
+
+
+def test_files_and_classes_are_short():
+    classes = {
+        (where, node.name): node.end_lineno - node.lineno + 1
+        for where, tree in TREES.items()
+        for node in tree.body
+        if isinstance(node, ast.ClassDef)
+    }
+    files = {where: len(path.read_text(encoding="utf-8").splitlines()) for where, path in SOURCES.items()}
+    assert {where for where, lines in files.items() if lines > MOST_LINES} <= TOO_LONG
+    assert {name for name, lines in classes.items() if lines > MOST_LINES_OF_A_CLASS} <= CLASSES_TOO_LONG
 
 
 def run(code: str) -> str:
@@ -140,7 +213,7 @@ def test_version_is_told_once():
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     stated = re.search(r'^version = "(.+)"$', project, re.MULTILINE).group(1)
     assert version("lightning-deadrelu") == stated
-    assert not any(re.search(rf'"{re.escape(stated)}"', path.read_text(encoding="utf-8")) for path in SOURCES)
+    assert not any(re.search(rf'"{re.escape(stated)}"', path.read_text(encoding="utf-8")) for path in SOURCES.values())
 
 
 @pytest.mark.slow
@@ -151,63 +224,4 @@ def test_wheel_holds_the_package_alone(tmp_path):
         names = wheel.namelist()
     assert "lightning_deadrelu/py.typed" in names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"lightning_deadrelu"}
-    assert {str(path.relative_to(ROOT)) for path in SOURCES} <= set(names)
-
-
-def test_readme_shows_the_essence_in_20_lines():
-    top = "\n".join(README.splitlines()[:20])
-    assert top.startswith("# lightning-deadrelu\n\n")
-    code = re.search(r"```python\n(.*?)```", top, re.DOTALL).group(1)
-    assert len(code.strip().splitlines()) <= 5
-    picture = ROOT / re.search(r"!\[.+\]\((.+)\)", top).group(1)
-    assert 1000 < picture.stat().st_size < 100_000
-
-
-def test_readme_names_every_metric():
-    from lightning_deadrelu.report.loggers import metrics_of
-    from lightning_deadrelu.statistics import LivenessReport
-
-    for key in metrics_of(LivenessReport(())):
-        assert f"| `{key}` |" in README
-
-
-class Net(LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.encoder = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
-        self.head = nn.Linear(8, 1)
-
-    def forward(self, x):
-        return self.head(self.encoder(x))
-
-    def training_step(self, batch, batch_idx):
-        return self(batch).square().mean()
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.01)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_readme_code_runs(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib").use("agg")
-    monkeypatch.chdir(tmp_path)
-    data = DataLoader(torch.randn(64, 4), batch_size=16)
-    known = {"model": Net(), "train_loader": data, "network": Net(), "batches": list(data)}
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) >= 5
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), known)
-    assert known["trainer"].callback_metrics["dead_relu/dead_fraction"] == 0
-    assert known["monitor"].report.sites
-
-
-def test_repository_names_no_machine():
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
-    if listed.returncode:
-        pytest.skip("an unpacked source distribution has no list of tracked files")
-    suffixes = {".py", ".md", ".toml", ".txt", ".cfg", ".yml", ".yaml", ""}
-    places = re.compile(r"/(?:home|root|work|Users|mnt|opt)/\w|[A-Z]:\\\\")
-    for name in listed.stdout.splitlines():
-        path = ROOT / name
-        if path.is_file() and path.suffix in suffixes and path != Path(__file__):
-            assert not places.search(path.read_text(encoding="utf-8")), name
+    assert {str(path.relative_to(ROOT)) for path in SOURCES.values()} <= set(names)

@@ -1,0 +1,73 @@
+"""The README says what is so, and its code runs; the repository names no machine."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+from torch.utils.data import DataLoader
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_readme_shows_the_essence_in_20_lines():
+    top = "\n".join(README.splitlines()[:20])
+    assert top.startswith("# lightning-deadrelu\n\n")
+    code = re.search(r"```python\n(.*?)```", top, re.DOTALL).group(1)
+    assert len(code.strip().splitlines()) <= 5
+    picture = ROOT / re.search(r"!\[.+\]\((.+)\)", top).group(1)
+    assert 1000 < picture.stat().st_size < 100_000
+
+
+def test_readme_names_every_metric():
+    from lightning_deadrelu.report.loggers import metrics_of
+    from lightning_deadrelu.statistics import LivenessReport
+
+    for key in metrics_of(LivenessReport(())):
+        assert f"| `{key}` |" in README
+
+
+class Net(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
+        self.head = nn.Linear(8, 1)
+
+    def forward(self, x):
+        return self.head(self.encoder(x))
+
+    def training_step(self, batch, batch_idx):
+        return self(batch).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_readme_code_runs(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib").use("agg")
+    monkeypatch.chdir(tmp_path)
+    data = DataLoader(torch.randn(64, 4), batch_size=16)
+    known = {"model": Net(), "train_loader": data, "network": Net(), "batches": list(data)}
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) >= 5
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), known)
+    assert known["trainer"].callback_metrics["dead_relu/dead_fraction"] == 0
+    assert known["monitor"].report.sites
+
+
+def test_repository_names_no_machine():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("an unpacked source distribution has no list of tracked files")
+    suffixes = {".py", ".md", ".toml", ".txt", ".cfg", ".yml", ".yaml", ""}
+    places = re.compile(r"/(?:home|root|work|Users|mnt|opt)/\w|[A-Z]:\\\\")
+    for name in listed.stdout.splitlines():
+        path = ROOT / name
+        if path.is_file() and path.suffix in suffixes and path != Path(__file__):
+            assert not places.search(path.read_text(encoding="utf-8")), name
