@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -131,6 +131,29 @@ def watchers() -> list[object]:
 
     modes = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, Probe)]
     return [*modes, *module._global_forward_hooks.values(), *module._global_forward_pre_hooks.values()]
+
+
+class Nosy(Callback):
+    """Notes at which events something watches."""
+
+    def __init__(self):
+        self.armed = set()
+        self.calls = []
+
+    def __getattribute__(self, name):
+        if name.startswith("on_") or name in ("setup", "teardown"):
+            calls, armed = object.__getattribute__(self, "calls"), object.__getattribute__(self, "armed")
+
+            def note(*args, **kwargs):
+                calls.append(name)
+                if watchers():
+                    armed.add(name)
+
+            return note
+        return object.__getattribute__(self, name)
+
+
+WITHIN = {"on_train_batch_start", "on_before_zero_grad", "on_before_backward"}
 
 
 class Verdicts(DeadReLUMonitor):

@@ -1,0 +1,273 @@
+"""Promise 5: the forwards of training batches are observed, each sample once, and nothing else."""
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BatchSizeFinder,
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.tuner import Tuner
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+from toys import EVERYTHING, KEY, WITHIN, Log, Net, Nosy, Verdicts, bare, batches, fit, mlp, watchers
+
+from lightning_deadrelu import DeadReLUMonitor
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*the Trainer has no logger", "ignore:.*get no gradient", "ignore:.*no rectifier ran"
+)
+
+
+@pytest.mark.parametrize("nosy_first", [True, False])
+def test_it_watches_inside_training_batches_only(nosy_first):
+    nosy, monitor = Nosy(), DeadReLUMonitor(**EVERYTHING)
+    callbacks = [nosy, monitor] if nosy_first else [monitor, nosy]
+    fit(Net(), batches(6), *callbacks, val=batches(2), val_check_interval=3, max_epochs=2)
+    assert "on_validation_batch_start" in nosy.calls
+    assert nosy.armed
+    assert nosy.armed <= WITHIN
+    assert watchers() == []
+
+
+def test_no_verdict_ever_counts_what_runs_outside_of_training_batches():
+    class Chatty(Net):
+        def on_validation_epoch_end(self):
+            self(torch.zeros(99, 4))
+
+        def on_train_epoch_start(self):
+            self(torch.zeros(99, 4))
+
+    model, monitor = Chatty(), DeadReLUMonitor(every_n_steps=1)
+    model.example_input_array = torch.zeros(7, 4)
+    fit(model, batches(4), monitor, val=batches(3), enable_model_summary=True, num_sanity_val_steps=2)
+    assert monitor.report.sites[0].samples == 20
+
+
+def test_log_graph_is_no_observation(tmp_path):
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    model, monitor = Net(), DeadReLUMonitor(every_n_steps=1)
+    model.example_input_array = torch.zeros(7, 4)
+    fit(model, batches(4), monitor, logger=TensorBoardLogger(tmp_path, log_graph=True))
+    assert monitor.report.sites[0].samples == 20
+
+
+SAMPLES = {
+    "plain": ({}, 60),
+    "fast_dev_run": ({"fast_dev_run": True}, 5),
+    "limit_train_batches": ({"limit_train_batches": 4}, 20),
+    "overfit_batches": ({"overfit_batches": 2}, 10),
+    "max_steps": ({"max_steps": 7}, 35),
+    "barebones": ({"barebones": True, "logger": None}, 60),
+    "short last group": ({"accumulate_grad_batches": 5}, 60),
+    "two epochs": ({"max_epochs": 2}, 120),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*overfit_batches", "ignore:You are using.*`Trainer\\(barebones")
+@pytest.mark.parametrize("case", SAMPLES)
+def test_every_training_sample_is_counted_once(case):
+    options, samples = SAMPLES[case]
+    monitor = DeadReLUMonitor(every_n_steps=1, window=100)
+    if case == "barebones":
+        options = {**options, "enable_checkpointing": None, "enable_progress_bar": None, "enable_model_summary": None}
+    fit(Net(), batches(12), monitor, **options)
+    assert [site.samples for site in monitor.report.sites] == [samples, samples]
+
+
+@pytest.mark.parametrize(("accumulate", "every", "samples"), [(3, 2, [15, 15]), (5, 2, [25, 10]), (4, 3, [20])])
+def test_accumulated_batches_are_one_observation(accumulate, every, samples):
+    monitor = DeadReLUMonitor(every_n_steps=every)
+    fit(Net(), batches(12), monitor, accumulate_grad_batches=accumulate)
+    counted = monitor.state_dict()["totals"]["samples"][0]
+    assert counted[counted > 0].tolist() == samples
+
+
+def test_a_schedule_of_accumulation_is_followed():
+    monitor = DeadReLUMonitor(every_n_steps=1)
+    fit(Net(), batches(4), monitor, GradientAccumulationScheduler({0: 1, 1: 2, 2: 4}), max_epochs=3)
+    assert monitor.state_dict()["totals"]["samples"][0].tolist() == [5] * 4 + [10] * 2 + [20] + [0] * 3
+
+
+def test_a_closure_that_is_called_again_is_observed_once():
+    monitor, model = DeadReLUMonitor(every_n_steps=1), Net(optimizer=torch.optim.LBFGS)
+    fit(model, batches(3), monitor)
+    assert len(model.losses) > 3
+    assert monitor.report.sites[0].samples == 15
+
+
+MANUAL = {
+    "adam": torch.optim.Adam,
+    "adam, fused": lambda parameters, lr: torch.optim.Adam(parameters, lr, fused=True),
+    "sgd, one by one": lambda parameters, lr: torch.optim.SGD(parameters, lr, foreach=False),
+}
+
+
+@pytest.mark.parametrize("optimizer", MANUAL.values(), ids=MANUAL)
+def test_forwards_after_a_step_of_the_same_batch_are_observed(optimizer):
+    class Twice(Net):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            for _ in range(2):
+                loss = super().training_step(batch, batch_idx)
+                self.optimizers().zero_grad()
+                self.manual_backward(loss)
+                self.optimizers().step()
+
+    monitor = DeadReLUMonitor(every_n_steps=1)
+    fit(Twice(optimizer=optimizer), batches(4), monitor)
+    assert [(site.name, site.samples) for site in monitor.report.sites] == [("net.1", 40), ("net.3", 40)]
+
+
+def test_an_iterable_data_set_without_length():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(torch.randn(30, 4))
+
+    monitor = DeadReLUMonitor(every_n_steps=1, window=100)
+    fit(Net(), DataLoader(Stream(), batch_size=5), monitor, accumulate_grad_batches=4)
+    assert monitor.report.sites[0].samples == 30
+    assert monitor.state_dict()["batches"] == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*`training_step` returned `None`")
+def test_a_training_step_that_returns_none():
+    class Shy(Net):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss if batch_idx % 2 else None
+
+    nosy, monitor = Nosy(), DeadReLUMonitor(**EVERYTHING)
+    fit(Shy(), batches(8), monitor, nosy)
+    assert monitor.report.dead_units
+    assert nosy.armed <= WITHIN | {"on_before_optimizer_step"}
+    assert watchers() == []
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_learning_rate_and_batch_size_are_found_unwatched(order, tmp_path):
+    model, monitor = Net(), DeadReLUMonitor(every_n_steps=1)
+    finders = [LearningRateFinder(num_training_steps=5)]
+    fit(model, batches(4), *[monitor, *finders][::order], default_root_dir=tmp_path)
+    assert monitor.report.sites[0].samples == 20
+    trainer = Trainer(**bare(callbacks=[monitor], default_root_dir=tmp_path))
+    Tuner(trainer).lr_find(model, batches(4), num_training=5)
+    assert watchers() == []
+    trainer.fit(model, batches(3))
+    assert monitor.report.sites[0].samples == 15
+
+
+def test_a_learning_rate_search_in_mid_fit_keeps_the_window(tmp_path):
+    class Midway(LearningRateFinder):
+        def on_fit_start(self, *args):
+            pass
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                self.lr_find(trainer, pl_module)
+
+    monitor = DeadReLUMonitor(every_n_steps=1, window=100)
+    finder = Midway(num_training_steps=3, update_attr=False)
+    fit(Net(), batches(4), monitor, finder, max_epochs=2, default_root_dir=tmp_path)
+    assert monitor.report.sites[0].samples == 40
+    assert monitor.state_dict()["batches"] == 8
+
+
+def test_batch_size_finder(tmp_path):
+    class Sized(Net):
+        batch_size = 2
+
+        def train_dataloader(self):
+            return batches(8, self.batch_size)
+
+        val_dataloader = train_dataloader
+
+    monitor = DeadReLUMonitor(every_n_steps=1)
+    finder = BatchSizeFinder(max_trials=1, steps_per_trial=1)
+    Trainer(**bare(callbacks=[monitor, finder], default_root_dir=tmp_path)).fit(Sized())
+    assert monitor.report.sites[0].samples > 0
+
+
+@pytest.mark.filterwarnings("ignore:.*swa_lrs", "ignore:Swapping scheduler")
+@pytest.mark.parametrize(
+    "net", [mlp, lambda: nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))]
+)
+def test_stochastic_weight_averaging_is_not_observed(net):
+    monitor = DeadReLUMonitor(every_n_steps=1, window=100)
+    model = Net(net())
+    fit(model, batches(4), monitor, StochasticWeightAveraging(0.01, swa_epoch_start=1), max_epochs=3)
+    assert monitor.report.sites[0].samples == 3 * 20  # a further epoch only measures BatchNorm statistics
+
+
+def test_weight_averaging_is_not_observed():
+    monitor = DeadReLUMonitor(every_n_steps=1, window=100)
+    fit(Net(), batches(4), monitor, EMAWeightAveraging(), val=batches(3), max_epochs=2)
+    assert monitor.report.sites[0].samples == 40
+
+
+def test_test_and_validate_leave_the_report_and_a_later_fit_alone(tmp_path):
+    monitor, model = DeadReLUMonitor(every_n_steps=1), Net()
+    trainer = fit(model, batches(4), monitor)
+    report = monitor.report
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    trainer.test(model, batches(2), ckpt_path=tmp_path / "last.ckpt", verbose=False, weights_only=True)
+    trainer.validate(model, batches(2), ckpt_path=tmp_path / "last.ckpt", verbose=False, weights_only=True)
+    assert monitor.report is report
+    fit(model, batches(2), monitor)
+    assert monitor.report.sites[0].samples == 10
+
+
+class Distilled(Net):
+    """A student, and a teacher that is not trained for one of several reasons."""
+
+    def __init__(self, why):
+        super().__init__(nn.ModuleDict({"student": mlp(0), "teacher": mlp(3)}))
+        self.why = why
+        if why == "frozen":
+            self.net["teacher"].requires_grad_(False)
+
+    def training_step(self, batch, batch_idx):
+        with torch.set_grad_enabled(self.why == "perceptual"):
+            target = self.net["teacher"](batch)
+        return (self.net["student"](batch) - target).pow(2).mean()
+
+    def configure_optimizers(self):
+        trained = self.parameters() if self.why == "no_grad" else self.net["student"].parameters()
+        return torch.optim.Adam(trained, lr=1e-3)
+
+
+@pytest.mark.parametrize("why", ["frozen", "perceptual", "no_grad"])
+def test_frozen_parts_are_watched_but_stay_out_of_headlines(why):
+    log, monitor = Log(), DeadReLUMonitor(**EVERYTHING)
+    fit(Distilled(why), batches(4), monitor, logger=log)
+    assert {site.name: site.trainable for site in monitor.report.sites} == {
+        "net.teacher.1": False,
+        "net.teacher.3": False,
+        "net.student.1": True,
+        "net.student.3": True,
+    }
+    assert monitor.report["net.teacher.1"].dead.sum() >= 3
+    assert monitor.report.units == 14
+    metrics = log.verdicts()[-1][1]
+    assert metrics["dead_relu_sites/net.teacher.1"] >= 3 / 8
+    assert metrics[KEY] == monitor.report.dead_fraction
+
+
+def test_what_is_unfrozen_later_joins_the_headlines():
+    class Thaw(BaseFinetuning):
+        def freeze_before_training(self, pl_module):
+            self.freeze(pl_module.net[0])
+
+        def finetune_function(self, pl_module, epoch, optimizer):
+            if epoch == 1:
+                self.unfreeze_and_add_param_group(pl_module.net[0], optimizer)
+
+    log, monitor = Log(), Verdicts(every_n_steps=1, window=4, min_samples=1)
+    fit(Net(), batches(4), monitor, Thaw(), max_epochs=2, logger=log)
+    assert [report.units for report in monitor.reports] == [6, 14]

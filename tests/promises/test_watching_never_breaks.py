@@ -1,0 +1,63 @@
+"""Promise 10: an error of the monitor ends the watch, and neither the run nor its checkpoints."""
+
+import pytest
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    ModelCheckpoint,
+)
+from toys import EVERYTHING, KEY, Net, batches, fit, watchers
+
+from lightning_deadrelu import DeadReLUMonitor
+from lightning_deadrelu import monitor as monitoring
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*the Trainer has no logger", "ignore:.*get no gradient", "ignore:.*no rectifier ran"
+)
+
+
+def broken(*args, **kwargs):
+    raise RuntimeError("a bug of ours")
+
+
+@pytest.mark.parametrize("place", ["judge", "count", "watch", "restore", "unwatched"])
+def test_a_failure_of_the_monitor_neither_ends_the_run_nor_loses_a_checkpoint(place, monkeypatch, tmp_path):
+    owner, name = {
+        "judge": (monitoring, "judge"),
+        "count": (monitoring.Watch, "_take"),
+        "watch": (monitoring, "Watch"),
+        "restore": (DeadReLUMonitor, "_joined"),
+        "unwatched": (monitoring.Watch, "unwatched"),
+    }[place]
+    monkeypatch.setattr(owner, name, broken)
+    model, monitor = Net(), DeadReLUMonitor(**EVERYTHING)
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1)
+    with pytest.warns(UserWarning, match="dead_relu: the monitor failed and watches no longer") as record:
+        fit(
+            model,
+            batches(12),
+            monitor,
+            saver,
+            EarlyStopping(KEY),
+            val=batches(1),
+            max_epochs=2,
+            enable_checkpointing=True,
+        )
+    ours = [str(warning.message) for warning in record if "the monitor failed" in str(warning.message)]
+    assert len(ours) == 1
+    assert "a bug of ours" in ours[0]
+    assert len(model.losses) == 24
+    assert len(list(tmp_path.glob("*.ckpt"))) == 8
+    assert watchers() == []
+
+
+def test_what_a_user_raises_on_a_verdict_ends_the_run():
+    class Strict(DeadReLUMonitor):
+        def on_verdict(self, trainer, pl_module, report):
+            if report.dead_fraction > self.threshold:
+                raise RuntimeError("too many dead units")
+
+    model = Net()
+    with pytest.raises(RuntimeError, match="too many dead units"):
+        fit(model, batches(12), Strict(**EVERYTHING))
+    assert len(model.losses) == 4
+    assert watchers() == []
