@@ -221,7 +221,7 @@ class DeadReLUMonitor(Monitoring):
             self._examination.before_step(pl_module, optimizer)
         if self._watch and not self._failure:
             with self._careful():
-                self._inquest.before_step(optimizer, pl_module, self._watch.sites)
+                self._recorder.before_step(optimizer, pl_module, self._watch.sites)
                 if self._evidence:
                     begun = self._observation + self._observing
                     self._evidence.step(optimizer, begun, pl_module.automatic_optimization)
@@ -240,7 +240,7 @@ class DeadReLUMonitor(Monitoring):
                 if self._observing:
                     self._repair.note_loss(loss)
                 if not self._failure:
-                    self._inquest.after_batch(loss, batch, self._step if last else None)
+                    self._recorder.after_batch(loss, batch, self._step if last else None)
         if last:
             self._batches += 1
             if self._observing:

@@ -17,10 +17,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_deadrelu.attribution import Attributions
+from lightning_deadrelu.checkpoint import decode, encode
 from lightning_deadrelu.explain.checkup import CheckRun
 from lightning_deadrelu.explain.finding import Finding
 from lightning_deadrelu.explain.postmortem import DeathEvent
-from lightning_deadrelu.explain.postmortem.recorder import FlightRecorder, Notes
+from lightning_deadrelu.explain.postmortem.recorder import FlightRecorder, Readings, RecorderState
 from lightning_deadrelu.model.sharding import split_layer
 from lightning_deadrelu.model.sites import Site
 from lightning_deadrelu.model.trainable import Gradients, trainable_sites
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
 _SHARDED = frozenset({"FSDPStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy"})
 _AVERAGING = frozenset({"WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging"})
-_FORMAT = 6  # of the saved state
+_FORMAT = 7  # of the saved state
 _SAVED = ("batches", "observing", "observation", "steps", "step", "judged", "unjudged", "score")
 
 
@@ -81,7 +82,7 @@ class Monitoring(Callback):
     @property
     def deaths(self) -> tuple[DeathEvent, ...]:
         """When units died, where and why; 100 waves at most, the largest of all and the latest."""
-        return self._inquest.waves
+        return self._recorder.deaths
 
     @property
     def attribution(self) -> Attributions | None:
@@ -104,7 +105,7 @@ class Monitoring(Callback):
         """What the check-up found, the surest first; empty without one, and before the first observed batch."""
         self._reporter = Reporter(self.name, alerts=self.alerts)
         self._record = RunHistory()
-        self._inquest = FlightRecorder(3 * self.every_n_steps * self.window)
+        self._recorder = FlightRecorder(3 * self.every_n_steps * self.window)
         self._raster = self._record.raster  # with the open window, where there was a verdict in it
         self._failure: Exception | None = None
         self._batches = 0  # training batches done, accumulated ones as one
@@ -215,7 +216,7 @@ class Monitoring(Callback):
         if self._watch and not self._failure:
             with self._careful():
                 self._watch.liveness.observation = self._observation
-                self._inquest.observed(self._step)
+                self._recorder.observed(self._step)
         if not self._joint and self._watch and self._watch.sites:
             with self._careful():
                 self._check_sites()
@@ -262,10 +263,10 @@ class Monitoring(Callback):
         report = None
         with self._careful():
             if (joined := self._joined()) is not None:
-                totals, losses, notes = joined
+                totals, losses, readings = joined
                 self._check_sites()
                 report = self._judge(totals, trainer, pl_module, close)
-                self._explain(report, totals, notes, trainer, close)
+                self._explain(report, totals, readings, trainer, close)
                 if close:
                     self._repair.decide(self._patient(trainer), report, losses)
                 self._publish(report, trainer, close)
@@ -295,18 +296,21 @@ class Monitoring(Callback):
             self._history = history
         return report
 
-    def _explain(self, report: LivenessReport, totals: Totals, notes: Notes, trainer: Trainer, close: bool) -> None:
+    def _explain(
+        self, report: LivenessReport, totals: Totals, readings: Readings, trainer: Trainer, close: bool
+    ) -> None:
         """Find out why units died; of a window that has not ended, tell it only in summaries."""
         assert self._watch is not None
-        patient = trainer.lightning_module, trainer.optimizers
-        waves = self._inquest.look(report, totals, notes, self._watch.layout, self._record.peaks.of, patient)
+        model, layout = trainer.lightning_module, self._watch.layout
+        peaks = self._record.peaks.of
+        deaths = self._recorder.explain(report, totals, readings, layout, peaks, model, trainer.optimizers)
         if close:
-            self._inquest.close(totals, notes, self._watch.layout, trainer.lightning_module, waves)
+            self._recorder.close_window(totals, readings, layout, model, deaths)
         else:
-            self._inquest.keep_open(waves)
-        for wave in waves:
-            if wave.is_large and close:
-                rank_zero_info(f"{self.name}: {wave}.")
+            self._recorder.keep_open(deaths)
+        for death in deaths:
+            if death.is_large and close:
+                rank_zero_info(f"{self.name}: {death}.")
 
     def _publish(self, report: LivenessReport, trainer: Trainer, close: bool) -> None:
         self.report = report
@@ -393,7 +397,7 @@ class Monitoring(Callback):
                 f"{self.name}: no rectifier ran in the observed batches, so there is nothing to watch.{unseen}"
             )
 
-    def _joined(self) -> tuple[Totals, Tensor, Notes] | None:
+    def _joined(self) -> tuple[Totals, Tensor, Readings] | None:
         """Merge the window's counts over all ranks and bring them to the host; None once any rank has failed.
 
         Every rank comes here at the same batches, unless it was interrupted. It takes three collectives
@@ -415,13 +419,13 @@ class Monitoring(Callback):
         self._repair.losses = merged if ranks.rank() == 0 else torch.zeros_like(merged)
         return self._on_host(totals, merged)
 
-    def _on_host(self, totals: Totals, losses: Tensor) -> tuple[Totals, Tensor, Notes]:
+    def _on_host(self, totals: Totals, losses: Tensor) -> tuple[Totals, Tensor, Readings]:
         """Bring all that a verdict needs to the host, in one transfer."""
         assert self._watch is not None
         assert self._trainer is not None
-        notes = self._inquest.notes(self._watch.layout, self._trainer.lightning_module, losses.device)
-        totals, (losses, *rest) = totals.to_host_with(losses, *notes)
-        return totals, losses, Notes(*rest)
+        readings = self._recorder.read(self._watch.layout, self._trainer.lightning_module, losses.device)
+        totals, (losses, *rest) = totals.to_host_with(losses, *readings)
+        return totals, losses, Readings(*rest)
 
     @contextmanager
     def _careful(self) -> Iterator[None]:
@@ -465,7 +469,7 @@ class Monitoring(Callback):
                 state["evidence"] = self._evidence.state_dict(self._watch) if self._evidence else None
                 state["repair"] = self._repair.state_dict()
                 state["record"] = self._record.state_dict()
-                state["inquest"] = self._inquest.state_dict(joined[2])
+                state["recorder"] = encode(self._recorder.state)
         return state
 
     @override
@@ -502,7 +506,7 @@ class Monitoring(Callback):
         if self._evidence and state["evidence"]:
             self._evidence.load_state_dict(state["evidence"], self._watch.sites)
         self._history = UnitHistory.loaded(state["history"])
-        self._inquest.load_state_dict(state["inquest"], pl_module.device)
+        self._recorder.restore(decode(RecorderState, state["recorder"]))
         totals = Totals.loaded(state["totals"])
         if totals.samples.shape[-1] != self.window:  # the open window has another length: start anew
             self._observation, self._steps = 0, []

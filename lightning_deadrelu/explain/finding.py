@@ -1,4 +1,4 @@
-"""What a cause of death is called, what mends it, and who says so. Pure."""
+"""A finding: one cause of dead units, with its measurements, its remedy and its source. Pure."""
 
 from __future__ import annotations
 
@@ -11,37 +11,42 @@ _ORDER: tuple[Confidence, ...] = ("certain", "likely", "possible")
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """Why units die, or are going to: what, where, on which evidence, how sure, and what to change.
+    """Why units die, or are going to: the cause, where it is, what was measured, how sure it is and what to change.
 
     Args:
         cause: One word for it, the same wherever it is found.
         where: The site, module or parameter group, by name.
-        evidence: What was measured, with its figures.
+        measured: What was measured, with its figures.
         confidence: How sure it is.
         edit: The smallest edit of code that mends it.
         source: A paper, or a formula.
 
     Example:
-        >>> print(Finding(cause="bias_decay", where="net.0.bias", evidence="weight_decay is 0.1", confidence="likely",
+        >>> print(Finding(cause="bias_decay", where="net.0.bias", measured="weight_decay is 0.1", confidence="likely",
         ...               edit="AdamW(decay_groups(model, 0.1))", source="He 2019"))
         bias_decay at `net.0.bias` (likely): weight_decay is 0.1. Try `AdamW(decay_groups(model, 0.1))`. [He 2019]
     """
 
     cause: str
     where: str
-    evidence: str
+    measured: str
     confidence: Confidence
     edit: str
     source: str
 
     def __str__(self) -> str:
         return (
-            f"{self.cause} at `{self.where}` ({self.confidence}): {self.evidence}. Try `{self.edit}`. [{self.source}]"
+            f"{self.cause} at `{self.where}` ({self.confidence}): {self.measured}. Try `{self.edit}`. [{self.source}]"
         )
 
+    @property
+    def evidence(self) -> str:
+        """The former name of :attr:`measured`."""
+        return self.measured
+
     def to_dict(self) -> dict[str, Any]:
-        """Turn into plain values that ``json.dumps`` takes."""
-        return asdict(self)
+        """Turn into plain values that ``json.dumps`` takes; ``"evidence"`` is ``"measured"`` by its former name."""
+        return asdict(self) | {"evidence": self.measured}
 
 
 def ranked(findings: list[Finding]) -> tuple[Finding, ...]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from lightning_deadrelu.attribution.result import Attribution
-from lightning_deadrelu.explain.postmortem import told
+from lightning_deadrelu.explain.postmortem import described
 from lightning_deadrelu.report.run_report import RunReport
 from lightning_deadrelu.report.site_summary import Gap, SiteSummary, shortened, shortened_names
 from lightning_deadrelu.statistics import LivenessReport, SiteReport
@@ -175,7 +175,7 @@ def summary(run: RunReport, width: int | None = None) -> str:
     width = width or min(max(shutil.get_terminal_size((120, 24)).columns, 80), 140)
     lines = [run.conclusion, *([_laid_out(rows, width)] if rows else [])]
     lines += [f"not watched: {name}: {reason}" for name, reason in run.report.unwatched.items()]
-    return "\n".join([*lines, *filter(None, [told(run.deaths)])])
+    return "\n".join([*lines, *filter(None, [described(run.deaths)])])
 
 
 def _laid_out(rows: list[dict[str, str]], width: int) -> str:

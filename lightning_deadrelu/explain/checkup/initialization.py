@@ -21,32 +21,34 @@ _XAVIER_FROM = 100  # entries that tell Xavier's value from others
 _TRANSPOSED = nn.modules.conv._ConvTransposeNd
 
 
-def bad_init(scene: CheckContext) -> list[Finding]:
+def bad_init(context: CheckContext) -> list[Finding]:
     """Find weights drawn too large for a rectifier, and chains of them drawn too small or by Xavier's rule."""
-    if not scene.fresh:
+    if not context.fresh:
         return []
-    plain = [site for site in scene.sites if not scene.normed(site) and len(scene.weights(site)) == 1]
-    large = [site for site in plain if _of_he(scene, site)[0] > _LARGE]
+    plain = [site for site in context.sites if not context.normed(site) and len(context.weights(site)) == 1]
+    large = [site for site in plain if _of_he(context, site)[0] > _LARGE]
     if large:
-        return [_badly_drawn(scene, large, "the signal grows from layer to layer", "likely")]
-    small = _longest(scene, lambda site: _of_he(scene, site)[1] < _SMALL)
+        return [_badly_drawn(context, large, "the signal grows from layer to layer", "likely")]
+    small = _longest(context, lambda site: _of_he(context, site)[1] < _SMALL)
     if len(small) > 1:
-        return [_badly_drawn(scene, small, "the signal all but ends", "likely")]
-    xavier = _longest(scene, lambda site: _is_xavier(scene, site))
-    if len(xavier) > 1 and all(_rules_out(scene, xavier, other) for other in (1.0, _PYTORCH)):
-        words = f"it is Xavier's, which keeps {_of_he(scene, xavier[0])[2] ** 2:.0%} of the signal's variance per layer"
-        return [_badly_drawn(scene, xavier, words, "likely" if len(xavier) > 4 else "possible")]
+        return [_badly_drawn(context, small, "the signal all but ends", "likely")]
+    xavier = _longest(context, lambda site: _is_xavier(context, site))
+    if len(xavier) > 1 and all(_rules_out(context, xavier, other) for other in (1.0, _PYTORCH)):
+        words = (
+            f"it is Xavier's, which keeps {_of_he(context, xavier[0])[2] ** 2:.0%} of the signal's variance per layer"
+        )
+        return [_badly_drawn(context, xavier, words, "likely" if len(xavier) > 4 else "possible")]
     return []
 
 
-def _badly_drawn(scene: CheckContext, sites: Sequence[SiteReport], words: str, confidence: Confidence) -> Finding:
-    names = [scene.weights(site)[0] for site in sites]
-    he = math.sqrt(2 / _fan_in(scene, names[0]))
+def _badly_drawn(context: CheckContext, sites: Sequence[SiteReport], words: str, confidence: Confidence) -> Finding:
+    names = [context.weights(site)[0] for site in sites]
+    he = math.sqrt(2 / _fan_in(context, names[0]))
     more = f"; the same with {listed(names[1:])}" if len(names) > 1 else ""
     return Finding(
         cause="bad_init",
         where=names[0],
-        evidence=f"before a ReLU, weights have a standard deviation of {scene.measured[names[0]].rms:.3g}, where He's"
+        measured=f"before a ReLU, weights have a standard deviation of {context.measured[names[0]].rms:.3g}, where He's"
         f" is {he:.3g}: {words}{more}",
         confidence=confidence,
         edit="init_for_relu_(model, batch)",
@@ -54,13 +56,13 @@ def _badly_drawn(scene: CheckContext, sites: Sequence[SiteReport], words: str, c
     )
 
 
-def _of_he(scene: CheckContext, site: SiteReport) -> tuple[float, float, float]:
+def _of_he(context: CheckContext, site: SiteReport) -> tuple[float, float, float]:
     """Divide the measured standard deviation by He's: at least, at most, and as measured."""
-    name = scene.weights(site)[0]
-    known = scene.measured.get(name)
-    if known is None or isinstance(scene.layer(name), (_TRANSPOSED, nn.Embedding)):
+    name = context.weights(site)[0]
+    known = context.measured.get(name)
+    if known is None or isinstance(context.layer(name), (_TRANSPOSED, nn.Embedding)):
         return 0.0, math.inf, math.nan
-    ratio, error = known.rms / math.sqrt(2 / _fan_in(scene, name)), _error(known)
+    ratio, error = known.rms / math.sqrt(2 / _fan_in(context, name)), _error(known)
     return ratio * (1 - error), ratio * (1 + error), ratio
 
 
@@ -68,51 +70,51 @@ def _error(known: Measured) -> float:
     return MARGIN / math.sqrt(2 * known.entries)  # of a normal law's standard deviation, relative to it
 
 
-def _fan_in(scene: CheckContext, name: str) -> int:
-    return math.prod(scene.shapes[name][1:]) or 1
+def _fan_in(context: CheckContext, name: str) -> int:
+    return math.prod(context.shapes[name][1:]) or 1
 
 
-def _is_xavier(scene: CheckContext, site: SiteReport) -> bool:
+def _is_xavier(context: CheckContext, site: SiteReport) -> bool:
     """Whether a standard deviation agrees with Xavier's."""
-    name, ratio = scene.weights(site)[0], _of_he(scene, site)[2]
-    if not ratio > 0 or scene.measured[name].entries < _XAVIER_FROM:
+    name, ratio = context.weights(site)[0], _of_he(context, site)[2]
+    if not ratio > 0 or context.measured[name].entries < _XAVIER_FROM:
         return False
-    out, into = scene.shapes[name][:2]
-    return abs(ratio / math.sqrt(into / (into + out)) - 1) < _error(scene.measured[name])
+    out, into = context.shapes[name][:2]
+    return abs(ratio / math.sqrt(into / (into + out)) - 1) < _error(context.measured[name])
 
 
-def _rules_out(scene: CheckContext, sites: Sequence[SiteReport], other: float) -> bool:
+def _rules_out(context: CheckContext, sites: Sequence[SiteReport], other: float) -> bool:
     """Whether not all of some sites can have been drawn with another standard deviation, in units of He's."""
-    errors = [_error(scene.measured[scene.weights(site)[0]]) for site in sites]
-    return any(abs(_of_he(scene, s)[2] / other - 1) > 2 * error for s, error in zip(sites, errors, strict=True))
+    errors = [_error(context.measured[context.weights(site)[0]]) for site in sites]
+    return any(abs(_of_he(context, s)[2] / other - 1) > 2 * error for s, error in zip(sites, errors, strict=True))
 
 
-def _longest(scene: CheckContext, fits: object) -> list[SiteReport]:
+def _longest(context: CheckContext, fits: object) -> list[SiteReport]:
     """Find the longest run of sites in a chain that all fit."""
     assert callable(fits)
     best: list[SiteReport] = []
-    for chain in scene.chains:
+    for chain in context.chains:
         run: list[SiteReport] = []
         for site in chain:
-            run = [*run, site] if len(scene.weights(site)) == 1 and fits(site) else []
+            run = [*run, site] if len(context.weights(site)) == 1 and fits(site) else []
             best = max(best, run, key=len)
     return best
 
 
-def negative_bias(scene: CheckContext) -> list[Finding]:
+def negative_bias(context: CheckContext) -> list[Finding]:
     """Find layers that are born with negative biases, and units that are silent."""
-    if not scene.fresh:
+    if not context.fresh:
         return []
-    sites = [site for site in scene.sites if site.dead_fraction >= 0.1 and _is_negative(scene, site)]
+    sites = [site for site in context.sites if site.dead_fraction >= 0.1 and _is_negative(context, site)]
     if not sites:
         return []
     worst = max(sites, key=lambda site: site.dead_fraction)
-    name, negative = scene.bias(worst), scene.measured[scene.bias(worst)]
+    name, negative = context.bias(worst), context.measured[context.bias(worst)]
     return [
         Finding(
             cause="negative_bias",
             where=name,
-            evidence=f"{negative.negative:.0%} of the {negative.entries} biases are negative (root mean square"
+            measured=f"{negative.negative:.0%} of the {negative.entries} biases are negative (root mean square"
             f" {negative.rms:.3g}), and {int(worst.dead.sum())} of {worst.units} units of `{worst.name}` fire on none"
             f" of {worst.samples} samples",
             confidence="certain" if worst.dead_fraction >= 0.5 else "likely",
@@ -122,23 +124,23 @@ def negative_bias(scene: CheckContext) -> list[Finding]:
     ]
 
 
-def _is_negative(scene: CheckContext, site: SiteReport) -> bool:
+def _is_negative(context: CheckContext, site: SiteReport) -> bool:
     """Whether so many biases are negative that a symmetric law would not bring it about in 10,000 draws."""
-    known = scene.measured.get(scene.bias(site))
+    known = context.measured.get(context.bias(site))
     return known is not None and known.negative >= 0.9 and known.entries >= 18
 
 
-def narrow_and_deep(scene: CheckContext) -> list[Finding]:
+def narrow_and_deep(context: CheckContext) -> list[Finding]:
     """Find chains of narrow linear layers that are born dead too often."""
-    if not scene.fresh:
+    if not context.fresh:
         return []
     found = []
-    for chain in scene.chains:
-        widths = [site.units for site in chain if len(scene.shapes[scene.weights(site)[0]]) == 2]
+    for chain in context.chains:
+        widths = [site.units for site in chain if len(context.shapes[context.weights(site)[0]]) == 2]
         if len(widths) < len(chain) or sum(width <= _NARROW for width in widths) < _DEEP:
             continue
-        first = scene.shapes[scene.weights(chain[0])[0]][1]
-        lower, upper = born_dead_bounds(widths, inputs=first, bias=any(map(scene.bias, chain)))
+        first = context.shapes[context.weights(chain[0])[0]][1]
+        lower, upper = born_dead_bounds(widths, inputs=first, bias=any(map(context.bias, chain)))
         dead = [site for site in chain if bool(site.dead.all())]
         if upper >= 0.05:
             found.append(_narrow(chain, widths, lower, upper, dead))
@@ -155,7 +157,7 @@ def _narrow(
     return Finding(
         cause="narrow_and_deep",
         where=chain[0].name,
-        evidence=f"{len(widths)} layers of {min(widths)} to {max(widths)} units: {what} with a probability of"
+        measured=f"{len(widths)} layers of {min(widths)} to {max(widths)} units: {what} with a probability of"
         f" {bound}{seen}",
         confidence=sure,
         edit=f"widen to {math.ceil(math.log2(100 * len(widths)))} units, or randomized_asymmetric_init_(model)",
@@ -163,10 +165,10 @@ def _narrow(
     )
 
 
-def uncentred_inputs(scene: CheckContext) -> list[Finding]:
+def uncentred_inputs(context: CheckContext) -> list[Finding]:
     """Find inputs far from centred, where the first layer's units are dead or always on."""
-    entry = scene.entry
-    fed = [s for s in scene.sites if entry and f"{entry.path}.weight".lstrip(".") in scene.weights(s)]
+    entry = context.entry
+    fed = [s for s in context.sites if entry and f"{entry.path}.weight".lstrip(".") in context.weights(s)]
     if not entry or len(fed) != 1 or entry.off_centre < 0.5:
         return []
     dead, on = fed[0].dead_fraction, float(fed[0].always_on.double().mean())
@@ -176,7 +178,7 @@ def uncentred_inputs(scene: CheckContext) -> list[Finding]:
         Finding(
             cause="uncentred_inputs",
             where=entry.path,
-            evidence=f"its inputs have |mean|^2 / E|x|^2 = {entry.off_centre:.2f} over {entry.rows} rows, and of the"
+            measured=f"its inputs have |mean|^2 / E|x|^2 = {entry.off_centre:.2f} over {entry.rows} rows, and of the"
             f" {fed[0].units} units of `{fed[0].name}` {dead:.0%} are dead and {on:.0%} are always on",
             confidence="certain" if dead + on >= 0.5 and entry.off_centre >= 0.9 else "likely",
             edit="x = (x - mean) / std, with the mean and the standard deviation of the training set",

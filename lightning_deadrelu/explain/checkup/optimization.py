@@ -16,20 +16,22 @@ _GRADIENT_STEP = 0.1  # the same at an ordinary learning rate, with
 _LARGE_GRADIENT = 10.0  # times what it is usually clipped to
 
 
-def bias_decay(scene: CheckContext) -> list[Finding]:
+def bias_decay(context: CheckContext) -> list[Finding]:
     """Find biases and norms before a rectifier that decay fast."""
-    names = [name for site in scene.sites for name in (scene.bias(site), *scene.scales(site)) if name in scene.groups]
-    strong = [name for name in dict.fromkeys(names) if _decays(scene.groups[name])]
+    names = [
+        name for site in context.sites for name in (context.bias(site), *context.scales(site)) if name in context.groups
+    ]
+    strong = [name for name in dict.fromkeys(names) if _decays(context.groups[name])]
     if not strong:
         return []
-    group = scene.groups[strong[0]]
+    group = context.groups[strong[0]]
     half = _half_life(group)
     rate = f"half of each is gone in {half:.0f} steps" if half < math.inf else "as a part of Adam's gradient"
     return [
         Finding(
             cause="bias_decay",
             where=strong[0],
-            evidence=f"weight_decay={group.weight_decay:g} of {group.optimizer} at a learning rate of {group.peak:g}"
+            measured=f"weight_decay={group.weight_decay:g} of {group.optimizer} at a learning rate of {group.peak:g}"
             f" holds for {len(strong)} biases and norms before a ReLU ({listed(strong)}): {rate}",
             confidence="likely" if half < _HALF_LIFE / 5 or group.weight_decay >= 10 * _L2_OF_ADAM else "possible",
             edit=f"{group.optimizer}(decay_groups(model, {group.weight_decay:g}), lr={group.peak:g})",
@@ -51,17 +53,17 @@ def _half_life(group: Group) -> float:
     return math.inf if unknown else math.log(2) / rate
 
 
-def high_learning_rate(scene: CheckContext) -> list[Finding]:
+def high_learning_rate(context: CheckContext) -> list[Finding]:
     """Find a first step that is large beside the weights that feed rectifiers."""
-    name, step = _largest(scene)
-    if not _is_high(scene, name, step):
+    name, step = _largest(context)
+    if not _is_high(context, name, step):
         return []
-    group = scene.groups[name]
+    group = context.groups[name]
     return [
         Finding(
             cause="high_learning_rate",
             where=name,
-            evidence=f"{_said(group)}, without a warm-up, moves these weights by {step:.1%} of their size"
+            measured=f"{_said(group)}, without a warm-up, moves these weights by {step:.1%} of their size"
             f" {_after(group)}; above {_STEP[group.kind]:.1%} units begin to die",
             confidence="likely" if step > 2 * _STEP[group.kind] else "possible",
             edit=f"{group.optimizer}(..., lr={_USUAL[group.kind]:g}), or a warm-up",
@@ -70,19 +72,19 @@ def high_learning_rate(scene: CheckContext) -> list[Finding]:
     ]
 
 
-def no_clipping(scene: CheckContext) -> list[Finding]:
+def no_clipping(context: CheckContext) -> list[Finding]:
     """Find gradients so large that an ordinary learning rate moves the weights far."""
-    name, step = _largest(scene)
-    if scene.clipped or step <= _GRADIENT_STEP or scene.groups[name].kind != "sgd" or _is_high(scene, name, step):
+    name, step = _largest(context)
+    if context.clipped or step <= _GRADIENT_STEP or context.groups[name].kind != "sgd" or _is_high(context, name, step):
         return []
-    group, gradient = scene.groups[name], scene.measured[name].gradient
+    group, gradient = context.groups[name], context.measured[name].gradient
     if gradient < _LARGE_GRADIENT:
         return []
     return [
         Finding(
             cause="no_clipping",
             where=name,
-            evidence=f"the first gradient has a norm of {gradient:.3g} there, unclipped: {_said(group)} moves these"
+            measured=f"the first gradient has a norm of {gradient:.3g} there, unclipped: {_said(group)} moves these"
             f" weights by {step:.0%} of their size {_after(group)}",
             confidence="likely" if step > 3 * _GRADIENT_STEP else "possible",
             edit="Trainer(gradient_clip_val=1.0)",
@@ -91,16 +93,16 @@ def no_clipping(scene: CheckContext) -> list[Finding]:
     ]
 
 
-def no_schedule(scene: CheckContext) -> list[Finding]:
+def no_schedule(context: CheckContext) -> list[Finding]:
     """Find a large learning rate of Adam that never falls."""
-    name, step = _largest(scene)
-    if scene.scheduled or not _is_high(scene, name, step) or scene.groups[name].kind != "adam":
+    name, step = _largest(context)
+    if context.scheduled or not _is_high(context, name, step) or context.groups[name].kind != "adam":
         return []
     return [
         Finding(
             cause="no_schedule",
             where=name,
-            evidence=f"{_said(scene.groups[name])} stays so to the end: no schedule lowers it",
+            measured=f"{_said(context.groups[name])} stays so to the end: no schedule lowers it",
             confidence="possible",
             edit="torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max_epochs)",
             source="Loshchilov and Hutter 2017, arXiv 1608.03983",
@@ -108,18 +110,18 @@ def no_schedule(scene: CheckContext) -> list[Finding]:
     ]
 
 
-def _largest(scene: CheckContext) -> tuple[str, float]:
+def _largest(context: CheckContext) -> tuple[str, float]:
     """Find the weights before a rectifier, without a norm, that the first steps move most, beside their size."""
-    sites = [site for site in scene.sites if not scene.normed(site) and not scene.multiplies(site)]
-    steps = {name: scene.step(name) for site in sites for name in scene.weights(site)}
+    sites = [site for site in context.sites if not context.normed(site) and not context.multiplies(site)]
+    steps = {name: context.step(name) for site in sites for name in context.weights(site)}
     known = {name: step for name, step in steps.items() if not math.isnan(step)}
     return max(known.items(), key=lambda item: item[1], default=("", 0.0))
 
 
-def _is_high(scene: CheckContext, name: str, step: float) -> bool:
-    if name not in scene.groups:
+def _is_high(context: CheckContext, name: str, step: float) -> bool:
+    if name not in context.groups:
         return False
-    group = scene.groups[name]
+    group = context.groups[name]
     return group.lr >= _FROM[group.kind] and step > _STEP[group.kind]
 
 

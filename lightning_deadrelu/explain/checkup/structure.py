@@ -13,9 +13,9 @@ _FAST = 0.1  # of the weights' size
 _SOFTMAX = ("`softmax`", "`log_softmax`")
 
 
-def batchnorm_order(scene: CheckContext) -> list[Finding]:
+def batchnorm_order(context: CheckContext) -> list[Finding]:
     """Find rectifiers between a layer and its BatchNorm."""
-    sites = [s for s in scene.sites if _is_before_norm(scene, s)]
+    sites = [s for s in context.sites if _is_before_norm(context, s)]
     if not sites:
         return []
     worst = max(sites, key=lambda site: site.dead_fraction)
@@ -23,7 +23,7 @@ def batchnorm_order(scene: CheckContext) -> list[Finding]:
         Finding(
             cause="batchnorm_order",
             where=worst.name,
-            evidence=f"{len(sites)} rectifiers are followed by a BatchNorm and not preceded by one: it makes a constant"
+            measured=f"{len(sites)} rectifiers are followed by a BatchNorm and not preceded by one: it makes a constant"
             f" of a silent unit, and keeps none from falling silent; {_dead(worst)}",
             confidence=_sure(worst),
             edit="put the BatchNorm before the ReLU: conv, norm, act",
@@ -32,24 +32,24 @@ def batchnorm_order(scene: CheckContext) -> list[Finding]:
     ]
 
 
-def _is_before_norm(scene: CheckContext, site: SiteReport) -> bool:
-    behind = scene.attributions[site.name].no_outgoing
-    return "`batch_norm`" in behind and bool(scene.weights(site)) and not scene.normed(site)
+def _is_before_norm(context: CheckContext, site: SiteReport) -> bool:
+    behind = context.attributions[site.name].no_outgoing
+    return "`batch_norm`" in behind and bool(context.weights(site)) and not context.normed(site)
 
 
-def relu_output(scene: CheckContext) -> list[Finding]:
+def relu_output(context: CheckContext) -> list[Finding]:
     """Find a rectifier behind the last layer of the model."""
-    last = next((name for name in reversed(scene.order) if len(scene.shapes.get(name, ())) > 1), "")
-    sites = [s for s in scene.sites if last in scene.weights(s) and len(scene.shapes[last]) == 2]
-    sites = [s for s in sites if not scene.attributions[s.name].outgoing]
+    last = next((name for name in reversed(context.order) if len(context.shapes.get(name, ())) > 1), "")
+    sites = [s for s in context.sites if last in context.weights(s) and len(context.shapes[last]) == 2]
+    sites = [s for s in sites if not context.attributions[s.name].outgoing]
     if not sites:
         return []
-    reader = scene.attributions[sites[0].name].no_outgoing
+    reader = context.attributions[sites[0].name].no_outgoing
     return [
         Finding(
             cause="relu_output",
             where=sites[0].name,
-            evidence=f"it rectifies the last layer, `{last}`: an output that is negative gets no gradient"
+            measured=f"it rectifies the last layer, `{last}`: an output that is negative gets no gradient"
             f" ({reader}); {_dead(sites[0])}",
             confidence=_sure(sites[0]),
             edit=f"drop `{sites[0].name}`, or take nn.Softplus() for positive targets",
@@ -58,17 +58,17 @@ def relu_output(scene: CheckContext) -> list[Finding]:
     ]
 
 
-def attention_relu(scene: CheckContext) -> list[Finding]:
+def attention_relu(context: CheckContext) -> list[Finding]:
     """Find rectifiers in a net that scores for an attention: for a softmax, or for a sum of values that runs away."""
-    sites = [s for s in scene.sites if _scores(scene, s)]
+    sites = [s for s in context.sites if _scores(context, s)]
     if not sites:
-        return _runaway(scene)
+        return _runaway(context)
     worst = max(sites, key=lambda site: site.dead_fraction)
     return [
         Finding(
             cause="attention_relu",
             where=worst.name,
-            evidence=f"what it puts out is scored for a softmax: where its units are silent, all scores are alike and"
+            measured=f"what it puts out is scored for a softmax: where its units are silent, all scores are alike and"
             f" the attention is uniform; {_dead(worst)}",
             confidence=_sure(worst),
             edit=f"take nn.Tanh() for `{worst.name}`",
@@ -77,10 +77,13 @@ def attention_relu(scene: CheckContext) -> list[Finding]:
     ]
 
 
-def _runaway(scene: CheckContext) -> list[Finding]:
+def _runaway(context: CheckContext) -> list[Finding]:
     """Find scores without a softmax that move far at the first step: their gradient is a sum over all values."""
     steps = [
-        (scene.step(name), site, name) for site in scene.sites if scene.multiplies(site) for name in scene.weights(site)
+        (context.step(name), site, name)
+        for site in context.sites
+        if context.multiplies(site)
+        for name in context.weights(site)
     ]
     fast = [one for one in steps if one[0] > _FAST]
     if not fast:
@@ -90,7 +93,7 @@ def _runaway(scene: CheckContext) -> list[Finding]:
         Finding(
             cause="attention_relu",
             where=site.name,
-            evidence=f"what it puts out multiplies other activations, without a softmax, and the first steps move"
+            measured=f"what it puts out multiplies other activations, without a softmax, and the first steps move"
             f" `{name}` by {step:.1%} of its size; {_dead(site)}",
             confidence="likely",
             edit=f"divide what `{site.name}` puts out by the number of values that are summed",
@@ -99,30 +102,30 @@ def _runaway(scene: CheckContext) -> list[Finding]:
     ]
 
 
-def _scores(scene: CheckContext, site: SiteReport) -> bool:
-    known = scene.attributions[site.name]
-    if not scene.weights(site):
+def _scores(context: CheckContext, site: SiteReport) -> bool:
+    known = context.attributions[site.name]
+    if not context.weights(site):
         return False
     if any(known.no_outgoing.startswith(name) for name in _SOFTMAX):
-        return scene.weights(site)[-1] != scene.order[-1] and not relu_output(scene)
-    one = [read.name for read in known.outgoing if scene.shapes.get(read.name, (0,))[0] == 1]
-    return any(reader in _SOFTMAX for name in one for reader in scene.readers.get(name, ()))
+        return context.weights(site)[-1] != context.order[-1] and not relu_output(context)
+    one = [read.name for read in known.outgoing if context.shapes.get(read.name, (0,))[0] == 1]
+    return any(reader in _SOFTMAX for name in one for reader in context.readers.get(name, ()))
 
 
-def generator_relu(scene: CheckContext) -> list[Finding]:
+def generator_relu(context: CheckContext) -> list[Finding]:
     """Find rectifiers in the net whose output another net, with an optimizer of its own, has to judge."""
-    generator = _generator(scene)
-    sites = [s for s in scene.sites if generator is not None and _optimizer(scene, s) == generator]
-    sites = [s for s in sites if s.dead_fraction >= _SEEN_DEAD or not scene.normed(s)]
+    generator = _generator(context)
+    sites = [s for s in context.sites if generator is not None and _optimizer(context, s) == generator]
+    sites = [s for s in sites if s.dead_fraction >= _SEEN_DEAD or not context.normed(s)]
     if not sites:
         return []
     worst = max(sites, key=lambda site: site.dead_fraction)
-    norm = "with a norm before it" if scene.normed(worst) else "without a norm before it"
+    norm = "with a norm before it" if context.normed(worst) else "without a norm before it"
     return [
         Finding(
             cause="generator_relu",
             where=worst.name,
-            evidence=f"a ReLU {norm}, in a net that learns through another one with an optimizer of its own;"
+            measured=f"a ReLU {norm}, in a net that learns through another one with an optimizer of its own;"
             f" {_dead(worst)}",
             confidence=_sure(worst),
             edit=f"take nn.LeakyReLU(0.2) for `{worst.name}`, or put a BatchNorm before it",
@@ -131,32 +134,32 @@ def generator_relu(scene: CheckContext) -> list[Finding]:
     ]
 
 
-def _optimizer(scene: CheckContext, site: SiteReport) -> int | None:
-    places = {scene.groups[name].place[0] for name in scene.weights(site) if name in scene.groups}
+def _optimizer(context: CheckContext, site: SiteReport) -> int | None:
+    places = {context.groups[name].place[0] for name in context.weights(site) if name in context.groups}
     return places.pop() if len(places) == 1 else None
 
 
-def _generator(scene: CheckContext) -> int | None:
+def _generator(context: CheckContext) -> int | None:
     """Number the optimizer whose net puts out what the other's takes in, where that one ends in a single score."""
     nets: dict[int, list[str]] = {}
-    for name in scene.order:
-        if name in scene.groups and len(scene.shapes.get(name, ())) > 1:
-            nets.setdefault(scene.groups[name].place[0], []).append(name)
+    for name in context.order:
+        if name in context.groups and len(context.shapes.get(name, ())) > 1:
+            nets.setdefault(context.groups[name].place[0], []).append(name)
     if len(nets) != 2:
         return None
     (first, a), (second, b) = nets.items()
-    fits = [one for one, own, other in ((first, a, b), (second, b, a)) if _feeds(scene, own, other)]
+    fits = [one for one, own, other in ((first, a, b), (second, b, a)) if _feeds(context, own, other)]
     return fits[0] if len(fits) == 1 else None
 
 
-def _feeds(scene: CheckContext, own: list[str], other: list[str]) -> bool:
-    out = _width(scene, own[-1], 0)
-    return out > 1 and out == _width(scene, other[0], 1) and _width(scene, other[-1], 0) == 1
+def _feeds(context: CheckContext, own: list[str], other: list[str]) -> bool:
+    out = _width(context, own[-1], 0)
+    return out > 1 and out == _width(context, other[0], 1) and _width(context, other[-1], 0) == 1
 
 
-def _width(scene: CheckContext, name: str, dim: int) -> int:
-    flipped = isinstance(scene.layer(name), nn.modules.conv._ConvTransposeNd)
-    return scene.shapes[name][1 - dim if flipped else dim]
+def _width(context: CheckContext, name: str, dim: int) -> int:
+    flipped = isinstance(context.layer(name), nn.modules.conv._ConvTransposeNd)
+    return context.shapes[name][1 - dim if flipped else dim]
 
 
 def _dead(site: SiteReport) -> str:

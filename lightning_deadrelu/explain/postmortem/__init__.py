@@ -1,7 +1,5 @@
-"""Why units died: from what was noted before to a sentence and a cause. Pure."""
+"""Explain why units died, from what was recorded before."""
 
-from lightning_deadrelu.explain.postmortem.death_events import DeathEvent, joined, most_telling, told
-from lightning_deadrelu.explain.postmortem.dying_units import DyingUnits, WeightStats
-from lightning_deadrelu.explain.postmortem.explain import explain
+from lightning_deadrelu.explain.postmortem.death_events import DeathEvent, described
 
-__all__ = ["DeathEvent", "DyingUnits", "WeightStats", "explain", "joined", "most_telling", "told"]
+__all__ = ["DeathEvent", "described"]

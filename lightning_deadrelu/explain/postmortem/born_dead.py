@@ -12,55 +12,53 @@ _NARROW, _DEEP = 16, 5
 _ROWS = 10  # of a unit's weights, taken for independent
 
 
-def negative_bias(victims: DyingUnits) -> Cause | None:
+def negative_bias(dying: DyingUnits) -> Cause | None:
     """Blame biases without which most would fire, where nearly all of the site are negative."""
-    bias, now = victims.start.bias, victims.now.bias
-    fires_without = victims.peaks[-1] - now > 0
-    usual = victims.fan_in**-0.5 if victims.fan_in else 0.0  # PyTorch draws biases within +- this
+    bias, now = dying.start.bias, dying.now.bias
+    fires_without = dying.peaks[-1] - now > 0
+    usual = dying.fan_in**-0.5 if dying.fan_in else 0.0  # PyTorch draws biases within +- this
     if not (median(bias) < -usual and (bias < 0).float().mean() >= 0.8 and fires_without.float().mean() >= 0.5):
         return None
-    evidence = f"their biases, {median(now):.2g} in the median, exceed the largest of their weighted inputs"
+    measured = f"their biases, {median(now):.2g} in the median, exceed the largest of their weighted inputs"
     return Cause(
         "negative_bias",
-        evidence,
+        measured,
         "certain",
         "init_for_relu_(model)",
         "the input of a unit is w.x + b: it never exceeds 0",
     )
 
 
-def bad_init(victims: DyingUnits) -> Cause | None:
+def bad_init(dying: DyingUnits) -> Cause | None:
     """Blame weights whose mean is negative, or whose size is far from He's."""
-    start, read = victims.start, victims.size * min(victims.fan_in, _ROWS)
+    start, read = dying.start, dying.size * min(dying.fan_in, _ROWS)
     size = float(start.square.mean()) ** 0.5
-    if not size or not victims.fan_in:
+    if not size or not dying.fan_in:
         return None
-    lean, times = -float(start.mean.mean()) / size, size * (victims.fan_in / 2) ** 0.5
+    lean, times = -float(start.mean.mean()) / size, size * (dying.fan_in / 2) ** 0.5
     source = "He et al. 2015, arXiv 1502.01852: standard deviation (2 / fan_in) ** 0.5, mean 0"
     if lean >= max(_LEAN, _ERRORS * read**-0.5):
-        evidence = f"their weights leaning to the negative, by {lean:.1f} of their size"
+        measured = f"their weights leaning to the negative, by {lean:.1f} of their size"
     elif not _SMALL <= times <= _LARGE:
-        evidence = f"their weights being {times:.2g} times He's size"
+        measured = f"their weights being {times:.2g} times He's size"
     else:
         return None
-    return Cause("bad_init", evidence, "likely", "init_for_relu_(model)", source)
+    return Cause("bad_init", measured, "likely", "init_for_relu_(model)", source)
 
 
-def uncentred(victims: DyingUnits, off_centre: float) -> Cause | None:
+def uncentred(dying: DyingUnits, off_centre: float) -> Cause | None:
     """Blame inputs whose mean exceeds what sets them apart, in the first layer."""
-    if not victims.first or not off_centre >= _OFF_CENTRE:
+    if not dying.first or not off_centre >= _OFF_CENTRE:
         return None
-    evidence = f"the inputs' mean is {off_centre:.1f} times their deviation from it, so that its sign decides"
+    measured = f"the inputs' mean is {off_centre:.1f} times their deviation from it, so that its sign decides"
     edit = "x = (x - x.mean(0)) / x.std(0)"
-    return Cause("uncentred_inputs", evidence, "likely", edit, "LeCun et al. 1998, Efficient BackProp, section 4.3")
+    return Cause("uncentred_inputs", measured, "likely", edit, "LeCun et al. 1998, Efficient BackProp, section 4.3")
 
 
-def narrow(victims: DyingUnits, sites: int) -> Cause | None:
+def narrow(dying: DyingUnits, sites: int) -> Cause | None:
     """Blame few units in many layers."""
-    if victims.size > _NARROW or sites < _DEEP:
+    if dying.size > _NARROW or sites < _DEEP:
         return None
-    evidence = (
-        f"{sites} layers with no more than {victims.size} units: all of one are dead with chance 2^-{victims.size}"
-    )
+    measured = f"{sites} layers with no more than {dying.size} units: all of one are dead with chance 2^-{dying.size}"
     source = "Lu et al. 2019, arXiv 1903.06733, theorem 3.2"
-    return Cause("narrow_and_deep", evidence, "likely", "randomized_asymmetric_init_(model)", source)
+    return Cause("narrow_and_deep", measured, "likely", "randomized_asymmetric_init_(model)", source)

@@ -1,4 +1,4 @@
-"""What came just before units died: spikes, another task, steps as large as the weights."""
+"""Name what came just before units died: spikes, another task, steps as large as the weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Cause(NamedTuple):
     """A cause, before it is known where it struck, in the terms of a finding."""
 
     name: str
-    evidence: str
+    measured: str
     confidence: Confidence
     edit: str
     source: str
@@ -44,9 +44,9 @@ class _Spike(NamedTuple):
     value: float
 
 
-def shifted(victims: DyingUnits, rows: Rows) -> Cause | None:
+def shifted(dying: DyingUnits, rows: Rows) -> Cause | None:
     """Find a step at which the loss jumped to about that of the untrained model, and stayed: the work is another."""
-    first, ended = int(victims.last_fired.min()), int(victims.silent_from.median())
+    first, ended = int(dying.last_fired.min()), int(dying.silent_from.median())
     loss, steps = rows.column("loss"), torch.tensor(rows.steps, dtype=torch.int64)
     for place in ((steps >= first - LAG) & (steps < ended)).nonzero().flatten().tolist():
         before, after = loss[max(0, place - _LEAST) : place], loss[place : place + _LEAST]
@@ -54,43 +54,43 @@ def shifted(victims: DyingUnits, rows: Rows) -> Cause | None:
             continue
         if after.median() >= loss[place] / 3 and loss[place] <= 3 * loss[:_LEAST].max():
             rose = f"{median(before):.2g} to {float(loss[place]):.2g} at step {int(steps[place]):,}"
-            evidence = f"when the loss rose from {rose}, and stayed high"
+            measured = f"when the loss rose from {rose}, and stayed high"
             edit = 'DeadReLUMonitor(remedy="reset")'
-            return Cause("distribution_shift", evidence, "possible", edit, "Dohare et al. 2024, Nature 632:768")
+            return Cause("distribution_shift", measured, "possible", edit, "Dohare et al. 2024, Nature 632:768")
     return None
 
 
-def spiked(victims: DyingUnits, rows: Rows) -> Cause | None:
-    """Find what rose out of proportion before most of the victims fell silent: the earliest link of the chain."""
-    first = int(victims.last_fired.min())
-    ended = int(victims.silent_from.median())  # by then half of them were dead
+def spiked(dying: DyingUnits, rows: Rows) -> Cause | None:
+    """Find what rose out of proportion before most of the dying units fell silent: the earliest link of the chain."""
+    first = int(dying.last_fired.min())
+    ended = int(dying.silent_from.median())  # by then half of them were dead
     rate, gradient = (_spike(rows, name, first, ended) for name in ("rate", "gradient"))
     inputs = [_spike(rows, f"input_{number}", first, ended) for number in range(3)]
     largest = max((spike for spike in inputs if spike), key=lambda spike: spike.ratio, default=None)
     if rate and not (gradient and gradient.step < rate.step):
-        evidence = f"{_told('the learning rate', rate, first)}, from {rate.usual:.4g} to {rate.value:.4g}"
+        measured = f"{_spike_text('the learning rate', rate, first)}, from {rate.usual:.4g} to {rate.value:.4g}"
         edit = f"lr={rate.usual:.4g}"
-        return Cause("learning_rate_spike", evidence, "likely", edit, "Goyal et al. 2017, arXiv 1706.02677")
+        return Cause("learning_rate_spike", measured, "likely", edit, "Goyal et al. 2017, arXiv 1706.02677")
     if largest and not (gradient and gradient.step < largest.step):
-        evidence = f"{_told('the largest input', largest, first)}, to {largest.value:.2g}"
+        measured = f"{_spike_text('the largest input', largest, first)}, to {largest.value:.2g}"
         edit = f"x.clamp(-{2 * largest.usual:.2g}, {2 * largest.usual:.2g})"
         source = "a step moves weights by lr * delta * x, in proportion to the input"
-        return Cause("outlier_batch", evidence, "likely", edit, source)
+        return Cause("outlier_batch", measured, "likely", edit, source)
     if gradient:
-        evidence = _told("the gradient norm", gradient, first)
+        measured = _spike_text("the gradient norm", gradient, first)
         edit = f"Trainer(gradient_clip_val={2 * gradient.usual:.1g})"
-        return Cause("gradient_spike", evidence, "likely", edit, "Pascanu et al. 2013, arXiv 1211.5063")
+        return Cause("gradient_spike", measured, "likely", edit, "Pascanu et al. 2013, arXiv 1211.5063")
     return None
 
 
-def _told(what: str, spike: _Spike, first: int) -> str:
+def _spike_text(what: str, spike: _Spike, first: int) -> str:
     ago = first - spike.step
     if ago > 0:
-        return f"{ago} step{'s' * (ago != 1)} after {what} rose {_fold(spike)}"
-    return f"when {what} rose {_fold(spike)} at step {spike.step:,}"
+        return f"{ago} step{'s' * (ago != 1)} after {what} rose {_times(spike)}"
+    return f"when {what} rose {_times(spike)} at step {spike.step:,}"
 
 
-def _fold(spike: _Spike) -> str:
+def _times(spike: _Spike) -> str:
     return f"{spike.ratio:,.0f}-fold" if spike.ratio < 1e6 else "more than a million-fold"
 
 
@@ -116,26 +116,26 @@ def _spike(rows: Rows, name: str, first: int, end: int) -> _Spike | None:
     return spike if spike.ratio >= least else None
 
 
-def large_steps(victims: DyingUnits, rows: Rows, sunk: str = "") -> Cause | None:
+def large_steps(dying: DyingUnits, rows: Rows, sunk: str = "") -> Cause | None:
     """Blame the learning rate where single steps were as large as the weights themselves."""
-    ratio, rate = _step_size(victims, rows)
-    if not ratio >= _BIG_STEP["adaptive" if victims.adaptive else "plain"]:
+    ratio, rate = _step_size(dying, rows)
+    if not ratio >= _BIG_STEP["adaptive" if dying.adaptive else "plain"]:
         return None
-    evidence = f"with steps of {ratio:.0%} of the size of the weights, at a learning rate of {rate:.2g}"
-    evidence = f"{sunk}, {evidence}" if sunk else evidence
+    measured = f"with steps of {ratio:.0%} of the size of the weights, at a learning rate of {rate:.2g}"
+    measured = f"{sunk}, {measured}" if sunk else measured
     source = "an update should be about 1e-3 of the weights (CS231n, section on update ratios)"
-    return Cause("high_learning_rate", evidence, "likely", f"lr={rate / 10:.1g}", source)
+    return Cause("high_learning_rate", measured, "likely", f"lr={rate / 10:.1g}", source)
 
 
-def _step_size(victims: DyingUnits, rows: Rows) -> tuple[float, float]:
+def _step_size(dying: DyingUnits, rows: Rows) -> tuple[float, float]:
     """Estimate a step over the weights it changed: lr for what Adam steps, lr times the gradient for others."""
     steps = torch.tensor(rows.steps, dtype=torch.int64)
-    first, last = int(victims.last_fired.min()), int(victims.silent_from.max())
+    first, last = int(dying.last_fired.min()), int(dying.silent_from.max())
     near = (steps >= first - LAG) & (steps < last)
     rate = median(rows.column("rate")[near])
-    weights = math.sqrt(median(victims.alive.square))
-    if victims.adaptive:
+    weights = math.sqrt(median(dying.alive.square))
+    if dying.adaptive:
         return rate / weights if weights else math.nan, rate
-    norm = weights * (victims.fan_in * victims.size) ** 0.5
+    norm = weights * (dying.fan_in * dying.size) ** 0.5
     gradient = median(rows.column("gradient")[near])
-    return rate * gradient / (1 - min(victims.momentum, 0.99)) / norm if norm else math.nan, rate
+    return rate * gradient / (1 - min(dying.momentum, 0.99)) / norm if norm else math.nan, rate

@@ -1,4 +1,4 @@
-"""Units that died together: told in a sentence, and joined where they belong together."""
+"""Describe units that died together in a sentence, and merge events that belong together."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class DeathEvent:
         units: How many at each.
         first_step: The last observation at which one of them fired; for those born dead, the first of all.
         last_step: The first observation from which on all were silent.
-        evidence: What was measured.
+        measured: What was measured, in words.
         moved: Median change of the biases; None where it is not known.
         finding: The cause with its remedy; None where it is unknown.
 
@@ -41,7 +41,7 @@ class DeathEvent:
     units: tuple[int, ...]
     first_step: int
     last_step: int
-    evidence: str
+    measured: str
     moved: float | None = None
     finding: Finding | None = None
 
@@ -51,9 +51,9 @@ class DeathEvent:
         moved = "" if self.moved is None else f"; bias moved by {self.moved:+.2g}"
         when = f"between steps {self.first_step:,} and {self.last_step:,}"
         if self.kind == "born dead":
-            return f"{who} {'were' if total > 1 else 'was'} born dead: {self.evidence}"
+            return f"{who} {'were' if total > 1 else 'was'} born dead: {self.measured}"
         done = "sank into silence" if self.kind == "drift" else "died"
-        return f"{who} {done} {when}, {self.evidence}{moved}"
+        return f"{who} {done} {when}, {self.measured}{moved}"
 
     @property
     def is_large(self) -> bool:
@@ -67,48 +67,47 @@ class DeathEvent:
         most = self.units.index(max(self.units))
         return f"{len(self.sites)} layers (most in `{self.sites[most]}`, {self.units[most]:,})"
 
+    @property
+    def evidence(self) -> str:
+        """The former name of :attr:`measured`."""
+        return self.measured
+
     def to_dict(self) -> dict[str, Any]:
-        """Turn into plain values that ``json.dumps`` takes."""
+        """Turn into plain values that ``json.dumps`` takes; ``"evidence"`` is ``"measured"`` by its former name."""
         plain = {"kind": self.kind, "cause": self.cause, "sites": list(self.sites), "units": list(self.units)}
-        steps = {"first_step": self.first_step, "last_step": self.last_step, "evidence": self.evidence}
+        steps = {"first_step": self.first_step, "last_step": self.last_step}
+        text = {"measured": self.measured, "evidence": self.measured}
         finding = self.finding.to_dict() if self.finding else None
-        return plain | steps | {"moved": self.moved, "finding": finding, "sentence": str(self)}
-
-    @classmethod
-    def from_dict(cls, plain: dict[str, Any]) -> DeathEvent:
-        """Turn back what :meth:`to_dict` returned."""
-        values = {key: value for key, value in plain.items() if key != "sentence"}
-        finding = Finding(**values["finding"]) if values["finding"] else None
-        return cls(**values | {"sites": tuple(values["sites"]), "units": tuple(values["units"]), "finding": finding})
+        return plain | steps | text | {"moved": self.moved, "finding": finding, "sentence": str(self)}
 
 
-def joined(waves: Sequence[DeathEvent]) -> list[DeathEvent]:
-    """Join what is alike in kind and cause, and goes on in time.
+def merged(deaths: Sequence[DeathEvent]) -> list[DeathEvent]:
+    """Merge events that are alike in kind and cause and follow each other without a gap.
 
     Args:
-        waves: In any order.
+        deaths: In any order.
 
     Returns:
-        Waves in the order of their first step; of the same step, those that others follow from come first.
+        Events in the order of their first step; of the same step, those that others follow from come first.
     """
     groups: list[list[DeathEvent]] = []
-    for wave in sorted((_adopted(wave, waves) for wave in waves), key=lambda wave: wave.first_step):
-        alike = (group for group in groups if (group[0].kind, group[0].cause) == (wave.kind, wave.cause))
-        group = next((group for group in alike if _go_on(group, wave)), None)
+    for death in sorted((_adopted(death, deaths) for death in deaths), key=lambda death: death.first_step):
+        alike = (group for group in groups if (group[0].kind, group[0].cause) == (death.kind, death.cause))
+        group = next((group for group in alike if _go_on(group, death)), None)
         if group is None:
-            groups.append([wave])
+            groups.append([death])
         else:
-            group.append(wave)
-    return sorted(map(_one, groups), key=lambda wave: (wave.first_step, wave.cause == "upstream_death"))
+            group.append(death)
+    return sorted(map(_one, groups), key=lambda death: (death.first_step, death.cause == "upstream_death"))
 
 
-def _adopted(wave: DeathEvent, others: Sequence[DeathEvent]) -> DeathEvent:
+def _adopted(death: DeathEvent, others: Sequence[DeathEvent]) -> DeathEvent:
     """Give the few of one site the cause that many at another, at the same time, died of."""
-    if wave.cause not in _UNNAMED or wave.kind not in ("born dead", "shock"):
-        return wave
-    named = (one for one in others if one.kind == wave.kind and one.cause not in (*_UNNAMED, "upstream_death"))
-    cause = next((one for one in named if _overlap(one, wave)), wave)
-    return replace(wave, cause=cause.cause, evidence=cause.evidence, finding=cause.finding)
+    if death.cause not in _UNNAMED or death.kind not in ("born dead", "shock"):
+        return death
+    named = (one for one in others if one.kind == death.kind and one.cause not in (*_UNNAMED, "upstream_death"))
+    cause = next((one for one in named if _overlap(one, death)), death)
+    return replace(death, cause=cause.cause, measured=cause.measured, finding=cause.finding)
 
 
 def _overlap(one: DeathEvent, other: DeathEvent) -> bool:
@@ -116,59 +115,58 @@ def _overlap(one: DeathEvent, other: DeathEvent) -> bool:
     return same or one.kind == "born dead"
 
 
-def _go_on(group: Sequence[DeathEvent], wave: DeathEvent) -> bool:
-    lasting = wave.kind == "born dead" or wave.cause == "bias_decay"
-    return lasting or wave.first_step <= max(one.last_step for one in group)
+def _go_on(group: Sequence[DeathEvent], death: DeathEvent) -> bool:
+    lasting = death.kind == "born dead" or death.cause == "bias_decay"
+    return lasting or death.first_step <= max(one.last_step for one in group)
 
 
 def _one(group: Sequence[DeathEvent]) -> DeathEvent:
     counts: dict[str, int] = {}
-    for wave in group:
-        for site, number in zip(wave.sites, wave.units, strict=True):
+    for death in group:
+        for site, number in zip(death.sites, death.units, strict=True):
             counts[site] = counts.get(site, 0) + number
-    largest = max(group, key=lambda wave: sum(wave.units))
-    first, last = min(wave.first_step for wave in group), max(wave.last_step for wave in group)
+    main = max(group, key=lambda death: sum(death.units))
+    first, last = min(death.first_step for death in group), max(death.last_step for death in group)
     where, units = tuple(counts), tuple(counts.values())
-    return DeathEvent(
-        largest.kind, largest.cause, where, units, first, last, largest.evidence, largest.moved, largest.finding
-    )
+    return DeathEvent(main.kind, main.cause, where, units, first, last, main.measured, main.moved, main.finding)
 
 
-def most_telling(waves: Sequence[DeathEvent], most: int) -> list[DeathEvent]:
-    """Keep so many waves, in their order: those of many units, and of the others the latest.
+def largest(deaths: Sequence[DeathEvent], most: int) -> list[DeathEvent]:
+    """Keep so many events, in their order: those of many units, and of the others the latest.
 
     Args:
-        waves: In the order of time.
+        deaths: In the order of time.
         most: How many.
     """
     order = sorted(
-        range(len(waves)), key=lambda at: (waves[at].is_large, waves[at].is_large * sum(waves[at].units), at)
+        range(len(deaths)), key=lambda at: (deaths[at].is_large, deaths[at].is_large * sum(deaths[at].units), at)
     )
-    return [waves[at] for at in sorted(order[-most:])]
+    return [deaths[at] for at in sorted(order[-most:])]
 
 
-def told(waves: Sequence[DeathEvent], most: int = 5) -> str:
-    """Tell of the largest waves, with what mends their causes, in the order of time; empty if there were none.
+def described(deaths: Sequence[DeathEvent], most: int = 5) -> str:
+    """Describe the largest events, with what mends their causes, in the order of time; empty if there were none.
 
     Args:
-        waves: All of them.
-        most: How many to tell of.
+        deaths: All of them.
+        most: How many to describe.
 
     Example:
-        >>> told(())
+        >>> described(())
         ''
     """
-    large = sorted((wave for wave in waves if wave.is_large), key=lambda wave: (wave.finding is None, -sum(wave.units)))
-    shown = sorted(large[:most], key=lambda wave: wave.first_step)
+    large = [death for death in deaths if death.is_large]
+    large.sort(key=lambda death: (death.finding is None, -sum(death.units)))
+    shown = sorted(large[:most], key=lambda death: death.first_step)
     lines: list[str] = []
-    for wave in shown:
-        lines += [f"{wave}.", *(advice for advice in _advice(wave) if advice not in lines)]
-    left = sum(sum(wave.units) for wave in waves if wave not in shown)
+    for death in shown:
+        lines += [f"{death}.", *(advice for advice in _advice(death) if advice not in lines)]
+    left = sum(sum(death.units) for death in deaths if death not in shown)
     if left:
         lines.append(f"{left:,} more unit{'s' * (left > 1)} died; see `monitor.deaths`.")
     return "\n".join(lines)
 
 
-def _advice(wave: DeathEvent) -> list[str]:
-    found = wave.finding
+def _advice(death: DeathEvent) -> list[str]:
+    found = death.finding
     return [f"  {found.cause} ({found.confidence}): try `{found.edit}` [{found.source}]"] if found else []

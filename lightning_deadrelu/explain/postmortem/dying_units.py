@@ -36,7 +36,7 @@ class WeightStats(NamedTuple):
 
 
 class DyingUnits(NamedTuple):
-    """The newly dead of one site, and what is known of them; tensors of shape ``(victims,)``.
+    """The newly dead units of one site, and what is known of them; tensors of shape ``(dying,)``.
 
     Args:
         site: Its name.
@@ -47,7 +47,7 @@ class DyingUnits(NamedTuple):
         silent_from: Step of the first observation after.
         constant: Whether the input did not vary in the window.
         upstream: The nearest site before that is dead altogether; empty if none.
-        peaks: Largest input by window, the latest last, shape ``(windows, victims)``.
+        peaks: Largest input by window, the latest last, shape ``(windows, dying)``.
         alive: What fed them at the start of the window in which they fired last.
         now: What feeds them now.
         start: What fed all units of the site at the start, shape ``(size,)`` each.
@@ -79,10 +79,10 @@ class DyingUnits(NamedTuple):
     momentum: float = 0.0
 
     def of(self, chosen: Tensor) -> DyingUnits:
-        """Choose victims.
+        """Choose some of the units.
 
         Args:
-            chosen: Boolean, shape ``(victims,)``.
+            chosen: Boolean, shape ``(dying,)``.
         """
         names = ("units", "born", "last_fired", "silent_from", "constant")
         cut: dict[str, Any] = {name: getattr(self, name)[chosen] for name in names}
@@ -90,7 +90,7 @@ class DyingUnits(NamedTuple):
 
     @property
     def moved(self) -> float:
-        """Median change of the biases since the victims were alive; NaN where it is not known."""
+        """Median change of the biases since the units were alive; NaN where it is not known."""
         return median(self.now.bias - self.alive.bias)
 
 
@@ -109,10 +109,10 @@ def drifted(peaks: Tensor) -> Tensor:
     return sunk & (fired.sum(0) >= _DRIFT_WINDOWS) & peaks.isfinite().all(0)
 
 
-def together(victims: DyingUnits) -> list[DyingUnits]:
-    """Part victims where one interval of death ends before the next begins."""
+def together(dying: DyingUnits) -> list[DyingUnits]:
+    """Split units where one interval of death ends before the next begins."""
     parts: list[DyingUnits] = []
-    left = victims
+    left = dying
     while len(left.units):
         end = int(left.silent_from[left.last_fired.argmin()])
         while True:  # chained: those who died a little later
@@ -126,17 +126,17 @@ def together(victims: DyingUnits) -> list[DyingUnits]:
     return parts
 
 
-def are_many(victims: DyingUnits) -> bool:
+def are_many(dying: DyingUnits) -> bool:
     """Whether so many of a site died that chance alone is no explanation."""
-    return len(victims.units) >= max(UNITS, SHARE * victims.size)
+    return len(dying.units) >= max(UNITS, SHARE * dying.size)
 
 
-def decayed(victims: DyingUnits) -> Tensor:
+def decayed(dying: DyingUnits) -> Tensor:
     """Tell who would fire with its first bias, of which decay has taken a good part."""
-    lost = victims.start.bias[victims.units] - victims.now.bias
-    sunk = victims.peaks.amax(0) - victims.peaks[-1]
-    shrunk = (victims.now.bias < 0.7 * victims.start.bias[victims.units]) & (victims.now.bias > -0.1 * lost)
-    return shrunk & (victims.peaks[-1] + lost > 0) & (lost >= sunk / 2) & (victims.left <= 0.8)
+    lost = dying.start.bias[dying.units] - dying.now.bias
+    sunk = dying.peaks.amax(0) - dying.peaks[-1]
+    shrunk = (dying.now.bias < 0.7 * dying.start.bias[dying.units]) & (dying.now.bias > -0.1 * lost)
+    return shrunk & (dying.peaks[-1] + lost > 0) & (lost >= sunk / 2) & (dying.left <= 0.8)
 
 
 def median(values: Tensor) -> float:

@@ -1,35 +1,38 @@
-"""What feeds the units of each site: at the start, now, and when they were last alive."""
+"""Track the biases and weights that feed each unit: at the start, now, and when the unit last fired."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_deadrelu.explain.postmortem.subsample import spread
+from lightning_deadrelu.explain.postmortem.subsample import subsample
 from lightning_deadrelu.model.sites import Site, clean
 
 _WEIGHTS = 1024  # of a layer, which tell their size: each takes a line of the cache
 _WINDOWS = 100
+_SHIFTS = frozenset({"bias", "beta", "shift", "b"})
+_SCALES = frozenset({"weight", "scale", "gamma", "g"})  # a vector of this name is a norm's
 _ADAPTIVE = frozenset({"betas", "alpha", "lr_decay", "rho", "beta2_decay"})
 
 
-class Source(NamedTuple):
+class Incoming(NamedTuple):
     """The parameters that feed a site, each where there is just one.
 
     Args:
-        name: Of the bias, or of BatchNorm's beta; empty if there is none.
-        bias: It.
-        weight: The matrix or kernel whose rows are the units'; without one, BatchNorm's gamma.
+        units: Units of the site.
+        bias: The bias, or BatchNorm's beta.
+        weight: The matrix or kernel, whichever of its dimensions is the units'; without one, BatchNorm's gamma.
         normed: Whether a norm follows, which takes the size of the weights out again.
     """
 
-    name: str = ""
+    units: int
     bias: Tensor | None = None
     weight: Tensor | None = None
     normed: bool = False
@@ -37,9 +40,24 @@ class Source(NamedTuple):
     @property
     def fan_in(self) -> int:
         """Weights per unit; 0 where it is not known, or says nothing."""
-        if self.weight is None or self.weight.ndim < 2 or self.normed:
+        if self.weight is None or self.weight.ndim < 2 or self.normed or not self.units:
             return 0
-        return self.weight[0].numel()
+        return self.weight.numel() // self.units
+
+
+@dataclass
+class IncomingWeightsState:
+    """What a checkpoint holds of :class:`IncomingWeights`.
+
+    Args:
+        biases: At the start, of the window before, and when each unit fired last, shape ``(3, units)``.
+        weights: Mean square and mean of the weights at the start, shape ``(2, sites)``.
+        squares: The last step of each window, and the mean square of the weights of each site at its end.
+    """
+
+    biases: Tensor = field(default_factory=lambda: torch.empty(3, 0))
+    weights: Tensor = field(default_factory=lambda: torch.empty(2, 0))
+    squares: list[tuple[int, list[float]]] = field(default_factory=list)
 
 
 class IncomingWeights:
@@ -49,8 +67,7 @@ class IncomingWeights:
     last: 12 bytes. Of the weights of a layer 1,024 evenly strided entries are read at a window's end.
 
     Example:
-        >>> feeds = IncomingWeights()
-        >>> feeds.notes([], [], torch.device("cpu")).shape
+        >>> IncomingWeights().read([], [], torch.device("cpu")).shape
         torch.Size([2, 2, 0])
     """
 
@@ -61,7 +78,7 @@ class IncomingWeights:
         self._squares: deque[tuple[int, list[float]]] = deque(maxlen=_WINDOWS)  # by site, and the step of the window
 
     @torch.no_grad()
-    def meet(self, sites: Sequence[Site], sources: Sequence[Source]) -> None:
+    def meet(self, sites: Sequence[Site], sources: Sequence[Incoming]) -> None:
         """Note what feeds new sites, before their first step.
 
         Args:
@@ -70,10 +87,10 @@ class IncomingWeights:
         """
         for site, source in list(zip(sites, sources, strict=True))[self._weights.shape[1] :]:
             if site not in self._first:
-                self._first[site] = _bias(source, site.units).clone(), _weights(source)
+                self._first[site] = _bias(source, site.units).clone(), _moments(source)
 
     @torch.no_grad()
-    def notes(self, sites: Sequence[Site], sources: Sequence[Source], device: torch.device) -> Tensor:
+    def read(self, sites: Sequence[Site], sources: Sequence[Incoming], device: torch.device) -> Tensor:
         """Measure the weights, and make room for new units.
 
         Args:
@@ -86,20 +103,21 @@ class IncomingWeights:
         """
         self.meet(sites, sources)
         self._grow(sites, device)
-        now = [_weights(source).to(device) for source in sources]
+        now = [_moments(source).to(device) for source in sources]
         return torch.stack([self._weights, torch.stack(now, 1) if now else self._weights])
 
     @torch.inference_mode(False)  # what is changed in place later may be no inference tensor
     def _grow(self, sites: Sequence[Site], device: torch.device) -> None:
+        self._biases, self._weights = self._biases.to(device), self._weights.to(device)
         fresh = [self._first[site] for site in sites[self._weights.shape[1] :]]
         if fresh:
             biases = torch.cat([bias.to(device) for bias, _ in fresh])
             weights = torch.stack([weights.to(device) for _, weights in fresh], 1)
-            self._biases = torch.cat([self._biases.to(device), biases.expand(3, -1)], 1)
-            self._weights = torch.cat([self._weights.to(device), weights], 1)
+            self._biases = torch.cat([self._biases, biases.expand(3, -1)], 1)
+            self._weights = torch.cat([self._weights, weights], 1)
         self._first.clear()
 
-    def biases(self, places: Sequence[slice], sources: Sequence[Source]) -> list[Tensor]:
+    def biases(self, places: Sequence[slice], sources: Sequence[Incoming]) -> list[Tensor]:
         """Bring the biases of some sites to the host, in one transfer: at the start, when last alive, and now.
 
         Args:
@@ -131,7 +149,7 @@ class IncomingWeights:
 
     @torch.no_grad()
     def close(
-        self, fired: Tensor, places: Sequence[slice], sources: Sequence[Source], weights: Tensor, step: int
+        self, fired: Tensor, places: Sequence[slice], sources: Sequence[Incoming], weights: Tensor, step: int
     ) -> None:
         """End a window.
 
@@ -139,7 +157,7 @@ class IncomingWeights:
             fired: Which units fired in it, bool.
             places: Where the sites' units are.
             sources: What feeds them.
-            weights: What :meth:`notes` returned, on the host.
+            weights: What :meth:`read` returned, on the host.
             step: The last observation.
         """
         _, before, alive = self._biases
@@ -149,44 +167,34 @@ class IncomingWeights:
                 before[place].copy_(source.bias.detach())
         self._squares.append((step, weights[1, 0].tolist()))
 
-    # -- to be continued ---------------------------------------------------------------------------------
+    @property
+    def state(self) -> IncomingWeightsState:
+        """What a checkpoint has to hold."""
+        return IncomingWeightsState(self._biases, self._weights, list(self._squares))
 
-    def state_dict(self, weights: Tensor) -> dict[str, Any]:
-        """Return plain values and tensors.
-
-        Args:
-            weights: What :meth:`notes` returned, on the host.
-        """
-        squares = [[step, list(squares)] for step, squares in self._squares]
-        return {"biases": self._biases.cpu().clone(), "weights": weights[0].clone(), "squares": squares}
-
-    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Go on from what was saved.
-
-        Args:
-            state: What :meth:`state_dict` returned.
-            device: Of the model.
-        """
-        self._biases, self._weights = state["biases"].to(device, copy=True), state["weights"].to(device, copy=True)
-        self._squares = deque(((step, list(squares)) for step, squares in state["squares"]), maxlen=_WINDOWS)
+    @torch.inference_mode(False)
+    def restore(self, state: IncomingWeightsState) -> None:
+        """Go on from a saved state."""
+        self._biases, self._weights = state.biases.clone(), state.weights.clone()
+        self._squares = deque(state.squares, maxlen=_WINDOWS)
 
 
-def _bias(source: Source, units: int) -> Tensor:
+def _bias(source: Incoming, units: int) -> Tensor:
     return torch.full((units,), math.nan) if source.bias is None else source.bias.detach().float()
 
 
-def _weights(source: Source) -> Tensor:
+def _moments(source: Incoming) -> Tensor:
     """Measure mean square and mean of some entries, shape ``(2,)``; NaN where there are none."""
     if source.weight is None:
         return torch.full((2,), math.nan)
-    variance, mean = torch.var_mean(spread(source.weight.detach(), _WEIGHTS).float(), correction=0)
+    variance, mean = torch.var_mean(subsample(source.weight.detach(), _WEIGHTS).float(), correction=0)
     return torch.stack([variance + mean.square(), mean])
 
 
 # -- what feeds a site -----------------------------------------------------------------------------------
 
 
-def sources_of(sites: Sequence[Site], model: nn.Module) -> list[Source]:
+def incoming_of(sites: Sequence[Site], model: nn.Module) -> list[Incoming]:
     """Find the bias and the weights that feed each site; where there are several of a kind, none.
 
     Args:
@@ -194,25 +202,37 @@ def sources_of(sites: Sequence[Site], model: nn.Module) -> list[Source]:
         model: Their model.
     """
     named = {clean(name): p for name, p in model.named_parameters(remove_duplicate=False)}
-    return [_source(site, named) for site in sites]
+    return [_incoming(site, named) for site in sites]
 
 
-def _source(site: Site, named: Mapping[str, Tensor]) -> Source:
+def _incoming(site: Site, named: Mapping[str, Tensor]) -> Incoming:
     if not site.traced or "-" in site.source:  # behind a negation, a bias that rises makes the input fall
-        return Source()
+        return Incoming(site.units)
     known = {name: named[name] for name in site.source if name in named and not hasattr(named[name], "to_local")}
-    mine = {name: p for name, p in known.items() if p.ndim and p.shape[0] == site.units}
-    scales = [name for name, p in mine.items() if p.ndim == 1 and name.endswith("weight")]
+    rows = {name: p for name, p in known.items() if _is_vector(name, p, site.units)}
+    scales = [name for name in rows if name.rpartition(".")[2] in _SCALES]
     norms = {name.rpartition(".")[0] for name in scales}
-    biases = [name for name, p in mine.items() if p.ndim == 1 and name.endswith("bias")]
+    biases = [name for name in rows if name not in scales]
     if norms:  # a bias before the norm is lost in it
         biases = [name for name in biases if name.rpartition(".")[0] in norms]
-    weights = [p for p in mine.values() if p.ndim > 1] or [mine[name] for name in scales]
-    name = biases[0] if len(biases) == 1 else ""
-    return Source(name, mine.get(name), weights[0] if len(weights) == 1 else None, bool(norms))
+    others = [p for name, p in known.items() if name not in rows and p.ndim > 1]
+    weights = _weights_of(site.units, others) or [rows[name] for name in scales]
+    bias = rows[biases[0]].flatten() if len(biases) == 1 else None
+    return Incoming(site.units, bias, weights[0] if len(weights) == 1 else None, bool(norms))
 
 
-def trained(source: Source, optimizers: Sequence[Optimizer], travelled: float) -> dict[str, Any]:
+def _is_vector(name: str, p: Tensor, units: int) -> bool:
+    """Whether a parameter has one entry for each unit, and is no matrix with a single input."""
+    return p.numel() == units and (p.ndim == 1 or name.rpartition(".")[2] in _SHIFTS)
+
+
+def _weights_of(units: int, candidates: Sequence[Tensor]) -> list[Tensor]:
+    """Find the weights of so many units: along the first dimension, or else, as in ``x @ weight``, along another."""
+    first = [p for p in candidates if p.shape[0] == units]
+    return first or [p for p in candidates if units in (p.shape[1], p.shape[-1])]
+
+
+def trained(source: Incoming, optimizers: Sequence[Optimizer], travelled: float) -> dict[str, Any]:
     """Tell how the parameters of a site are optimized."""
     held = source.weight if source.bias is None else source.bias
     groups = ((group, one) for one in optimizers for group in one.param_groups)

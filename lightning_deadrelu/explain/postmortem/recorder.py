@@ -1,120 +1,147 @@
-"""Keep what a post-mortem needs: the vital signs, when each unit last fired, what feeds it, and the waves told."""
+"""Record what a post-mortem needs while a model trains, and explain why units died."""
 
 from __future__ import annotations
 
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_deadrelu.explain.postmortem import DeathEvent, DyingUnits, WeightStats, explain, joined, most_telling
-from lightning_deadrelu.explain.postmortem.incoming_weights import IncomingWeights, sources_of, trained
-from lightning_deadrelu.explain.postmortem.step_log import StepLog, off_centre
+from lightning_deadrelu.explain.postmortem.batch_sample import off_centre
+from lightning_deadrelu.explain.postmortem.death_events import DeathEvent, largest, merged
+from lightning_deadrelu.explain.postmortem.dying_units import DyingUnits, WeightStats
+from lightning_deadrelu.explain.postmortem.explain import explain
+from lightning_deadrelu.explain.postmortem.incoming_weights import (
+    Incoming,
+    IncomingWeights,
+    IncomingWeightsState,
+    incoming_of,
+    trained,
+)
+from lightning_deadrelu.explain.postmortem.step_log import Rows, StepLog, StepLogState
+from lightning_deadrelu.guarded import guarded
 from lightning_deadrelu.model.layout import Layout
 from lightning_deadrelu.model.sites import Site
 from lightning_deadrelu.statistics import LivenessReport, SiteReport, Totals
 from lightning_deadrelu.statistics.totals import CONSTANT
 
 _LEAST_ROWS, _MOST_ROWS = 1024, 8192
-_WAVES = 100
+_DEATHS = 100
 
-T = TypeVar("T")
+Peaks = Callable[[SiteReport, Tensor], Tensor]
+"""Returns the largest inputs of some units of a site in the windows before, shape ``(windows, units)``."""
 
 
-class Notes(NamedTuple):
+class Readings(NamedTuple):
     """What comes to the host with the counts of a window.
 
     Args:
-        ring: See :attr:`~lightning_deadrelu.explain.postmortem.step_log.StepLog.ring`.
-        weights: See :meth:`IncomingWeights.notes`, shape ``(2, 2, sites)``.
-        centre: See :func:`~lightning_deadrelu.explain.postmortem.step_log.off_centre`, shape ``(1,)``.
+        steps: See :attr:`~lightning_deadrelu.explain.postmortem.step_log.StepLog.ring`.
+        weights: See :meth:`IncomingWeights.read`, shape ``(2, 2, sites)``.
+        off_centre: See :func:`~lightning_deadrelu.explain.postmortem.batch_sample.off_centre`, shape ``(1,)``.
     """
 
-    ring: Tensor
+    steps: Tensor
     weights: Tensor
-    centre: Tensor
+    off_centre: Tensor
+
+    @classmethod
+    def unknown(cls, sites: int) -> Readings:
+        """Know nothing."""
+        return cls(Rows.empty().values, torch.full((2, 2, sites), math.nan), torch.full((1,), math.nan))
+
+
+@dataclass
+class RecorderState:
+    """What a checkpoint holds of a :class:`FlightRecorder`."""
+
+    steps: StepLogState = field(default_factory=StepLogState)
+    incoming: IncomingWeightsState = field(default_factory=IncomingWeightsState)
+    deaths: list[DeathEvent] = field(default_factory=list)
+    observed: list[int] = field(default_factory=list)
+    off_centre: Tensor | None = None
 
 
 class FlightRecorder:
-    """Watch over the vital signs, and find out why units died.
+    """Keep a log of the latest steps and of what feeds each unit, and explain from them why units died.
+
+    An error in here ends the record, and never the counts, which need nothing of it.
 
     Args:
         rows: Steps to keep, from 1,024 to 8,192.
 
     Example:
-        >>> FlightRecorder().waves
+        >>> FlightRecorder().deaths
         ()
     """
 
     def __init__(self, rows: int = _LEAST_ROWS) -> None:
-        self.vitals = StepLog(min(max(rows, _LEAST_ROWS), _MOST_ROWS))
+        self.steps = StepLog(min(max(rows, _LEAST_ROWS), _MOST_ROWS))
+        """Loss, learning rate and sizes of gradients and inputs of the latest steps."""
+        self._incoming = IncomingWeights()
         self._closed: list[DeathEvent] = []
         self._open: tuple[DeathEvent, ...] = ()  # of a window that has not ended
         self._observed: deque[int] = deque(maxlen=_LEAST_ROWS)  # the step of each observation
-        self._feeds = IncomingWeights()
-        self._met = 0
-        self._centre: Tensor | None = None
+        self._known_sites = 0
+        self._off_centre: Tensor | None = None
         self.failure: Exception | None = None
-        """What went wrong; nothing more is noted since."""
+        """What went wrong; nothing more is recorded since."""
 
-    def _guard(self, step: Callable[..., T], *args: Any) -> T | None:
-        """Take a step; an error ends the vital signs, and not the counts, which need none of them."""
+    @contextmanager
+    def _guarded(self) -> Iterator[bool]:
+        """Let an error end the record alone; yields whether there is one still."""
+        with guarded(self._fail):
+            yield self.failure is None
+
+    def _fail(self, error: Exception) -> None:
         if self.failure is None:
-            try:
-                return step(*args)
-            except Exception as error:
-                self.failure = error
-                warnings.warn(
-                    f"The vital signs of the run are kept no longer; watching goes on. {error!r}", stacklevel=2
-                )
-        return None
+            self.failure = error
+            warnings.warn(f"Deaths are explained no longer; watching goes on. {error!r}", stacklevel=6)
 
     @property
-    def waves(self) -> tuple[DeathEvent, ...]:
-        """The waves of deaths, the latest last; 100 at most, the largest of all and the latest."""
+    def deaths(self) -> tuple[DeathEvent, ...]:
+        """Events of death, the latest last; 100 at most, the largest of all and the latest."""
         return (*self._closed, *self._open)
 
     # -- at each step ------------------------------------------------------------------------------------
 
     def before_step(self, optimizer: Optimizer, model: nn.Module, sites: Sequence[Site]) -> None:
-        """Note the gradients; and as soon as sites are met, what feeds their units.
+        """Log the gradients; and for sites met for the first time, what feeds their units.
 
         Args:
             optimizer: Which is about to step.
             model: The model.
             sites: The sites met so far.
         """
-        self._guard(self._before_step, optimizer, model, sites)
-
-    def _before_step(self, optimizer: Optimizer, model: nn.Module, sites: Sequence[Site]) -> None:
-        if len(sites) != self._met:
-            sources = sources_of(sites, model)
-            self.vitals.biases = {id(source.bias) for source in sources if source.bias is not None}
-            self._feeds.meet(sites, sources)
-            self._met = len(sites)
-        self.vitals.note_gradients(optimizer)
+        with self._guarded() as running:
+            if running:
+                if len(sites) != self._known_sites:
+                    self._incoming.meet(sites, incoming_of(sites, model))
+                    self._known_sites = len(sites)
+                self.steps.note_gradients(optimizer)
 
     def after_batch(self, loss: Any, batch: Any, step: int | None) -> None:
-        """Note a batch.
+        """Log a batch.
 
         Args:
             loss: What the training step returned.
             batch: What it was given.
             step: The training batch, as loggers count, once the last of those that accumulate is done; else None.
         """
-        self._guard(self._after_batch, loss, batch, step)
-
-    def _after_batch(self, loss: Any, batch: Any, step: int | None) -> None:
-        if self._centre is None:
-            self._centre = off_centre(batch)
-        self.vitals.note_batch(loss, batch)
-        if step is not None:
-            self.vitals.close(step)
+        with self._guarded() as running:
+            if running:
+                if self._off_centre is None:
+                    self._off_centre = off_centre(batch)
+                self.steps.note_batch(loss, batch)
+                if step is not None:
+                    self.steps.close_step(step)
 
     def observed(self, step: int) -> None:
         """Note the step of an observation that has been closed."""
@@ -122,7 +149,7 @@ class FlightRecorder:
 
     # -- at a window's end -------------------------------------------------------------------------------
 
-    def notes(self, layout: Layout, model: nn.Module, device: torch.device) -> Notes:
+    def read(self, layout: Layout, model: nn.Module, device: torch.device) -> Readings:
         """Return what lies on the device, to be copied to the host along with the counts.
 
         Args:
@@ -130,18 +157,23 @@ class FlightRecorder:
             model: The model.
             device: Where the counts are.
         """
-        weights = self._feeds.notes(layout.sites, sources_of(layout.sites, model), device)
-        centre = torch.full((1,), math.nan) if self._centre is None else self._centre.reshape(1)
-        return Notes(self.vitals.ring.to(device), weights, centre.to(device))
+        readings = Readings.unknown(len(layout))
+        with self._guarded() as running:
+            if running:
+                weights = self._incoming.read(layout.sites, incoming_of(layout.sites, model), device)
+                centre = readings.off_centre if self._off_centre is None else self._off_centre.reshape(1)
+                readings = Readings(self.steps.ring, weights, centre)
+        return Readings(*(one.to(device) for one in readings))
 
-    def look(
+    def explain(
         self,
         report: LivenessReport,
         totals: Totals,
-        notes: Notes,
+        readings: Readings,
         layout: Layout,
-        peaks: Callable[[SiteReport, Tensor], Tensor],
-        patient: tuple[nn.Module, Sequence[Optimizer]],
+        peaks: Peaks,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
     ) -> tuple[DeathEvent, ...]:
         """Explain the newly dead of a verdict, and nothing else; costs next to nothing where there are none.
 
@@ -150,47 +182,49 @@ class FlightRecorder:
         Args:
             report: The verdict.
             totals: The counts it was made from, on the host.
-            notes: What came to the host with them.
+            readings: What came to the host with them.
             layout: The sites in the order of the counts.
-            peaks: Gives the largest inputs of some units of a site in the windows before, shape ``(windows, units)``.
-            patient: The model and its optimizers.
+            peaks: Returns the largest inputs of some units of a site in the windows before.
+            model: The model.
+            optimizers: What trains it.
         """
-        return self._guard(self._explained, report, totals, notes, layout, peaks, patient) or ()
+        deaths: tuple[DeathEvent, ...] = ()
+        with self._guarded() as running:
+            if running and report.total("newly_dead"):
+                dying = self._dying(report, totals, readings, layout, peaks, incoming_of(layout.sites, model))
+                units = [one._replace(**trained(incoming, optimizers, self.steps.travelled)) for one, incoming in dying]
+                centre, rows = float(readings.off_centre), self.steps.read(readings.steps)
+                deaths = explain(units, rows, off_centre=centre, sites=len(report.headline))
+        return deaths
 
-    def _explained(
+    def _dying(
         self,
         report: LivenessReport,
         totals: Totals,
-        notes: Notes,
+        readings: Readings,
         layout: Layout,
-        peaks: Callable[[SiteReport, Tensor], Tensor],
-        patient: tuple[nn.Module, Sequence[Optimizer]],
-    ) -> tuple[DeathEvent, ...]:
-        if not report.total("newly_dead"):
-            return ()
-        model, optimizers = patient
+        peaks: Peaks,
+        incoming: Sequence[Incoming],
+    ) -> list[tuple[DyingUnits, Incoming]]:
+        """Gather what is known of the newly dead, by site in the order of execution, with what feeds them."""
         constant = totals.maxima[2] == CONSTANT
-        places = dict(zip(layout.names, layout.places, strict=True))
-        sources = dict(zip(layout.names, sources_of(layout.sites, model), strict=True))
-        dying = [site.name for site in report.headline if site.newly_dead.any()]
-        rows = self._feeds.biases([places[name] for name in dying], [sources[name] for name in dying])
-        biases = dict(zip(dying, rows, strict=True))
-        victims: list[DyingUnits] = []
-        dead: list[tuple[str, bool]] = []
-        for number, site in enumerate(report.sites):
-            place = places[site.name]
-            if site.name in biases:
-                of = self._victims(site, peaks, constant[place])
-                of = self._fed(of, layout.number(site.name), biases[site.name], notes)
-                upstream = next((name for name, root in reversed(dead) if root), dead[-1][0] if dead else "")
-                how = trained(sources[site.name], optimizers, self.vitals.travelled)
-                victims.append(of._replace(first=number == 0, upstream=upstream, **how))
+        numbers = [layout.number(site.name) for site in report.headline if site.newly_dead.any()]
+        rows = self._incoming.biases([layout.place(n) for n in numbers], [incoming[n] for n in numbers])
+        biases = dict(zip(numbers, rows, strict=True))
+        dying: list[tuple[DyingUnits, Incoming]] = []
+        dead: list[tuple[str, bool]] = []  # sites dead altogether, and whether their input varied
+        for place, site in enumerate(report.sites):
+            number = layout.number(site.name)
+            still = constant[layout.place(number)]
+            if number in biases:
+                units = self._fed(self._units_of(site, peaks, still), number, biases[number], readings)
+                upstream = next((name for name, is_root in reversed(dead) if is_root), dead[-1][0] if dead else "")
+                dying.append((units._replace(first=place == 0, upstream=upstream), incoming[number]))
             if bool(site.dead.all()):
-                dead.append((site.name, not bool(constant[place].all())))
-        centre = float(notes.centre)
-        return explain(victims, self.vitals.read(notes.ring), off_centre=centre, sites=len(report.headline))
+                dead.append((site.name, not bool(still.all())))
+        return dying
 
-    def _victims(self, site: SiteReport, peaks: Callable[[SiteReport, Tensor], Tensor], constant: Tensor) -> DyingUnits:
+    def _units_of(self, site: SiteReport, peaks: Peaks, constant: Tensor) -> DyingUnits:
         units = site.newly_dead.nonzero().flatten()
         start = self._observed[0] if self._observed else 0
         last_fired = site.last_fired[units].long()
@@ -213,63 +247,57 @@ class FlightRecorder:
             start=WeightStats.unknown(site.units),
         )
 
-    def _fed(self, victims: DyingUnits, number: int, biases: Tensor, notes: Notes) -> DyingUnits:
+    def _fed(self, dying: DyingUnits, number: int, biases: Tensor, readings: Readings) -> DyingUnits:
         """Put in what feeds them; of the weights, how large those of the site are."""
         start, alive, now = biases
-        square, mean = (one.expand(len(start)) for one in notes.weights[0, :, number])
-        squares = self._feeds.squares(number, victims.last_fired, float(notes.weights[0, 0, number]))
-        return victims._replace(
-            alive=victims.alive._replace(bias=alive[victims.units], square=squares),
-            now=victims.now._replace(bias=now[victims.units]),
+        square, mean = (one.expand(len(start)) for one in readings.weights[0, :, number])
+        squares = self._incoming.squares(number, dying.last_fired, float(readings.weights[0, 0, number]))
+        return dying._replace(
+            alive=dying.alive._replace(bias=alive[dying.units], square=squares),
+            now=dying.now._replace(bias=now[dying.units]),
             start=WeightStats(start, square, mean),
         )
 
-    def close(
-        self, totals: Totals, notes: Notes, layout: Layout, model: nn.Module, waves: Sequence[DeathEvent]
+    def close_window(
+        self, totals: Totals, readings: Readings, layout: Layout, model: nn.Module, deaths: Sequence[DeathEvent]
     ) -> None:
         """End a window.
 
         Args:
             totals: Its counts, on the host.
-            notes: What came to the host with them.
+            readings: What came to the host with them.
             layout: The sites in the order of the counts.
             model: The model.
-            waves: What :meth:`look` found in it.
+            deaths: What :meth:`explain` found in it.
         """
-        sources = sources_of(layout.sites, model)
-        self._feeds.close(totals.maxima[1] >= 0, layout.places, sources, notes.weights, self._observed[-1])
-        self._closed = most_telling(joined([*self._closed, *waves]), _WAVES)
-        self._open = ()
+        with self._guarded() as running:
+            if running:
+                fired, incoming = totals.maxima[1] >= 0, incoming_of(layout.sites, model)
+                self._incoming.close(fired, layout.places, incoming, readings.weights, self._observed[-1])
+                self._closed = largest(merged([*self._closed, *deaths]), _DEATHS)
+                self._open = ()
 
-    def keep_open(self, waves: Sequence[DeathEvent]) -> None:
+    def keep_open(self, deaths: Sequence[DeathEvent]) -> None:
         """Remember what was found in a window that has not ended, and will be judged anew when it has."""
-        self._open = tuple(waves)
+        self._open = tuple(deaths)
 
-    # -- to be continued ---------------------------------------------------------------------------------
+    # -- resume ------------------------------------------------------------------------------------------
 
-    def state_dict(self, notes: Notes) -> dict[str, Any]:
-        """Return plain values and tensors.
+    @property
+    def state(self) -> RecorderState:
+        """What a checkpoint has to hold; of a record that has ended, the deaths."""
+        state = RecorderState(deaths=list(self._closed))
+        with self._guarded() as running:
+            if running:
+                observed = list(self._observed)
+                state = RecorderState(self.steps.state, self._incoming.state, state.deaths, observed, self._off_centre)
+        return state
 
-        Args:
-            notes: What is on the device, copied to the host.
-        """
-        return {
-            "vitals": self.vitals.state_dict(notes.ring),
-            "waves": [wave.to_dict() for wave in self._closed],
-            "observed": list(self._observed),
-            "feeds": self._feeds.state_dict(notes.weights),
-            "centre": notes.centre.clone(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Go on from what was saved.
-
-        Args:
-            state: What :meth:`state_dict` returned.
-            device: Of the model.
-        """
-        self.vitals.load_state_dict(state["vitals"], device)
-        self._closed = [DeathEvent.from_dict(plain) for plain in state["waves"]]
-        self._observed = deque(state["observed"], maxlen=_LEAST_ROWS)
-        self._feeds.load_state_dict(state["feeds"], device)
-        self._centre = state["centre"].to(device)
+    def restore(self, state: RecorderState) -> None:
+        """Go on from a saved state."""
+        with self._guarded():
+            self._closed = list(state.deaths)
+            self._observed = deque(state.observed, maxlen=_LEAST_ROWS)
+            self._off_centre = state.off_centre
+            self.steps.restore(state.steps)
+            self._incoming.restore(state.incoming)

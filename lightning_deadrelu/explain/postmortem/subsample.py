@@ -3,35 +3,40 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
-class Cut(NamedTuple):
-    """Some evenly strided entries.
+class Stride(NamedTuple):
+    """Evenly strided entries of a tensor of one size.
 
     Args:
-        number: How many.
-        stride: Without a common factor with the size, so that all columns of a matrix are met.
-        layout: The strides of a tensor that lies in one piece; empty for any other.
+        size: Entries of the tensor.
+        entries: How many of them are read.
+        step: The distance between them; without a factor in common with the size, so that all columns are met.
     """
 
-    number: int
-    stride: int
-    layout: tuple[int, ...]
+    size: int
+    entries: int
+    step: int
 
 
-def cut_of(gradient: Tensor, entries: int) -> Cut | None:
-    """Choose so many entries of a tensor; None where there are no more."""
-    size = gradient.numel()
+@lru_cache(maxsize=1024)
+def stride_of(shape: tuple[int, ...], entries: int) -> Stride:
+    """Choose at most so many entries of a tensor that has any.
+
+    Example:
+        >>> stride_of((3, 4), 4)
+        Stride(size=12, entries=4, step=1)
+    """
+    size = math.prod(shape)
     if size <= entries:
-        return None
-    stride = coprime(_between_rows(size / entries, size // len(gradient)), size)
-    return Cut(entries, stride, gradient.stride() if is_dense(gradient) else ())
+        return Stride(size, size, 1)
+    return Stride(size, entries, coprime(_between_rows(size / entries, size // shape[0]), size))
 
 
 def _between_rows(stride: float, row: int) -> int:
@@ -50,6 +55,7 @@ def _between_rows(stride: float, row: int) -> int:
     return max(int(best * row), 1)
 
 
+@lru_cache(maxsize=1024)
 def coprime(stride: int, size: int) -> int:
     """Return the largest number up to ``stride`` that has no factor in common with ``size``.
 
@@ -60,30 +66,39 @@ def coprime(stride: int, size: int) -> int:
     return next(number for number in range(stride, 0, -1) if math.gcd(number, size) == 1)
 
 
-def is_dense(gradient: Tensor) -> bool:
-    """Whether a tensor lies in one piece."""
-    last = gradient.ndim == 4 and gradient.is_contiguous(memory_format=torch.channels_last)
-    return last or gradient.is_contiguous()
+@lru_cache(maxsize=1024)
+def is_dense(shape: tuple[int, ...], layout: tuple[int, ...]) -> bool:
+    """Whether a tensor of this shape and these strides lies in one piece, in whatever order of its dimensions.
+
+    Example:
+        >>> is_dense((2, 3), (1, 2)), is_dense((2, 3), (6, 2))
+        (True, False)
+    """
+    expected = 1
+    for step, length in sorted((step, length) for length, step in zip(shape, layout, strict=True) if length != 1):
+        if step != expected:
+            return False
+        expected *= length
+    return True
 
 
-def entries_of(gradient: Tensor, cut: Cut | None) -> Tensor:
-    """Read the entries chosen, of a tensor of that size."""
-    if cut is None:
-        return gradient.reshape(-1)
-    if gradient.stride() != cut.layout:
-        return gradient.reshape(-1)[:: cut.stride][: cut.number]
-    return gradient.as_strided((cut.number,), (cut.stride,))
+def entries_of(x: Tensor, stride: Stride) -> Tensor:
+    """Read the chosen entries: a view, unless the tensor does not lie in one piece."""
+    if is_dense(x.shape, x.stride()):
+        return x.as_strided((stride.entries,), (stride.step,))
+    return x.reshape(-1)[:: stride.step][: stride.entries]
 
 
-def spread(x: Tensor, most: int) -> Tensor:
+def subsample(x: Tensor, most: int) -> Tensor:
     """Return evenly strided entries of a tensor, at most so many, without reading the others.
 
     Args:
-        x: Any shape.
+        x: Any shape; not empty.
         most: How many.
 
     Example:
-        >>> spread(torch.arange(12).view(3, 4), 3)
+        >>> import torch
+        >>> subsample(torch.arange(12).view(3, 4), 3)
         tensor([0, 1, 2])
     """
-    return entries_of(x, cut_of(x, most))
+    return entries_of(x, stride_of(tuple(x.shape), most))

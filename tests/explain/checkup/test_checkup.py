@@ -105,7 +105,7 @@ def test_negative_biases_count_only_where_units_are_silent():
     nn.init.constant_(model[2].bias, -3.0)
     (finding,) = checkup(model, [], data())
     assert (finding.cause, finding.where, finding.confidence) == ("negative_bias", "2.bias", "certain")
-    assert "fire on none of 64 samples" in finding.evidence
+    assert "fire on none of 64 samples" in finding.measured
     assert finding.edit == "nn.init.constant_(model[2].bias, 0.01)"
     nn.init.zeros_(model[2].bias)
     assert causes(model) == []
@@ -114,7 +114,7 @@ def test_negative_biases_count_only_where_units_are_silent():
 def test_narrow_and_deep_stacks():
     (finding,) = checkup(deep([3] * 9), [], data())
     assert finding.cause == "narrow_and_deep"
-    assert "70%" in finding.evidence  # 1 - (1 - 2^-3)^9
+    assert "70%" in finding.measured  # 1 - (1 - 2^-3)^9
     assert finding.confidence in ("likely", "certain")
     assert causes(deep([16] * 9)) == []
     assert causes(deep([3, 3])) == []
@@ -140,7 +140,7 @@ def test_inputs_far_from_centred_count_only_where_units_suffer(convolves):
     assert (finding.cause, finding.confidence) == ("uncentred_inputs", "certain")
     ratio = (x + 20).mean((0, 2, 3) if convolves else 0).square().sum()
     ratio /= (x + 20).square().mean((0, 2, 3) if convolves else 0).sum()
-    assert f"= {ratio:.2f} over" in finding.evidence
+    assert f"= {ratio:.2f} over" in finding.measured
     norm = nn.BatchNorm2d(3) if convolves else nn.BatchNorm1d(16)
     assert causes(nn.Sequential(norm, model), batch=x + 20) == []
 
@@ -266,7 +266,7 @@ def test_norms_that_decay():
     groups = [{"params": decayed, "weight_decay": 0.2}, {"params": spared}]
     (finding,) = checkup(model, torch.optim.SGD(groups, 0.1, momentum=0.9), torch.randn(ROWS, 3, 8, 8))
     assert (finding.cause, finding.where, finding.confidence) == ("bias_decay", "1.weight", "likely")
-    assert f"in {math.log(2) / 0.2:.0f} steps" in finding.evidence
+    assert f"in {math.log(2) / 0.2:.0f} steps" in finding.measured
     healthy = torch.optim.SGD(decay_groups(model, 0.2), 0.1, momentum=0.9)
     assert checkup(model, healthy, torch.randn(ROWS, 3, 8, 8)) == ()
 

@@ -11,15 +11,10 @@ from toys import Loader, fit
 from two_ranks import ddp_trainer, on_two_ranks
 
 from lightning_deadrelu import DeadReLUMonitor
-from lightning_deadrelu.explain.postmortem import (
-    DeathEvent,
-    DyingUnits,
-    WeightStats,
-    explain,
-    joined,
-    most_telling,
-    told,
-)
+from lightning_deadrelu.checkpoint import decode, encode
+from lightning_deadrelu.explain.postmortem.death_events import DeathEvent, described, largest, merged
+from lightning_deadrelu.explain.postmortem.dying_units import DyingUnits, WeightStats
+from lightning_deadrelu.explain.postmortem.explain import explain
 from lightning_deadrelu.explain.postmortem.step_log import Rows
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -75,37 +70,37 @@ def at(step, value, usual=1.0):
 
 
 def test_a_learning_rate_spike_word_by_word():
-    (wave,) = deaths(Pushed(rate=at(41, 100.0, 1e-3)))
-    assert str(wave) == (
+    (event,) = deaths(Pushed(rate=at(41, 100.0, 1e-3)))
+    assert str(event) == (
         "8 units of `net.1` died between steps 40 and 44, when the learning rate rose 100,000-fold at step 41, from"
         " 0.001 to 100; bias moved by -12"
     )
-    assert (wave.kind, wave.cause, wave.units) == ("shock", "learning_rate_spike", (8,))
-    assert wave.finding.edit == "lr=0.001"
+    assert (event.kind, event.cause, event.units) == ("shock", "learning_rate_spike", (8,))
+    assert event.finding.edit == "lr=0.001"
 
 
 def test_a_gradient_spike_before_the_last_sign_of_life():
     data = inputs(scale=lambda step: 0.0 if 41 < step < 44 else 1.0)
-    (wave,) = deaths(Pushed(push=at(41, 1e5)), data)
-    assert (wave.kind, wave.cause) == ("shock", "gradient_spike")
-    assert (wave.first_step, wave.last_step) == (40, 44)
-    assert "when the gradient norm rose" in str(wave)
-    assert str(wave).endswith("bias moved by -12")
+    (event,) = deaths(Pushed(push=at(41, 1e5)), data)
+    assert (event.kind, event.cause) == ("shock", "gradient_spike")
+    assert (event.first_step, event.last_step) == (40, 44)
+    assert "when the gradient norm rose" in str(event)
+    assert str(event).endswith("bias moved by -12")
 
 
 def test_an_outlier_comes_before_the_gradient_it_makes():
-    (wave,) = deaths(Pushed(), inputs(scale=at(41, 1e5)))
-    assert (wave.kind, wave.cause) == ("shock", "outlier_batch")
-    assert "when the largest input rose" in str(wave)
+    (event,) = deaths(Pushed(), inputs(scale=at(41, 1e5)))
+    assert (event.kind, event.cause) == ("shock", "outlier_batch")
+    assert "when the largest input rose" in str(event)
 
 
 def test_decay_is_a_drift():
     net = pushed()
     with torch.no_grad():
         net[0].weight.fill_(-0.05)
-    (wave,) = deaths(Pushed(net, rate=lambda step: 0.1, push=lambda step: 0.0, decay=0.5))
-    assert (wave.kind, wave.cause, wave.units) == ("drift", "bias_decay", (8,))
-    assert "while a weight decay of 0.5 took their biases from 1 to 0." in str(wave)
+    (event,) = deaths(Pushed(net, rate=lambda step: 0.1, push=lambda step: 0.0, decay=0.5))
+    assert (event.kind, event.cause, event.units) == ("drift", "bias_decay", (8,))
+    assert "while a weight decay of 0.5 took their biases from 1 to 0." in str(event)
 
 
 def test_upstream_is_told_apart_and_comes_second():
@@ -131,20 +126,20 @@ def test_born_dead(change, cause):
     net = pushed()
     with torch.no_grad():
         change(net[0])
-    (wave,) = deaths(Pushed(net), [x - x.mean() if cause == "negative_bias" else x.abs() / 8 for x in inputs()])
-    assert wave.kind == "born dead"
-    assert wave.cause in (cause, "uncentred_inputs")
-    assert str(wave).startswith("8 units of `net.1` were born dead: ")
+    (event,) = deaths(Pushed(net), [x - x.mean() if cause == "negative_bias" else x.abs() / 8 for x in inputs()])
+    assert event.kind == "born dead"
+    assert event.cause in (cause, "uncentred_inputs")
+    assert str(event).startswith("8 units of `net.1` were born dead: ")
 
 
 def test_a_few_deaths_have_no_cause():
     net = pushed()
     with torch.no_grad():
         net[0].weight[0], net[0].bias[0] = -1.0, 1.35  # fires on the smallest inputs alone
-    waves = deaths(Pushed(net, rate=lambda step: 1e-2))
-    assert waves
-    assert {wave.cause for wave in waves} == {"unknown"}
-    assert all(wave.finding is None for wave in waves)
+    events = deaths(Pushed(net, rate=lambda step: 1e-2))
+    assert events
+    assert {event.cause for event in events} == {"unknown"}
+    assert all(event.finding is None for event in events)
 
 
 def test_the_waves_are_told(tmp_path, capsys):
@@ -163,8 +158,8 @@ def test_a_resumed_run_tells_the_same(tmp_path):
     whole, resumed = (DeadReLUMonitor(**WATCH) for _ in range(2))
     keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=46, save_top_k=-1, auto_insert_metric_name=False)
     fit(Pushed(rate=at(41, 100.0, 1e-3)), Loader(inputs()), whole, keep, enable_checkpointing=True)
-    state = torch.load(tmp_path / "46.ckpt", weights_only=True)["callbacks"][whole.state_key]["inquest"]
-    assert state["vitals"]["rows"].shape == (46, 6)
+    state = torch.load(tmp_path / "46.ckpt", weights_only=True)["callbacks"][whole.state_key]["recorder"]
+    assert state["steps"]["values"].shape == (46, 5)
     fit(Pushed(rate=at(41, 100.0, 1e-3)), Loader(inputs()), resumed, ckpt=tmp_path / "46.ckpt")
     assert resumed.deaths == whole.deaths
     assert len(whole.deaths) == 1
@@ -174,7 +169,7 @@ def two_ranks(rank):
     monitor = DeadReLUMonitor(**WATCH)
     trainer = ddp_trainer(callbacks=[monitor], max_epochs=1)
     trainer.fit(Pushed(rate=at(41, 100.0, 1e-3)), Loader(inputs()))
-    return [str(wave) for wave in monitor.deaths]
+    return [str(event) for event in monitor.deaths]
 
 
 @pytest.mark.ranks
@@ -189,15 +184,15 @@ def test_two_ranks_tell_the_same():
 
 
 def rows(steps=200, **columns):
-    signs = torch.full((steps, 6), float("nan"))
-    signs[:, 0] = 1.0
-    for name, values in columns.items():
+    values = torch.full((steps, 5), float("nan"))
+    values[:, 0] = 1.0
+    for name, column in columns.items():
         if name != "rates":
-            signs[:, ("gradient", "bias_gradient", "loss", "input_0").index(name)] = torch.as_tensor(values)
-    return Rows(tuple(range(steps)), tuple(columns.get("rates", [1e-3] * steps)), signs)
+            values[:, ("gradient", "loss", "input_0").index(name)] = torch.as_tensor(column)
+    return Rows(tuple(range(steps)), tuple(columns.get("rates", [1e-3] * steps)), values)
 
 
-def victims(units=20, size=50, last=100, until=110, peaks=((3.0,), (-1.0,)), **more):
+def dying(units=20, size=50, last=100, until=110, peaks=((3.0,), (-1.0,)), **more):
     unknown = WeightStats(*(torch.full((units,), float("nan")) for _ in range(3)))
     start = WeightStats(*(torch.full((size,), float("nan")) for _ in range(3)))
     number, no = torch.arange(units), torch.zeros(units, dtype=torch.bool)
@@ -233,31 +228,33 @@ def spiked(step, times, count=200):
     ],
 )
 def test_what_came_just_before(row, cause):
-    (wave,) = explain([victims()], row)
-    assert wave.cause == cause
-    assert (wave.finding is None) == (cause == "unknown")
+    (event,) = explain([dying()], row)
+    assert event.cause == cause
+    assert (event.finding is None) == (cause == "unknown")
 
 
 def test_a_spike_before_the_interval_says_how_long_before():
-    (wave,) = explain([victims()], rows(gradient=spiked(97, 80.0)))
-    assert str(wave) == "20 units of `fc` died between steps 100 and 110, 3 steps after the gradient norm rose 80-fold"
+    (event,) = explain([dying()], rows(gradient=spiked(97, 80.0)))
+    assert str(event) == "20 units of `fc` died between steps 100 and 110, 3 steps after the gradient norm rose 80-fold"
 
 
 def test_a_few_of_one_layer_share_the_cause_of_many_of_another():
-    few = victims(units=2)._replace(site="fc1")
-    (wave,) = explain([few, victims()], rows(gradient=spiked(97, 80.0)))
-    assert wave.units == (2, 20)
-    assert str(wave).startswith("22 units of 2 layers (most in `fc`, 20) died between steps 100 and 110, 3 steps after")
+    few = dying(units=2)._replace(site="fc1")
+    (event,) = explain([few, dying()], rows(gradient=spiked(97, 80.0)))
+    assert event.units == (2, 20)
+    assert str(event).startswith(
+        "22 units of 2 layers (most in `fc`, 20) died between steps 100 and 110, 3 steps after"
+    )
     (alone,) = explain([few], rows(gradient=spiked(97, 80.0)))
     assert alone.cause == "unknown"
 
 
 def test_steps_as_large_as_the_weights():
     small = WeightStats(torch.zeros(20), torch.full((20,), 0.01), torch.zeros(20))
-    (wave,) = explain([victims(alive=small, adaptive=True)], rows(rates=[0.1] * 200))
-    assert wave.cause == "high_learning_rate"
-    assert wave.evidence == "with steps of 100% of the size of the weights, at a learning rate of 0.1"
-    (calm,) = explain([victims(alive=small, adaptive=True)], rows(rates=[1e-3] * 200))
+    (event,) = explain([dying(alive=small, adaptive=True)], rows(rates=[0.1] * 200))
+    assert event.cause == "high_learning_rate"
+    assert event.measured == "with steps of 100% of the size of the weights, at a learning rate of 0.1"
+    (calm,) = explain([dying(alive=small, adaptive=True)], rows(rates=[1e-3] * 200))
     assert calm.cause == "unknown"
 
 
@@ -265,29 +262,29 @@ def test_sinking_over_windows_is_a_drift_and_a_fall_is_not():
     sinking = ((8.0,), (6.0,), (5.0,), (3.0,), (1.0,), (-0.5,))
     falling = ((8.0,), (8.0,), (8.0,), (7.0,), (8.0,), (-0.5,))
     plunging = ((8.0,), (6.0,), (5.0,), (3.0,), (1.0,), (-50.0,))
-    kinds = [explain([victims(peaks=peaks)], rows())[0].kind for peaks in (sinking, falling, plunging)]
+    kinds = [explain([dying(peaks=peaks)], rows())[0].kind for peaks in (sinking, falling, plunging)]
     assert kinds == ["drift", "shock", "shock"]
 
 
 def test_units_that_die_at_other_times_are_other_waves():
     times = torch.tensor([0, 0, 0, 4, 40, 40])
-    part = victims(units=6)._replace(last_fired=times, silent_from=times + 5)
+    part = dying(units=6)._replace(last_fired=times, silent_from=times + 5)
     assert [(w.units, w.first_step, w.last_step) for w in explain([part], rows())] == [((4,), 0, 9), ((2,), 40, 45)]
 
 
 def test_waves_outlive_a_checkpoint_and_join():
-    (wave,) = explain([victims()], rows(gradient=spiked(97, 80.0)))
+    (event,) = explain([dying()], rows(gradient=spiked(97, 80.0)))
     paper = io.BytesIO()
-    torch.save(wave.to_dict(), paper)
+    torch.save(encode(event), paper)
     paper.seek(0)
-    assert DeathEvent.from_dict(torch.load(paper, weights_only=True)) == wave
-    (both,) = joined([wave, wave])
+    assert decode(DeathEvent, torch.load(paper, weights_only=True)) == event
+    (both,) = merged([event, event])
     assert both.units == (40,)
 
 
 def test_of_many_waves_the_largest_are_told():
-    waves = [DeathEvent("shock", "unknown", (f"fc{n}",), (n,), 100 * n, 100 * n + 10, "unseen") for n in range(1, 20)]
-    lines = told(waves).splitlines()
+    events = [DeathEvent("shock", "unknown", (f"fc{n}",), (n,), 100 * n, 100 * n + 10, "unseen") for n in range(1, 20)]
+    lines = described(events).splitlines()
     assert [line.split()[0] for line in lines] == ["15", "16", "17", "18", "19", "105"]
     assert lines[-1] == "105 more units died; see `monitor.deaths`."
 
@@ -295,7 +292,7 @@ def test_of_many_waves_the_largest_are_told():
 def test_a_large_wave_outlasts_any_number_of_small_ones():
     large = DeathEvent("shock", "unknown", ("fc1",), (80,), 10, 20, "as seen")
     small = [DeathEvent("shock", "unknown", ("fc1",), (1,), step, step + 1, "as seen") for step in range(30, 230)]
-    waves = []
-    for wave in [large, *small]:
-        waves = most_telling([*waves, wave], 100)
-    assert waves == [large, *small[-99:]]
+    events = []
+    for event in [large, *small]:
+        events = largest([*events, event], 100)
+    assert events == [large, *small[-99:]]

@@ -1,4 +1,4 @@
-"""What feeds the units, against a slow loop that keeps every window's."""
+"""What log the units, against a slow loop that keeps every window's."""
 
 from itertools import pairwise
 
@@ -6,7 +6,13 @@ import pytest
 import torch
 from toys import mlp
 
-from lightning_deadrelu.explain.postmortem.incoming_weights import IncomingWeights, Source, sources_of
+from lightning_deadrelu.checkpoint import decode, encode
+from lightning_deadrelu.explain.postmortem.incoming_weights import (
+    Incoming,
+    IncomingWeights,
+    IncomingWeightsState,
+    incoming_of,
+)
 from lightning_deadrelu.model.sites import Site
 
 HOST = torch.device("cpu")
@@ -34,27 +40,27 @@ def moved(net):
 
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_biases_and_weights_are_those_of_the_window_in_which_a_unit_last_fired(interrupted):
-    net, feeds, sites = layers(), IncomingWeights(), [site(0), site(1)]
+    net, log, sites = layers(), IncomingWeights(), [site(0), site(1)]
     met, starts, logs, fired = [0, 0, WINDOWS // 2], [], [], []
     for window in range(WINDOWS):
         if window == met[2]:
             sites.append(site(2))
-        sources = sources_of(sites, net)
-        feeds.meet(sites, sources)
+        sources = incoming_of(sites, net)
+        log.meet(sites, sources)
         logs.append([biases_of(layer) for layer in net])
         starts.append([layer.weight.detach().square().mean() for layer in net])
         moved(net)
         with torch.inference_mode(window % 2 == 0):
-            weights = feeds.notes(sites, sources, HOST)
+            weights = log.read(sites, sources, HOST)
         if interrupted:
-            state, feeds = feeds.state_dict(weights), IncomingWeights()
-            feeds.load_state_dict(state, HOST)
+            saved, log = encode(log.state), IncomingWeights()
+            log.restore(decode(IncomingWeightsState, saved))
         ends = torch.tensor([0, *(one.units for one in sites)]).cumsum(0).tolist()
         places = [slice(*pair) for pair in pairwise(ends)]
         alive = torch.rand(ends[-1]) < 0.4
         fired.append(alive)
-        feeds.close(alive, places, sources, weights, step=10 * window + 9)
-    for number, rows in enumerate(feeds.biases(places, sources)):
+        log.close(alive, places, sources, weights, step=10 * window + 9)
+    for number, rows in enumerate(log.biases(places, sources)):
         last = [
             max((w for w in range(met[number], WINDOWS) if fired[w][unit]), default=met[number])
             for unit in range(*ends[number : number + 2])
@@ -63,17 +69,17 @@ def test_biases_and_weights_are_those_of_the_window_in_which_a_unit_last_fired(i
         torch.testing.assert_close(rows, torch.stack([*expected, biases_of(net[number])]), equal_nan=True)
         steps = torch.tensor([10 * w + 3 for w in last])
         squares = torch.stack([starts[w][number] for w in last])
-        torch.testing.assert_close(feeds.squares(number, steps, float(weights[0, 0, number])), squares)
+        torch.testing.assert_close(log.squares(number, steps, float(weights[0, 0, number])), squares)
 
 
 def test_of_a_large_layer_a_sample_is_read():
     weight = torch.randn(512, 512, generator=torch.Generator().manual_seed(0)) * 0.2 - 0.1
-    sites, sources = [Site("relu", False, "relu", (), 512)], [Source(weight=weight)]
-    now = IncomingWeights().notes(sites, sources, HOST)[1, :, 0]
+    sites, sources = [Site("relu", False, "relu", (), 512)], [Incoming(512, weight=weight)]
+    now = IncomingWeights().read(sites, sources, HOST)[1, :, 0]
     torch.testing.assert_close(now, torch.tensor([0.05, -0.1]), rtol=0.1, atol=0.01)
 
 
 def test_a_site_that_nothing_feeds():
-    feeds, sites = IncomingWeights(), [Site("relu", False, "relu", (), 2)]
-    assert feeds.notes(sites, sources_of(sites, mlp()), HOST).isnan().all()
-    assert feeds.biases([slice(0, 2)], [Source()])[0].isnan().all()
+    log, sites = IncomingWeights(), [Site("relu", False, "relu", (), 2)]
+    assert log.read(sites, incoming_of(sites, mlp()), HOST).isnan().all()
+    assert log.biases([slice(0, 2)], [Incoming(2)])[0].isnan().all()

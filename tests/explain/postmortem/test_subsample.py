@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_deadrelu.explain.postmortem.subsample import coprime, spread
+from lightning_deadrelu.explain.postmortem.subsample import coprime, subsample
 
 
 @given(st.integers(1, 10**6), st.integers(1, 10**7))
@@ -17,4 +17,4 @@ def test_a_stride_meets_all_columns(stride, size):
 
 
 def test_vectors_of_any_size_are_spread():
-    assert all(len(spread(torch.arange(size), 256).unique()) == min(size, 256) for size in range(1, 1100))
+    assert all(len(subsample(torch.arange(size), 256).unique()) == min(size, 256) for size in range(1, 1100))

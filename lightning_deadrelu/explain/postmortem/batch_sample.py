@@ -1,0 +1,128 @@
+"""Read the loss of a batch and some entries of its inputs, in one copy; tell whether inputs are centred."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_deadrelu.explain.postmortem.subsample import coprime, is_dense
+
+INPUTS = 3
+"""The first so many float tensors of a batch are looked at."""
+_RUN, _RUNS = 4, 256  # entries side by side, of an input
+
+
+class BatchSample(NamedTuple):
+    """What was read of a batch, just as it was read: to reduce many batches at once takes a fraction of the time.
+
+    Args:
+        values: The loss in the first row, if there is one, and entries of each input below, shape ``(rows, 4)``.
+        sizes: How many rows of ``values`` are the loss's (0 or 1) and each input's.
+    """
+
+    values: Tensor
+    sizes: tuple[int, ...]
+
+
+@torch.no_grad()
+def sample_batch(loss: Any, batch: Any) -> BatchSample | None:
+    """Copy the loss and some entries of each input, with one kernel.
+
+    Args:
+        loss: What the training step returned, if a tensor of one element.
+        batch: What it was given. An input on another device than the loss is left out.
+
+    Returns:
+        The sample; None if there is nothing to read.
+
+    Example:
+        >>> sample_batch(torch.tensor(0.5), [torch.ones(8, 2), torch.tensor([7])]).sizes
+        (1, 16)
+    """
+    known = type(loss) is Tensor and loss.numel() == 1 and not loss.is_complex() and not loss.is_meta
+    parts = [loss.reshape(1, 1).expand(1, _RUN)] if known else []
+    inputs = floats_of(batch)
+    device = parts[0].device if parts else inputs[0].device if inputs else None
+    parts += [_runs(x) for x in inputs if x.device == device]
+    sizes = (*((0,) if not known else ()), *(part.shape[0] for part in parts))
+    return BatchSample(torch.cat(parts), sizes) if parts else None
+
+
+@torch.no_grad()
+def reduced(samples: Sequence[BatchSample]) -> list[Tensor]:
+    """Return the loss and the largest absolute value of each input, for samples of the same sizes.
+
+    Args:
+        samples: At least one; all of the same ``sizes`` and on one device.
+
+    Returns:
+        For each sample a tensor of shape ``(1 + INPUTS,)``, float32; NaN where there is none.
+    """
+    values = torch.stack([sample.values for sample in samples]).float()
+    loss, *inputs = values.split(samples[0].sizes, 1)
+    missing = values.new_full((len(values), 1), torch.nan)
+    columns = [loss[:, :, 0] if loss.shape[1] else missing, *(x.abs().amax((1, 2))[:, None] for x in inputs)]
+    return list(torch.cat([*columns, *[missing] * (INPUTS - len(inputs))], 1).unbind())
+
+
+def floats_of(batch: Any) -> list[Tensor]:
+    """Find the first float tensors of a batch."""
+    leaves = [batch] if type(batch) is Tensor else _leaves(batch)
+    floats = (x for x in leaves if type(x) is Tensor and x.is_floating_point() and x.numel())
+    return [x for x in islice(floats, INPUTS) if _has_values(x)]
+
+
+def _has_values(x: Tensor) -> bool:
+    """Whether it can be computed with; numbers of 8 bits cannot."""
+    return x.layout == torch.strided and not x.is_nested and not x.is_meta and x.element_size() > 1
+
+
+def _leaves(batch: Any, depth: int = 3) -> Iterator[Any]:
+    inside: Iterable[Any] = ()
+    if isinstance(batch, Mapping):
+        inside = batch.values()
+    elif isinstance(batch, (list, tuple)):
+        inside = batch
+    else:
+        yield batch
+    if depth:
+        for one in islice(inside, 8):
+            yield from _leaves(one, depth - 1)
+
+
+def _runs(x: Tensor) -> Tensor:
+    """Read entries: all, or of a large tensor those of evenly spread runs, so that each row has some.
+
+    Returns:
+        Shape ``(runs, 4)``; of a small tensor each entry stands four times in its row.
+    """
+    size = x.numel()
+    if not is_dense(x.shape, x.stride()):
+        return x.reshape(-1)[:: -(-size // (_RUN * _RUNS)), None].expand(-1, _RUN)
+    if size <= _RUN * _RUNS:
+        return x.as_strided((size, _RUN), (1, 0))
+    return x.as_strided((_RUNS, _RUN), (coprime((size - _RUN) // _RUNS, size), 1))
+
+
+@torch.no_grad()
+def off_centre(batch: Any) -> Tensor | None:
+    """Divide the size of the inputs' mean by that of their deviation from it; None without an input of two rows.
+
+    Args:
+        batch: A batch; its first float tensor is the input, with samples along dim 0.
+
+    Example:
+        >>> off_centre(torch.tensor([[3.0, -3.0], [5.0, -5.0]]))
+        tensor(4.)
+    """
+    x = next((x for x in floats_of(batch) if x.ndim > 1 and len(x) > 1), None)
+    if x is None:
+        return None
+    x = x.float()
+    mean = x.mean(0)
+    deviation = (x - mean).square().mean(0).sum().sqrt()
+    return mean.square().sum().sqrt() / deviation
