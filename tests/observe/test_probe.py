@@ -577,6 +577,7 @@ def test_recompute_of_a_compiled_block_is_eager_too() -> None:
         probe.pause()
         out.sum().backward()
         probe.disarm()
+        assert probe.failure is None
 
 
 @pytest.mark.parametrize("keep_fused", [True, False])

@@ -1,6 +1,5 @@
 """Remedies at work in a real Trainer: what they change, what they leave, and when."""
 
-import copy
 from dataclasses import dataclass
 from unittest import mock
 
@@ -48,24 +47,6 @@ OBJECTS = {
 EAGER = {"every_n_steps": 1, "window": 4, "min_samples": 2, "threshold": 0.0}
 
 
-class Compare(Callback):
-    """Keeps everything that could differ, before and after the monitor's turn at each batch."""
-
-    def __init__(self, probe, store):
-        self.probe, self.store = probe, store
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        with torch.no_grad():
-            logits = pl_module.net(self.probe)
-        state = copy.deepcopy([pl_module.state_dict(), trainer.optimizers[0].state_dict()["state"], logits])
-        self.store.append(state)
-
-
-def around(monitor, probe):
-    before, after = [], []
-    return [Compare(probe, before), monitor, Compare(probe, after)], before, after
-
-
 def actions(monitor):
     return [event.action for event in monitor.events]
 
@@ -82,64 +63,6 @@ def test_a_healthy_run_stays_as_it_was_to_the_last_bit(flag):
     assert_same(run(monitor), run())
     assert monitor.report.dead_units == 0
     assert monitor.events == ()
-
-
-def test_a_reset_revives_and_changes_the_output_by_exactly_nothing():
-    torch.manual_seed(0)
-    model, data = Net(mlp(3)), batches(24, 8)
-    probe = torch.cat(list(data))
-    monitor = DeadReLUMonitor(remedy="reset", **EAGER)
-    callbacks, before, after = around(monitor, probe)
-    fit(model, data, *callbacks)
-    (edit,) = [event for event in monitor.events if event.action == "edited" and event.site == "net.1"][:1]
-    (place,) = [
-        i
-        for i, (a, b) in enumerate(zip(before, after, strict=True))
-        if not torch.equal(a[0]["net.0.weight"], b[0]["net.0.weight"])
-    ][:1]
-    assert edit.units == (0, 1, 2)
-    assert place == edit.step
-    assert torch.equal(before[place][2], after[place][2])
-    untouched = [3, 4, 5, 6, 7]
-    for name, rows in (
-        ("net.0.weight", (untouched,)),
-        ("net.0.bias", (untouched,)),
-        ("net.2.weight", (slice(None), untouched)),
-    ):
-        assert torch.equal(before[place][0][name][rows], after[place][0][name][rows])
-    for name in ("net.2.bias", "net.4.weight", "net.4.bias"):
-        assert torch.equal(before[place][0][name], after[place][0][name])
-    assert not monitor.report["net.1"].silent[:3].all()
-    assert "revived" in actions(monitor)
-
-
-@pytest.mark.parametrize("remedy", OBJECTS.values(), ids=OBJECTS)
-def test_only_dead_units_of_the_site_are_touched(remedy):
-    torch.manual_seed(0)
-    model, data = Net(mlp(3)), batches(12, 8)
-    monitor = DeadReLUMonitor(remedy=remedy, include=["net.1"], **EAGER)
-    callbacks, before, after = around(monitor, torch.cat(list(data)))
-    fit(model, data, *callbacks)
-    rows = {"net.0.weight": 0, "net.0.bias": 0, "net.2.weight": 1}
-    for (weights, state, _), (new_weights, new_state, _) in zip(before, after, strict=True):
-        for name, tensor in weights.items():
-            kept = torch.equal(tensor, new_weights[name])
-            if name in rows:
-                live = torch.arange(3, tensor.shape[rows[name]])
-                kept = torch.equal(
-                    tensor.index_select(rows[name], live), new_weights[name].index_select(rows[name], live)
-                )
-            assert kept, name
-        for number, name in enumerate(weights):
-            for key, value in state[number].items():
-                kept = torch.equal(value, new_state[number][key])
-                if name in rows and value.ndim:
-                    live = torch.arange(3, value.shape[rows[name]])
-                    kept = torch.equal(
-                        value.index_select(rows[name], live), new_state[number][key].index_select(rows[name], live)
-                    )
-                assert kept, (name, key)
-    assert "edited" in actions(monitor)
 
 
 @pytest.mark.parametrize("remedy", ["reset", "thermal_kick"])
@@ -835,5 +758,7 @@ def test_a_check_up_of_a_resumed_run_takes_nothing_from_the_confirmation_of_an_e
 def test_the_state_of_a_repair_is_plain(tmp_path):
     items = tensors(20, 8)
     run_to_the_end(["bias_warming", "reset", "leaky"], items, Save(tmp_path))
-    for path in tmp_path.glob("*.ckpt"):
+    saved = list(tmp_path.glob("*.ckpt"))
+    assert len(saved) == 40
+    for path in saved:
         torch.load(path, weights_only=True)

@@ -1,0 +1,98 @@
+"""Promise 8: a unit remedy touches only its units, and a reset changes the output by exactly nothing."""
+
+import copy
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from toys import Net, batches, fit, mlp
+
+from lightning_deadrelu import DeadReLUMonitor
+from lightning_deadrelu.remedies import BiasWarming, LeakySlope, Reset, SwapActivation, ThermalKick
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*the Trainer has no logger", "ignore:.*get no gradient")
+OBJECTS = {
+    "reset": Reset(),
+    "thermal_kick": ThermalKick(depth=3.0),
+    "bias_warming": BiasWarming(steps=15),
+    "leaky": LeakySlope(slope=0.1),
+    "ramp": LeakySlope(slope=0.1, ramp_steps=12),
+    "gelu": SwapActivation(activation="gelu"),
+}
+EAGER = {"every_n_steps": 1, "window": 4, "min_samples": 2, "threshold": 0.0}
+
+
+class Compare(Callback):
+    """Keeps everything that could differ, before and after the monitor's turn at each batch."""
+
+    def __init__(self, probe, store):
+        self.probe, self.store = probe, store
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        with torch.no_grad():
+            logits = pl_module.net(self.probe)
+        state = copy.deepcopy([pl_module.state_dict(), trainer.optimizers[0].state_dict()["state"], logits])
+        self.store.append(state)
+
+
+def around(monitor, probe):
+    before, after = [], []
+    return [Compare(probe, before), monitor, Compare(probe, after)], before, after
+
+
+def test_a_reset_revives_and_changes_the_output_by_exactly_nothing():
+    torch.manual_seed(0)
+    model, data = Net(mlp(3)), batches(24, 8)
+    probe = torch.cat(list(data))
+    monitor = DeadReLUMonitor(remedy="reset", **EAGER)
+    callbacks, before, after = around(monitor, probe)
+    fit(model, data, *callbacks)
+    (edit,) = [event for event in monitor.events if event.action == "edited" and event.site == "net.1"][:1]
+    (place,) = [
+        i
+        for i, (a, b) in enumerate(zip(before, after, strict=True))
+        if not torch.equal(a[0]["net.0.weight"], b[0]["net.0.weight"])
+    ][:1]
+    assert edit.units == (0, 1, 2)
+    assert place == edit.step
+    assert torch.equal(before[place][2], after[place][2])
+    untouched = [3, 4, 5, 6, 7]
+    for name, rows in (
+        ("net.0.weight", (untouched,)),
+        ("net.0.bias", (untouched,)),
+        ("net.2.weight", (slice(None), untouched)),
+    ):
+        assert torch.equal(before[place][0][name][rows], after[place][0][name][rows])
+    for name in ("net.2.bias", "net.4.weight", "net.4.bias"):
+        assert torch.equal(before[place][0][name], after[place][0][name])
+    assert not monitor.report["net.1"].silent[:3].all()
+    assert "revived" in [event.action for event in monitor.events]
+
+
+@pytest.mark.parametrize("remedy", OBJECTS.values(), ids=OBJECTS)
+def test_only_dead_units_of_the_site_are_touched(remedy):
+    torch.manual_seed(0)
+    model, data = Net(mlp(3)), batches(12, 8)
+    monitor = DeadReLUMonitor(remedy=remedy, include=["net.1"], **EAGER)
+    callbacks, before, after = around(monitor, torch.cat(list(data)))
+    fit(model, data, *callbacks)
+    rows = {"net.0.weight": 0, "net.0.bias": 0, "net.2.weight": 1}
+    for (weights, state, _), (new_weights, new_state, _) in zip(before, after, strict=True):
+        for name, tensor in weights.items():
+            kept = torch.equal(tensor, new_weights[name])
+            if name in rows:
+                live = torch.arange(3, tensor.shape[rows[name]])
+                kept = torch.equal(
+                    tensor.index_select(rows[name], live), new_weights[name].index_select(rows[name], live)
+                )
+            assert kept, name
+        for number, name in enumerate(weights):
+            for key, value in state[number].items():
+                kept = torch.equal(value, new_state[number][key])
+                if name in rows and value.ndim:
+                    live = torch.arange(3, value.shape[rows[name]])
+                    kept = torch.equal(
+                        value.index_select(rows[name], live), new_state[number][key].index_select(rows[name], live)
+                    )
+                assert kept, (name, key)
+    assert "edited" in [event.action for event in monitor.events]
