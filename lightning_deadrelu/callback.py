@@ -153,7 +153,7 @@ class DeadReLUMonitor(Monitoring):
         self._check_alone(trainer)
         with self._careful():
             self._watch = self._new_watch(pl_module)
-            self._watch.judged_as = rectifiers(pl_module)
+            self._watch.substitutes = rectifiers(pl_module)
             self._repair.losses = self._repair.losses.to(self._watch.liveness.magnitude)
         self._reporter.prepare(trainer.loggers, trainer.is_global_zero)
         if not trainer.loggers and not trainer.barebones:

@@ -480,7 +480,7 @@ class Monitoring(Callback):
     def _restore(self, state: Mapping[str, Any], trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._watch is not None
         exchange_as_in(state, pl_module)
-        self._watch.judged_as = rectifiers(pl_module)
+        self._watch.substitutes = rectifiers(pl_module)
         if state.get("format") != _FORMAT:
             rank_zero_warn(f"{self.name}: the checkpoint is of another version of the monitor; all ages start at zero.")
             return

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_deadrelu.model.sites import Site
-from lightning_deadrelu.observe.provenance import tensors_in
+from lightning_deadrelu.model.torch_calls import Call
 
 NONE = -1
 OUTLET = "outlet"
@@ -128,42 +128,21 @@ class Read(NamedTuple):
     sites: Mapping[Site, tuple[Tensor, ...]]
 
 
-@dataclass
-class Step:
-    """One call of a torch function.
+@dataclass(slots=True)
+class TracedCall(Call):
+    """One call of a torch function, and what is known of the tensors in it.
 
     Args:
-        name: In plain form.
         func: What was called.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-        outputs: The tensors it returned.
         look: What is known of a tensor.
         path: Of the module whose forward is running.
         module: That module.
     """
 
-    name: str
-    func: Callable[..., Any] | None
-    args: Sequence[Any]
-    kwargs: Mapping[str, Any]
-    outputs: Sequence[Tensor]
-    look: Callable[[Any], Flow]
+    func: Callable[..., Any] | None = None
+    look: Callable[[Any], Flow] = lambda value: Flow()
     path: str = ""
     module: nn.Module | None = None
-    operands: list[Tensor] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.operands = tensors_in((*self.args, *self.kwargs.values()))
-
-    @property
-    def output(self) -> Tensor:
-        """The first of what it returned."""
-        return self.outputs[0]
-
-    def argument(self, place: int, name: str, default: Any = None) -> Any:
-        """Find an argument by place or name."""
-        return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
 
 
 class Outcome(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,8 +15,8 @@ from lightning_deadrelu.attribution.labels import (
     Origin,
     Outcome,
     Read,
-    Step,
     Stream,
+    TracedCall,
     UnaccountedRead,
     Weight,
     along,
@@ -26,15 +25,12 @@ from lightning_deadrelu.attribution.labels import (
     shrunk,
 )
 from lightning_deadrelu.model.sites import Site
+from lightning_deadrelu.model.torch_calls import CONVOLUTIONS, LAST_NORMS, MIXING_NORMS, PRODUCTS
 
 JOINED = "an identity path joins before it"
 PADDED = "its embedding has a padding row, which stays as it is"
 COMPUTED = "its weight is computed from parameters (parametrised, quantised, a low-rank update)"
 SHARDED = "its weight stands in for a parameter (sharded, or given to `functional_call`)"
-_CONVOLUTION = re.compile(r"conv(_transpose)?([123])d$")
-_PRODUCTS = frozenset({"matmul", "mm", "mv"})
-_CHANNEL_NORMS = frozenset({"batch_norm", "instance_norm"})
-_MIXING_NORMS = frozenset({"layer_norm", "group_norm", "rms_norm"})
 
 
 class Layer(NamedTuple):
@@ -59,51 +55,46 @@ class Layer(NamedTuple):
 
 def is_layer(name: str) -> bool:
     """Whether a call may apply a weight."""
-    return name in _PRODUCTS | {"linear", "addmm", "embedding"} or bool(_CONVOLUTION.match(name))
-
-
-def is_norm(name: str) -> bool:
-    """Whether a call normalises."""
-    return name in _CHANNEL_NORMS | _MIXING_NORMS
+    return name in PRODUCTS or name in ("linear", "addmm", "embedding") or name in CONVOLUTIONS
 
 
 # -- layers ----------------------------------------------------------------------------------------------
 
 
-def apply(step: Step) -> Outcome:
+def apply(call: TracedCall) -> Outcome:
     """Follow a layer: its output depends on rows of its weight and bias, and it reads what it is applied to.
 
     Raises:
         Misfit: If no parameter stands in the weight's place.
     """
-    layer = _layer(step)
-    weight = step.look(layer.weight).weight
+    layer = _layer(call)
+    weight = call.look(layer.weight).weight
     if weight is None:
-        return _without_weight(step, layer)
+        return _without_weight(call, layer)
     makes, meets = layer.rows(weight)
-    streams = [Stream(makes, along(makes.rows, step.output.ndim, layer.out))]
-    leaks = list(leaks_of(step.look(layer.x), *_readers(step)))
+    streams = [Stream(makes, along(makes.rows, call.output.ndim, layer.out))]
+    leaks = list(leaks_of(call.look(layer.x), *_readers(call)))
     reads: tuple[Read, ...] = ()
     if meets is not None:
-        reads, leaks = _read(step, layer, meets)
-    own, more = _bias(step, layer)
+        reads, leaks = _read(call, layer, meets)
+    own, more = _bias(call, layer)
     streams += own
-    streams += _outlet(step, makes.rows, layer.out)
+    streams += _outlet(call, makes.rows, layer.out)
     why = JOINED if isinstance(layer.bias, Tensor) and layer.bias.ndim > 1 else ""
-    if step.name == "embedding" and step.argument(2, "padding_idx") is not None:
+    if call.name == "embedding" and call.argument(2, "padding_idx") is not None:
         why = PADDED
     return Outcome((Flow(tuple(streams), why),), (*leaks, *more), reads, (makes,))
 
 
-def _layer(step: Step) -> Layer:
-    if step.name == "linear":
-        x, weight, bias = (step.argument(i, name) for i, name in enumerate(("input", "weight", "bias")))
+def _layer(call: TracedCall) -> Layer:
+    if call.name == "linear":
+        x, weight, bias = (call.argument(i, name) for i, name in enumerate(("input", "weight", "bias")))
         return Layer(x, weight, bias, -1, -1, _matrix)
-    if step.name == "embedding":
-        return Layer(step.argument(0, "input"), step.argument(1, "weight"), None, -1, -1, _table)
-    if found := _CONVOLUTION.match(step.name):
-        return _convolution(step, bool(found[1]), int(found[2]))
-    return _product(step)
+    if call.name == "embedding":
+        return Layer(call.argument(0, "input"), call.argument(1, "weight"), None, -1, -1, _table)
+    if call.name in CONVOLUTIONS:
+        return _convolution(call, "transpose" in call.name, CONVOLUTIONS[call.name])
+    return _product(call)
 
 
 def _matrix(weight: Weight) -> tuple[Origin, Origin]:
@@ -123,24 +114,24 @@ def _table(weight: Weight) -> tuple[Origin, None]:
     return Origin(weight.name, "weight", (1,), (weight.shape[1],)), None
 
 
-def _product(step: Step) -> Layer:
-    left, right = step.operands[-2:]
-    bias = step.operands[0] if step.name == "addmm" else None
-    if step.name == "addmm" and (len(step.operands) != 3 or step.kwargs.get("beta", 1) != 1):
+def _product(call: TracedCall) -> Layer:
+    left, right = call.operands[-2:]
+    bias = call.operands[0] if call.name == "addmm" else None
+    if call.name == "addmm" and (len(call.operands) != 3 or call.kwargs.get("beta", 1) != 1):
         raise NotFollowable("it scales what it adds")
-    if len(step.operands) < 2 or (left.ndim > 2 and right.ndim > 2):
+    if len(call.operands) < 2 or (left.ndim > 2 and right.ndim > 2):
         raise NotFollowable("it multiplies stacks")
-    if step.look(right).weight and right.ndim == 2:
+    if call.look(right).weight and right.ndim == 2:
         return Layer(left, right, bias, -1, -1, _turned)
-    if step.look(left).weight and left.ndim == 2 and bias is None:
+    if call.look(left).weight and left.ndim == 2 and bias is None:
         place = -1 if right.ndim == 1 else -2
         return Layer(right, left, None, place, place, _matrix)
     raise NotFollowable("it multiplies activations")
 
 
-def _convolution(step: Step, transposed: bool, positions: int) -> Layer:
-    x, weight, bias = (step.argument(i, name) for i, name in enumerate(("input", "weight", "bias")))
-    groups = step.argument(6, "groups", 1)
+def _convolution(call: TracedCall, transposed: bool, positions: int) -> Layer:
+    x, weight, bias = (call.argument(i, name) for i, name in enumerate(("input", "weight", "bias")))
+    groups = call.argument(6, "groups", 1)
     place = -positions - 1
 
     def rows(named: Weight) -> tuple[Origin, Origin]:
@@ -165,34 +156,34 @@ def _transposed(weight: Weight, groups: int) -> tuple[Origin, Origin]:
     return Origin(name, "weight", (0, 2), (groups, out), (groups, into // groups, out, *kernel)), meets
 
 
-def _without_weight(step: Step, layer: Layer) -> Outcome:
+def _without_weight(call: TracedCall, layer: Layer) -> Outcome:
     """Read all there is; say why nothing is known of the output."""
-    learned = step.look(layer.weight)
-    own = step.module is not None and any(layer.weight is other for other in step.module._parameters.values())
+    learned = call.look(layer.weight)
+    own = call.module is not None and any(layer.weight is other for other in call.module._parameters.values())
     why = SHARDED if own else COMPUTED
-    flows = [step.look(tensor) for tensor in step.operands]
-    before, _ = _readers(step)
+    flows = [call.look(tensor) for tensor in call.operands]
+    before, _ = _readers(call)
     if not learned.learned and not own and not learned.streams:
         why = "its weight is no parameter"
-    leaks = [leak for flow in flows for leak in leaks_of(flow, before, f"`{step.name}` reads it: {why}")]
+    leaks = [leak for flow in flows for leak in leaks_of(flow, before, f"`{call.name}` reads it: {why}")]
     return Outcome((Flow(why=why),), tuple(leaks))
 
 
-def _readers(step: Step) -> tuple[str, str]:
-    return f"`{step.name}`", f"`{step.name}` reads it, and not unit by unit"
+def _readers(call: TracedCall) -> tuple[str, str]:
+    return f"`{call.name}`", f"`{call.name}` reads it, and not unit by unit"
 
 
-def _read(step: Step, layer: Layer, rows: Origin) -> tuple[tuple[Read, ...], list[UnaccountedRead]]:
+def _read(call: TracedCall, layer: Layer, rows: Origin) -> tuple[tuple[Read, ...], list[UnaccountedRead]]:
     """Tell which unit of which site each feature is; what comes straight from layers must not be read."""
-    flow = step.look(layer.x)
+    flow = call.look(layer.x)
     if flow.zero:
         return (), []
     mine: dict[Site, tuple[Tensor, ...]] = {}
-    leaks = list(leaks_of(flow._replace(streams=tuple(flow.before)), *_readers(step)))
+    leaks = list(leaks_of(flow._replace(streams=tuple(flow.before)), *_readers(call)))
     for stream in flow.behind:
         units = _features(layer, stream.labels, rows.rows)
         if units is None:
-            leaks += leaks_of(Flow((stream,)), *_readers(step))
+            leaks += leaks_of(Flow((stream,)), *_readers(call))
         else:
             assert isinstance(stream.origin, Site)
             mine[stream.origin] = (*mine.get(stream.origin, ()), units)
@@ -205,37 +196,37 @@ def _features(layer: Layer, labels: Tensor, count: int) -> Tensor | None:
     return None if alike is None else alike.flatten().expand(count)
 
 
-def _bias(step: Step, layer: Layer) -> tuple[list[Stream], tuple[UnaccountedRead, ...]]:
+def _bias(call: TracedCall, layer: Layer) -> tuple[list[Stream], tuple[UnaccountedRead, ...]]:
     if not isinstance(layer.bias, Tensor):
         return [], ()
-    flow = step.look(layer.bias)
+    flow = call.look(layer.bias)
     if flow.weight is None or layer.bias.ndim != 1:
-        return [], leaks_of(flow, *_readers(step))
+        return [], leaks_of(flow, *_readers(call))
     origin = Origin(flow.weight.name, "bias", (0,), flow.weight.shape)
-    return [Stream(origin, along(origin.rows, step.output.ndim, layer.out))], ()
+    return [Stream(origin, along(origin.rows, call.output.ndim, layer.out))], ()
 
 
 # -- norms -----------------------------------------------------------------------------------------------
 
 
-def normalise(step: Step) -> Outcome:
+def normalise(call: TracedCall) -> Outcome:
     """Follow a norm: per channel it adds its own rows; over units it cuts off what came before."""
-    flow = step.look(step.argument(0, "input"))
-    own, leaks = _own_rows(step)
+    flow = call.look(call.argument(0, "input"))
+    own, leaks = _own_rows(call)
     learned = any(origin.role in ("scale", "shift") for origin in _origins(own))
-    silenced = f"a `{step.name}` behind it makes a constant of a silent unit"
-    leaks += leaks_of(flow._replace(streams=tuple(flow.behind)), f"`{step.name}`", silenced)
+    silenced = f"a `{call.name}` behind it makes a constant of a silent unit"
+    leaks += leaks_of(flow._replace(streams=tuple(flow.behind)), f"`{call.name}`", silenced)
     kept, why = flow.before, flow.why or ("it normalises what another activation puts out" if flow.behind else "")
-    if step.name in _MIXING_NORMS or (why and learned):
-        leaks += leaks_of(Flow(tuple(kept)), f"`{step.name}`", silenced)
-        kept, why = [], "" if learned else why or f"`{step.name}` mixes the units of the layer before it"
-    idle = [stream for stream in kept if _is_idle(step, stream.origin, learned)]
-    leaks += leaks_of(Flow(tuple(idle)), f"`{step.name}`", "")
-    kept = [stream for stream in kept if not _is_idle(step, stream.origin, learned)]
-    channels = step.name not in ("layer_norm", "rms_norm")
-    place = 1 - step.output.ndim if channels else -1
+    if call.name in MIXING_NORMS or (why and learned):
+        leaks += leaks_of(Flow(tuple(kept)), f"`{call.name}`", silenced)
+        kept, why = [], "" if learned else why or f"`{call.name}` mixes the units of the layer before it"
+    idle = [stream for stream in kept if _is_idle(call, stream.origin, learned)]
+    leaks += leaks_of(Flow(tuple(idle)), f"`{call.name}`", "")
+    kept = [stream for stream in kept if not _is_idle(call, stream.origin, learned)]
+    channels = call.name not in LAST_NORMS
+    place = 1 - call.output.ndim if channels else -1
     flat = channels or all(len(origin.sizes) == 1 for origin in _origins(own))
-    outlet = _outlet(step, step.output.shape[place], place) if flat else []
+    outlet = _outlet(call, call.output.shape[place], place) if flat else []
     return Outcome((Flow((*kept, *own, *outlet), why),), tuple(leaks), (), tuple(_origins(own)))
 
 
@@ -243,27 +234,27 @@ def _origins(streams: list[Stream]) -> list[Origin]:
     return [stream.origin for stream in streams if isinstance(stream.origin, Origin)]
 
 
-def _is_idle(step: Step, origin: Any, learned: bool) -> bool:
+def _is_idle(call: TracedCall, origin: Any, learned: bool) -> bool:
     """Whether a norm makes an outlet the wrong place, or a bias idle that it subtracts again."""
-    batch_wise = bool(step.argument(5, "training", step.kwargs.get("use_input_stats")))
+    batch_wise = bool(call.argument(5, "training", call.kwargs.get("use_input_stats")))
     return origin.role == OUTLET or (origin.role == "bias" and batch_wise and not learned)
 
 
-def _own_rows(step: Step) -> tuple[list[Stream], list[UnaccountedRead]]:
+def _own_rows(call: TracedCall) -> tuple[list[Stream], list[UnaccountedRead]]:
     """Follow a norm's scale and shift, and its running statistics."""
     own: list[Stream] = []
     leaks: list[UnaccountedRead] = []
-    for role, (place, word) in _places(step.name).items():
-        tensor = step.argument(place, word)
+    for role, (place, word) in _places(call.name).items():
+        tensor = call.argument(place, word)
         if not isinstance(tensor, Tensor):
             continue
-        flow, ndim = step.look(tensor), step.output.ndim
+        flow, ndim = call.look(tensor), call.output.ndim
         name = flow.weight.name if flow.weight else flow.buffer
         if not name:
-            leaks += leaks_of(flow, f"`{step.name}`", "")
+            leaks += leaks_of(flow, f"`{call.name}`", "")
             continue
         origin = Origin(name, role, tuple(range(tensor.ndim)), tuple(tensor.shape))
-        last = step.name in ("layer_norm", "rms_norm")
+        last = call.name in LAST_NORMS
         own.append(Stream(origin, over(tensor.shape, ndim) if last else along(origin.rows, ndim, 1)))
     return own, leaks
 
@@ -271,7 +262,7 @@ def _own_rows(step: Step) -> tuple[list[Stream], list[UnaccountedRead]]:
 def _places(name: str) -> dict[str, tuple[int, str]]:
     if name == "rms_norm":
         return {"scale": (2, "weight")}
-    if name in _MIXING_NORMS:
+    if name in MIXING_NORMS:
         return {"scale": (2, "weight"), "shift": (3, "bias")}
     statistics = {"mean": (1, "running_mean"), "variance": (2, "running_var")}
     return {"scale": (3, "weight"), "shift": (4, "bias"), **statistics}
@@ -289,12 +280,12 @@ _OUTLETS: tuple[type[nn.Module], ...] = (
 _OUTLETS += (getattr(nn, "RMSNorm", nn.LayerNorm),)
 
 
-def _outlet(step: Step, count: int, dim: int) -> list[Stream]:
+def _outlet(call: TracedCall, count: int, dim: int) -> list[Stream]:
     """Start a stream at a module's output, if it is one."""
-    if not isinstance(step.module, _OUTLETS) or not _is_plain(step.module):
+    if not isinstance(call.module, _OUTLETS) or not _is_plain(call.module):
         return []
-    origin = Origin(step.path, OUTLET, (dim,), (count,))
-    return [Stream(origin, along(count, step.output.ndim, dim))]
+    origin = Origin(call.path, OUTLET, (dim,), (count,))
+    return [Stream(origin, along(count, call.output.ndim, dim))]
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -15,166 +15,149 @@ from lightning_deadrelu.attribution.labels import (
     NotFollowable,
     Origin,
     Outcome,
-    Step,
     Stream,
+    TracedCall,
     UnaccountedRead,
     grown,
     leaks_of,
     over,
 )
+from lightning_deadrelu.model.torch_calls import JOINS, NORMS, SUMS, ZERO_TO_ZERO
 
 NEGATED = "its input is negated on the way"
 
-_PLAIN = {"iadd": "add", "radd": "add", "isub": "sub", "subtract": "sub", "rsub": "rsub", "imul": "mul", "rmul": "mul"}
-_PLAIN |= {"multiply": "mul", "truediv": "div", "itruediv": "div", "idiv": "div", "divide": "div", "true_divide": "div"}
-_PLAIN |= {"rtruediv": "rdiv", "imatmul": "matmul", "negative": "neg"}
-_SUMS = frozenset({"add", "sub", "rsub"})
-_ZERO_TO_ZERO = frozenset({"relu", "relu6", "leaky_relu", "hardswish", "gelu", "silu", "mish", "elu", "celu", "selu"})
-_ZERO_TO_ZERO |= frozenset({"abs", "square", "sqrt", "tanh", "sin", "expm1", "log1p", "erf", "softsign", "sign"})
 
-
-def plain(name: str) -> str:
-    """Name a function without its forms: in place, as an operator, reflected.
-
-    Example:
-        >>> plain("add_"), plain("__iadd__"), plain("_max_pool2d"), plain("T")
-        ('add', 'add', 'max_pool2d', 'T')
-    """
-    bare = name.strip("_")
-    return _PLAIN.get(bare, bare)
-
-
-def follow(step: Step) -> Outcome:
+def follow(call: TracedCall) -> Outcome:
     """Follow a call; what is not understood reads all of its inputs."""
-    if _is_update(step):
-        return Outcome((Flow(),) * len(step.outputs))
-    if not layers.is_layer(step.name) and (derived := _derived(step)) is not None:
-        return Outcome((derived,) * len(step.outputs))
-    rule = _rule(step)
+    if _is_update(call):
+        return Outcome((Flow(),) * len(call.outputs))
+    if not layers.is_layer(call.name) and (derived := _derived(call)) is not None:
+        return Outcome((derived,) * len(call.outputs))
+    rule = _rule(call)
     if rule is None:
-        return _unknown(step, f"`{step.name}`")
+        return _unknown(call, f"`{call.name}`")
     try:
-        return rule(step)
+        return rule(call)
     except NotFollowable as misfit:
-        return _unknown(step, f"`{step.name}` ({misfit})")
+        return _unknown(call, f"`{call.name}` ({misfit})")
     except Exception as error:  # one call that is not understood is no reason to give up on all others
-        return _unknown(step, f"`{step.name}` (it could not be followed: {type(error).__name__})")
+        return _unknown(call, f"`{call.name}` (it could not be followed: {type(error).__name__})")
 
 
-def _rule(step: Step) -> Callable[[Step], Outcome] | None:
-    name = step.name
+def _rule(call: TracedCall) -> Callable[[TracedCall], Outcome] | None:
+    name = call.name
     if layers.is_layer(name):
         return layers.apply
-    if layers.is_norm(name):
+    if name in NORMS:
         return layers.normalise
-    if name in _SUMS:
+    if name in SUMS:
         return _add
     if name in ("mul", "div"):
         return _multiply
-    if reshaping.is_join(name):
+    if name in JOINS:
         return _join
     if name == "neg":
         return _negate
     if reshaping.mover(name) is not None:
         return _move
-    return _silent if name in {*_ZERO_TO_ZERO, "pow", "clamp", "hardtanh", "masked_fill"} else None
+    return _silent if name in {*ZERO_TO_ZERO, "pow", "clamp", "hardtanh", "masked_fill"} else None
 
 
-def _is_update(step: Step) -> bool:
+def _is_update(call: TracedCall) -> bool:
     """Whether a parameter is changed in place, as an optimizer or a moving average does."""
     return not torch.is_grad_enabled() and any(
-        out is operand and step.look(operand).weight is not None
-        for out in step.outputs
-        for operand in step.operands[:1]
+        out is operand and call.look(operand).weight is not None
+        for out in call.outputs
+        for operand in call.operands[:1]
     )
 
 
-def _derived(step: Step) -> Flow | None:
+def _derived(call: TracedCall) -> Flow | None:
     """Keep what is computed from parameters alone apart: as a penalty it concerns no unit."""
-    flows = [step.look(tensor) for tensor in step.operands]
+    flows = [call.look(tensor) for tensor in call.operands]
     learned = frozenset[str]().union(*(flow.learned for flow in flows))
-    shapes = [tensor.shape for tensor, flow in zip(step.operands, flows, strict=True) if flow.learned]
-    others = [(tensor, flow) for tensor, flow in zip(step.operands, flows, strict=True) if not flow.learned]
+    shapes = [tensor.shape for tensor, flow in zip(call.operands, flows, strict=True) if flow.learned]
+    others = [(tensor, flow) for tensor, flow in zip(call.operands, flows, strict=True) if not flow.learned]
     if not learned or any(
         flow.streams or (tensor.shape not in shapes and not flow.constant) for tensor, flow in others
     ):
         return None
-    weight = _same_weight(step, flows[0]) if len(flows) == 1 else None
+    weight = _same_weight(call, flows[0]) if len(flows) == 1 else None
     return Flow(constant=True, weight=weight) if weight else Flow(constant=True, derived=learned)
 
 
-def _same_weight(step: Step, flow: Flow) -> Any:
+def _same_weight(call: TracedCall, flow: Flow) -> Any:
     """Recognise a parameter that was only cast, detached or transposed."""
     weight = flow.weight
-    if weight is None or len(step.outputs) != 1:
+    if weight is None or len(call.outputs) != 1:
         return None
-    if reshaping.mover(step.name) is reshaping._same and step.output.shape == step.operands[0].shape:
+    if reshaping.mover(call.name) is reshaping._same and call.output.shape == call.operands[0].shape:
         return weight
-    turned = reshaping.mover(step.name) is reshaping._permuted and len(weight.shape) == 2
-    if turned and step.output.shape == step.operands[0].shape[::-1] and step.name not in ("permute", "movedim"):
+    turned = reshaping.mover(call.name) is reshaping._permuted and len(weight.shape) == 2
+    if turned and call.output.shape == call.operands[0].shape[::-1] and call.name not in ("permute", "movedim"):
         return weight._replace(flipped=not weight.flipped)
     return None
 
 
-def _unknown(step: Step, reader: str) -> Outcome:
-    flows = [step.look(tensor) for tensor in step.operands]
+def _unknown(call: TracedCall, reader: str) -> Outcome:
+    flows = [call.look(tensor) for tensor in call.operands]
     leaks = [leak for flow in flows for leak in leaks_of(flow, reader, f"{reader} reads it")]
     why = next((flow.why for flow in flows if flow.why), "")
     if any(flow.streams or flow.learned for flow in flows):
         why = f"what feeds it passes through {reader}"
     constant = all(flow.constant for flow in flows)
-    return Outcome((Flow(why=why, constant=constant),) * len(step.outputs), tuple(leaks))
+    return Outcome((Flow(why=why, constant=constant),) * len(call.outputs), tuple(leaks))
 
 
 # -- one input -------------------------------------------------------------------------------------------
 
 
-def _move(step: Step) -> Outcome:
-    mover = reshaping.mover(step.name)
+def _move(call: TracedCall) -> Outcome:
+    mover = reshaping.mover(call.name)
     assert mover is not None
-    main, *others = step.operands[:1] if step.name.endswith("_as") else step.operands
-    flow = step.look(main)
+    main, *others = call.operands[:1] if call.name.endswith("_as") else call.operands
+    flow = call.look(main)
     leaks = [
-        leak for other in others for leak in leaks_of(step.look(other), f"`{step.name}`", f"`{step.name}` reads it")
+        leak for other in others for leak in leaks_of(call.look(other), f"`{call.name}`", f"`{call.name}` reads it")
     ]
-    if step.name == "pad" and step.argument(3, "value") and step.argument(2, "mode", "constant") == "constant":
+    if call.name == "pad" and call.argument(3, "value") and call.argument(2, "mode", "constant") == "constant":
         leaks += leaks_of(Flow(tuple(flow.behind)), "", "`pad` puts something in the place of nothing")
         flow = flow._replace(streams=tuple(flow.before))
-    moved: list[list[Stream]] = [[] for _ in step.outputs]
-    passing, lost = _passing(step, flow)
+    moved: list[list[Stream]] = [[] for _ in call.outputs]
+    passing, lost = _passing(call, flow)
     for stream in passing:
-        for place, labels in zip(moved, mover(step, main, stream.labels), strict=True):
+        for place, labels in zip(moved, mover(call, main, stream.labels), strict=True):
             place.append(stream._replace(labels=labels))
     flows = (flow._replace(streams=tuple(streams), weight=None, derived=flow.learned) for streams in moved)
     return Outcome(tuple(flows), (*leaks, *lost))
 
 
-def _passing(step: Step, flow: Flow) -> tuple[list[Stream], list[UnaccountedRead]]:
+def _passing(call: TracedCall, flow: Flow) -> tuple[list[Stream], list[UnaccountedRead]]:
     """Give up the outlets where a constant added before the call is another one behind it."""
-    if reshaping.keeps_sums(step):
+    if reshaping.keeps_sums(call):
         return list(flow.streams), []
     lost = tuple(stream for stream in flow.streams if _is_outlet(stream))
     kept = [stream for stream in flow.streams if not _is_outlet(stream)]
-    return kept, list(leaks_of(Flow(lost), f"`{step.name}`", ""))
+    return kept, list(leaks_of(Flow(lost), f"`{call.name}`", ""))
 
 
-def _negate(step: Step) -> Outcome:
-    flow = step.look(step.operands[0])
-    passing, lost = _passing(step, flow)
+def _negate(call: TracedCall) -> Outcome:
+    flow = call.look(call.operands[0])
+    passing, lost = _passing(call, flow)
     return Outcome((flow._replace(why=flow.why or NEGATED, streams=tuple(passing)),), tuple(lost))
 
 
-def _silent(step: Step) -> Outcome:
+def _silent(call: TracedCall) -> Outcome:
     """Follow a function of each element: from a site to its readers only if zero stays zero."""
-    flow = step.look(step.operands[0])
-    others = [step.look(tensor) for tensor in step.operands[1:]]
-    reader = f"`{step.name}`"
+    flow = call.look(call.operands[0])
+    others = [call.look(tensor) for tensor in call.operands[1:]]
+    reader = f"`{call.name}`"
     leaks = [leak for other in others for leak in leaks_of(other, reader, f"{reader} reads it")]
-    if not _keeps_zero(step):
+    if not _keeps_zero(call):
         raise NotFollowable("it makes something of nothing")
     kept = flow.behind
-    if step.name == "masked_fill":
-        kept, lost = _passing(step, flow)
+    if call.name == "masked_fill":
+        kept, lost = _passing(call, flow)
         leaks += [*lost, *leaks_of(flow._replace(streams=()), reader, "")]
     else:
         leaks += leaks_of(flow._replace(streams=tuple(flow.before)), reader, "")
@@ -182,16 +165,16 @@ def _silent(step: Step) -> Outcome:
     return Outcome((Flow(tuple(kept), why, constant=flow.constant),), tuple(leaks))
 
 
-def _keeps_zero(step: Step) -> bool:
-    if step.name == "pow":
-        exponent = step.argument(1, "exponent")
+def _keeps_zero(call: TracedCall) -> bool:
+    if call.name == "pow":
+        exponent = call.argument(1, "exponent")
         return isinstance(exponent, (int, float)) and exponent > 0
-    if step.name == "masked_fill":
-        value = step.argument(2, "value")
-        return (isinstance(value, (int, float)) and value == 0) or not step.look(step.operands[0]).behind
-    if step.name in ("clamp", "hardtanh"):
-        words, free = (("min", "max"), None) if step.name == "clamp" else (("min_val", "max_val"), -1.0)
-        low, high = step.argument(1, words[0], free), step.argument(2, words[1], None if free is None else 1.0)
+    if call.name == "masked_fill":
+        value = call.argument(2, "value")
+        return (isinstance(value, (int, float)) and value == 0) or not call.look(call.operands[0]).behind
+    if call.name in ("clamp", "hardtanh"):
+        words, free = (("min", "max"), None) if call.name == "clamp" else (("min_val", "max_val"), -1.0)
+        low, high = call.argument(1, words[0], free), call.argument(2, words[1], None if free is None else 1.0)
         plain_numbers = not isinstance(low, Tensor) and not isinstance(high, Tensor)
         return plain_numbers and (low is None or low <= 0) and (high is None or high >= 0)
     return True
@@ -200,13 +183,13 @@ def _keeps_zero(step: Step) -> bool:
 # -- several inputs --------------------------------------------------------------------------------------
 
 
-def _join(step: Step) -> Outcome:
-    flows = [step.look(tensor) for tensor in step.operands]
-    names = [leak for flow in flows for leak in leaks_of(flow._replace(streams=()), f"`{step.name}`", "")]
+def _join(call: TracedCall) -> Outcome:
+    flows = [call.look(tensor) for tensor in call.operands]
+    names = [leak for flow in flows for leak in leaks_of(flow._replace(streams=()), f"`{call.name}`", "")]
     streams = [
         Stream(
             origin,
-            reshaping.joined(step, [(tensor, _labels(flow, origin, place)) for tensor, flow in _zip(step, flows)]),
+            reshaping.joined(call, [(tensor, _labels(flow, origin, place)) for tensor, flow in _zip(call, flows)]),
         )
         for origin, place in _numbered(flows)
     ]
@@ -214,8 +197,8 @@ def _join(step: Step) -> Outcome:
     return Outcome((Flow(tuple(streams), why, constant=all(flow.constant for flow in flows)),), tuple(names))
 
 
-def _zip(step: Step, flows: list[Flow]) -> list[tuple[Tensor, Flow]]:
-    return list(zip(step.operands, flows, strict=True))
+def _zip(call: TracedCall, flows: list[Flow]) -> list[tuple[Tensor, Flow]]:
+    return list(zip(call.operands, flows, strict=True))
 
 
 def _numbered(flows: list[Flow]) -> list[tuple[Any, int]]:
@@ -233,26 +216,26 @@ def _labels(flow: Flow, origin: Any, place: int) -> Tensor | None:
     return mine[place] if place < len(mine) else None
 
 
-def _add(step: Step) -> Outcome:
+def _add(call: TracedCall) -> Outcome:
     """Add layers up; a site's output must not be added to anything."""
-    if step.kwargs.get("alpha", 1) != 1:
+    if call.kwargs.get("alpha", 1) != 1:
         raise NotFollowable("it is weighted")
     streams: list[Stream] = []
     leaks: list[UnaccountedRead] = []
     why = ""
-    negated = _subtracted(step)
-    reader = f"`{step.name}`"
-    for tensor in step.operands:
-        flow, ndim = _as_row(step, tensor, "bias"), step.output.ndim
+    negated = _subtracted(call)
+    reader = f"`{call.name}`"
+    for tensor in call.operands:
+        flow, ndim = _as_row(call, tensor, "bias"), call.output.ndim
         lost = [stream for stream in flow.before if tensor is negated and _is_outlet(stream)]
         kept = [stream for stream in flow.before if not (tensor is negated and _is_outlet(stream))]
         streams += [stream._replace(labels=grown(stream.labels, ndim)) for stream in kept]
         spilt = flow._replace(streams=(*flow.behind, *lost))
         leaks += leaks_of(spilt, reader, f"{reader} reads it (an identity path)")
-        foreign = not flow.before and not flow.constant and _may_be_activation(tensor, step.output)
+        foreign = not flow.before and not flow.constant and _may_be_activation(tensor, call.output)
         why = why or flow.why or (layers.JOINED if foreign or flow.behind else "")
         why = why or (NEGATED if tensor is negated and flow.streams else "")
-    constant = all(step.look(tensor).constant for tensor in step.operands)
+    constant = all(call.look(tensor).constant for tensor in call.operands)
     return Outcome((Flow(tuple(streams), why, constant=constant),), tuple(leaks))
 
 
@@ -261,56 +244,56 @@ def _may_be_activation(tensor: Tensor, out: Tensor) -> bool:
     return tensor.ndim == out.ndim and tensor.shape[:1] == out.shape[:1]
 
 
-def _subtracted(step: Step) -> Any:
+def _subtracted(call: TracedCall) -> Any:
     """Find what changes its sign."""
     places = {"sub": 1, "rsub": 0}
-    return step.argument(places[step.name], "other") if step.name in places else None
+    return call.argument(places[call.name], "other") if call.name in places else None
 
 
-def _as_row(step: Step, tensor: Tensor, role: str) -> Flow:
+def _as_row(call: TracedCall, tensor: Tensor, role: str) -> Flow:
     """Take a named parameter for a layer of its own: each of its entries feeds what it is added to."""
-    flow = step.look(tensor)
+    flow = call.look(tensor)
     weight = flow.weight
     if weight is None:
-        return flow._replace(derived=frozenset()) if step.output.numel() == 1 else flow
+        return flow._replace(derived=frozenset()) if call.output.numel() == 1 else flow
     if weight.flipped or tensor.numel() == 1:
         return Flow(constant=True, derived=flow.learned if tensor.numel() > 1 else frozenset())
     origin = Origin(weight.name, role, tuple(range(tensor.ndim)), weight.shape)
-    return Flow((Stream(origin, over(weight.shape, step.output.ndim)),))
+    return Flow((Stream(origin, over(weight.shape, call.output.ndim)),))
 
 
-def _multiply(step: Step) -> Outcome:
+def _multiply(call: TracedCall) -> Outcome:
     """Scale: what is silent stays so, whatever it is multiplied by."""
-    flows = [_as_row(step, tensor, "scale") for tensor in step.operands]
-    reader, ndim = f"`{step.name}`", step.output.ndim
-    divisor = step.argument(1, "other")
-    gated = sum(bool(_layers_in(step, tensor)) for tensor in step.operands) > 1
+    flows = [_as_row(call, tensor, "scale") for tensor in call.operands]
+    reader, ndim = f"`{call.name}`", call.output.ndim
+    divisor = call.argument(1, "other")
+    gated = sum(bool(_layers_in(call, tensor)) for tensor in call.operands) > 1
     gated = gated or any(flow.behind for flow in flows)
     streams: list[Stream] = []
     leaks: list[UnaccountedRead] = []
-    for tensor, flow in zip(step.operands, flows, strict=True):
-        lost = step.name == "div" and tensor is divisor
-        row = step.look(tensor).weight is not None
+    for tensor, flow in zip(call.operands, flows, strict=True):
+        lost = call.name == "div" and tensor is divisor
+        row = call.look(tensor).weight is not None
         before = [] if lost or (gated and not row) else flow.before
         kept = [stream for stream in (*before, *([] if lost else flow.behind)) if not _is_outlet(stream)]
         gone = [stream for stream in flow.streams if not any(stream is other for other in kept)]
         leaks += leaks_of(flow._replace(streams=tuple(gone)), reader, f"{reader} reads it")
         streams += [stream._replace(labels=grown(stream.labels, ndim)) for stream in kept]
-    why = next((flow.why for flow in flows if flow.why), "") or _sign(step)
+    why = next((flow.why for flow in flows if flow.why), "") or _sign(call)
     if gated and not any(isinstance(stream.origin, Origin) for stream in streams):
         why = why or f"what feeds it passes through {reader}"
-    constant = all(step.look(tensor).constant for tensor in step.operands)
+    constant = all(call.look(tensor).constant for tensor in call.operands)
     return Outcome((Flow(tuple(streams), why, constant=constant),), tuple(leaks))
 
 
-def _layers_in(step: Step, tensor: Tensor) -> list[Stream]:
-    return step.look(tensor).before
+def _layers_in(call: TracedCall, tensor: Tensor) -> list[Stream]:
+    return call.look(tensor).before
 
 
 def _is_outlet(stream: Stream) -> bool:
     return isinstance(stream.origin, Origin) and stream.origin.role == OUTLET
 
 
-def _sign(step: Step) -> str:
-    numbers = [value for value in (*step.args, *step.kwargs.values()) if isinstance(value, (int, float))]
+def _sign(call: TracedCall) -> str:
+    numbers = [value for value in (*call.args, *call.kwargs.values()) if isinstance(value, (int, float))]
     return NEGATED if any(number < 0 for number in numbers) else ""

@@ -3,73 +3,65 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_deadrelu.attribution.labels import NONE, NotFollowable, Step, filled, grown, shrunk
-from lightning_deadrelu.observe.provenance import _blocks as blocks
+from lightning_deadrelu.attribution.labels import NONE, NotFollowable, TracedCall, filled, grown, shrunk
+from lightning_deadrelu.model.torch_calls import (
+    ALONG,
+    DROPOUTS,
+    EXPANDS,
+    IDENTITIES,
+    JOINS,
+    PERMUTES,
+    POOL,
+    REDUCTIONS,
+    RESHAPES,
+    RESIZES,
+    SHUFFLES,
+    SPLITS,
+    dimension_runs,
+)
 
-_SAME = frozenset({"clone", "contiguous", "detach", "data", "to", "type", "type_as", "float", "half", "double"})
-_SAME |= frozenset({"bfloat16", "cpu", "cuda", "requires_grad", "alias", "positive", "real", "as_subclass"})
-_DROPS = frozenset({"dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "native_dropout"})
-_RESHAPES = frozenset({"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as"})
-_RESHAPES |= frozenset({"ravel", "unsafe_view"})
-_PERMUTES = frozenset({"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "adjoint"})
-_PERMUTES |= frozenset({"T", "mT", "H", "mH"})
-_SPLITS = frozenset({"chunk", "split", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split"})
-_EXPANDS = frozenset({"expand", "expand_as", "broadcast_to"})
-_SHUFFLES = frozenset({"pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle"})
-_REDUCTIONS = frozenset({"mean", "sum", "amax", "amin", "max", "min", "median", "nanmean", "nansum", "std", "var"})
-_ALONG = frozenset({"index_select", "cumsum", "sort", "cummax", "topk"})
-_JOINS = frozenset({"cat", "concat", "concatenate", "stack"})
-_POOL = re.compile(r"(?:adaptive_)?(?:avg|max|lp)_pool([123])d(?:_with_indices)?$")
-_RESIZES = frozenset({"interpolate", "upsample", "upsample_nearest", "upsample_bilinear"})
-
-_KEEP_SUMS = _SAME | _RESHAPES | _PERMUTES | _SPLITS | _EXPANDS | _SHUFFLES | _RESIZES | _JOINS
+_KEEP_SUMS = IDENTITIES | RESHAPES | PERMUTES | SPLITS | EXPANDS | SHUFFLES | RESIZES | JOINS
 _KEEP_SUMS |= {"mean", "amax", "max", "unbind", "narrow", "select", "getitem", "repeat", "tile", "flip", "roll"}
 
 
-def keeps_sums(step: Step) -> bool:
+def keeps_sums(call: TracedCall) -> bool:
     """Whether a constant added before the call is the same constant behind it."""
-    found = _POOL.match(step.name)
-    if step.name.startswith("avg_pool"):
-        padding = step.argument(3, "padding", 0)
+    found = POOL.match(call.name)
+    if call.name.startswith("avg_pool"):
+        padding = call.argument(3, "padding", 0)
         widths = padding if isinstance(padding, (list, tuple)) else [padding]
-        return not any(widths) and not step.argument(6, "divisor_override")
-    return step.name in _KEEP_SUMS or (bool(found) and "lp" not in step.name)
+        return not any(widths) and not call.argument(6, "divisor_override")
+    return call.name in _KEEP_SUMS or (bool(found) and "lp" not in call.name)
 
 
-def is_join(name: str) -> bool:
-    """Whether the call puts several tensors side by side."""
-    return name in _JOINS
-
-
-def mover(name: str) -> Callable[[Step, Tensor, Tensor], list[Tensor]] | None:
+def mover(name: str) -> Callable[[TracedCall, Tensor, Tensor], list[Tensor]] | None:
     """Find how a call moves labels: a function of the call, its tensor and that tensor's labels, if known."""
-    if _POOL.match(name):
+    if POOL.match(name):
         return _pooled
     return _MOVERS.get(name)
 
 
-def _same(step: Step, main: Tensor, labels: Tensor) -> list[Tensor]:
+def _same(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
     return [labels]
 
 
-def _reshaped(step: Step, main: Tensor, labels: Tensor) -> list[Tensor]:
-    if any(isinstance(value, torch.dtype) for value in step.args[1:]):
+def _reshaped(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
+    if any(isinstance(value, torch.dtype) for value in call.args[1:]):
         raise NotFollowable("its bits are read as another type")
-    return [_reshape(labels, tuple(main.shape), tuple(step.output.shape))]
+    return [_reshape(labels, tuple(main.shape), tuple(call.output.shape))]
 
 
 def _reshape(labels: Tensor, old: tuple[int, ...], new: tuple[int, ...]) -> Tensor:
     """Reshape what is not alike along a run of dimensions, and leave size 1 where it is."""
     full: list[int] = []
     sizes = [1] * len(new)
-    for sources, targets in blocks(old, new):
+    for sources, targets in dimension_runs(old, new):
         if any(labels.shape[dim] > 1 for dim in sources):
             full += sources
             for dim in targets:
@@ -77,45 +69,45 @@ def _reshape(labels: Tensor, old: tuple[int, ...], new: tuple[int, ...]) -> Tens
     return filled(labels, old, full).reshape(sizes)
 
 
-def _replayed(step: Step, main: Tensor, labels: Tensor) -> list[Tensor]:
+def _replayed(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
     """Make the same call with labels in the tensor's place."""
 
     def swap(value: Any) -> Any:
         return labels.detach() if value is main else value
 
-    assert step.func is not None
-    result = step.func(*map(swap, step.args), **{name: swap(value) for name, value in step.kwargs.items()})
+    assert call.func is not None
+    result = call.func(*map(swap, call.args), **{name: swap(value) for name, value in call.kwargs.items()})
     return [result] if isinstance(result, Tensor) else list(result)
 
 
-def _permuted(step: Step, main: Tensor, labels: Tensor) -> list[Tensor]:
-    return _replayed(step, main, labels)
+def _permuted(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
+    return _replayed(call, main, labels)
 
 
-def _split(step: Step, main: Tensor, labels: Tensor) -> list[Tensor]:
-    dim = step.argument(2, "dim", 0)
-    return [labels] * len(step.outputs) if labels.shape[dim] == 1 else _replayed(step, main, labels)
+def _split(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
+    dim = call.argument(2, "dim", 0)
+    return [labels] * len(call.outputs) if labels.shape[dim] == 1 else _replayed(call, main, labels)
 
 
-def _unbound(step: Step, main: Tensor, labels: Tensor) -> list[Tensor]:
-    dim = step.argument(1, "dim", 0)
-    return [labels.squeeze(dim)] * len(step.outputs) if labels.shape[dim] == 1 else _replayed(step, main, labels)
+def _unbound(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
+    dim = call.argument(1, "dim", 0)
+    return [labels.squeeze(dim)] * len(call.outputs) if labels.shape[dim] == 1 else _replayed(call, main, labels)
 
 
-def _narrowed(step: Step, main: Tensor, labels: Tensor) -> list[Tensor]:
-    return [labels] if labels.shape[step.argument(1, "dim")] == 1 else _replayed(step, main, labels)
+def _narrowed(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
+    return [labels] if labels.shape[call.argument(1, "dim")] == 1 else _replayed(call, main, labels)
 
 
-def _selected(step: Step, main: Tensor, labels: Tensor) -> list[Tensor]:
-    dim = step.argument(1, "dim")
-    return [labels.squeeze(dim)] if labels.shape[dim] == 1 else _replayed(step, main, labels)
+def _selected(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
+    dim = call.argument(1, "dim")
+    return [labels.squeeze(dim)] if labels.shape[dim] == 1 else _replayed(call, main, labels)
 
 
-def _got(step: Step, main: Tensor, labels: Tensor) -> list[Tensor]:
+def _got(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
     """Index, without a look at index tensors, which would wait for the device."""
-    index = step.args[1] if isinstance(step.args[1], tuple) else (step.args[1],)
+    index = call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
     if any(isinstance(item, (Tensor, list)) for item in index):
-        return [_gathered(step, index, labels)]
+        return [_gathered(call, index, labels)]
     taken = sum(item is not None and item is not Ellipsis for item in index)
     place, own = 0, []
     for item in index:
@@ -129,7 +121,7 @@ def _got(step: Step, main: Tensor, labels: Tensor) -> list[Tensor]:
     return [labels[tuple(own)]]
 
 
-def _gathered(step: Step, index: tuple[Any, ...], labels: Tensor) -> Tensor:
+def _gathered(call: TracedCall, index: tuple[Any, ...], labels: Tensor) -> Tensor:
     """Take rows by one index tensor in front: which ones, does not matter where all are alike."""
     first, *rest = index
     if not isinstance(first, Tensor) or not all(item is Ellipsis or _is_whole(item) for item in rest):
@@ -139,35 +131,35 @@ def _gathered(step: Step, index: tuple[Any, ...], labels: Tensor) -> Tensor:
     if alike is None:
         raise NotFollowable("its units are picked by an index tensor")
     kept = alike.shape[gone:]
-    return grown(alike.reshape(kept), step.output.ndim)
+    return grown(alike.reshape(kept), call.output.ndim)
 
 
 def _is_whole(item: Any) -> bool:
     return isinstance(item, slice) and item == slice(None)
 
 
-def _expanded(step: Step, main: Tensor, labels: Tensor) -> list[Tensor]:
-    return [grown(labels, step.output.ndim)]
+def _expanded(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
+    return [grown(labels, call.output.ndim)]
 
 
-def _repeated(step: Step, main: Tensor, labels: Tensor) -> list[Tensor]:
-    labels, old = grown(labels, step.output.ndim), (1,) * (step.output.ndim - main.ndim) + tuple(main.shape)
+def _repeated(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
+    labels, old = grown(labels, call.output.ndim), (1,) * (call.output.ndim - main.ndim) + tuple(main.shape)
     times = [
-        new // before if size > 1 else 1 for size, before, new in zip(labels.shape, old, step.output.shape, strict=True)
+        new // before if size > 1 else 1 for size, before, new in zip(labels.shape, old, call.output.shape, strict=True)
     ]
     return [labels.repeat(times)]
 
 
-def _turned(step: Step, main: Tensor, labels: Tensor) -> list[Tensor]:
-    if step.name == "roll" and step.argument(2, "dims") in (None, ()):
+def _turned(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
+    if call.name == "roll" and call.argument(2, "dims") in (None, ()):
         labels = filled(labels, main.shape, range(main.ndim))
-    return _replayed(step, main, labels)
+    return _replayed(call, main, labels)
 
 
-def _shuffled(step: Step, main: Tensor, labels: Tensor) -> list[Tensor]:
+def _shuffled(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
     kept = 1 if main.ndim == 4 else 0
     whole = filled(labels, main.shape, range(kept, main.ndim))
-    return [tidy(moved) for moved in _replayed(step, main, whole)]
+    return [tidy(moved) for moved in _replayed(call, main, whole)]
 
 
 def tidy(labels: Tensor) -> Tensor:
@@ -185,43 +177,43 @@ def _alike(labels: Tensor, dims: Iterable[int]) -> Tensor:
     return less
 
 
-def _pooled(step: Step, main: Tensor, labels: Tensor) -> list[Tensor]:
-    found = _POOL.match(step.name)
+def _pooled(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
+    found = POOL.match(call.name)
     positions = int(found[1]) if found else 0
-    return [_alike(labels, range(-positions, 0))] * len(step.outputs)
+    return [_alike(labels, range(-positions, 0))] * len(call.outputs)
 
 
-def _resized(step: Step, main: Tensor, labels: Tensor) -> list[Tensor]:
+def _resized(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
     return [_alike(labels, range(2, main.ndim))]
 
 
-def _reduced(step: Step, main: Tensor, labels: Tensor) -> list[Tensor]:
-    if len(step.operands) > 1:
+def _reduced(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
+    if len(call.operands) > 1:
         raise NotFollowable("it compares tensors")
-    dim = step.argument(1, "dim", step.kwargs.get("axis"))
+    dim = call.argument(1, "dim", call.kwargs.get("axis"))
     if dim is None or isinstance(dim, (bool, torch.dtype)) or dim == ():
         dim = range(main.ndim)
     dims = [one % main.ndim for one in ([dim] if isinstance(dim, int) else dim)]
     alike = _alike(labels, dims)
-    if step.output.ndim == main.ndim:
-        return [alike] * len(step.outputs)
+    if call.output.ndim == main.ndim:
+        return [alike] * len(call.outputs)
     kept = [size for place, size in enumerate(alike.shape) if place not in dims]
-    return [alike.reshape(kept)] * len(step.outputs)
+    return [alike.reshape(kept)] * len(call.outputs)
 
 
-def _taken_along(step: Step, main: Tensor, labels: Tensor) -> list[Tensor]:
-    dim = step.argument(2 if step.name == "topk" else 1, "dim", -1)
-    return [_alike(labels, [dim])] * len(step.outputs)
+def _taken_along(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
+    dim = call.argument(2 if call.name == "topk" else 1, "dim", -1)
+    return [_alike(labels, [dim])] * len(call.outputs)
 
 
-def _padded(step: Step, main: Tensor, labels: Tensor) -> list[Tensor]:
-    changed = [dim for dim in range(main.ndim) if main.shape[dim] != step.output.shape[dim]]
+def _padded(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
+    changed = [dim for dim in range(main.ndim) if main.shape[dim] != call.output.shape[dim]]
     if all(labels.shape[dim] == 1 for dim in changed):
         return [labels]
-    if step.argument(2, "mode", "constant") != "constant":
+    if call.argument(2, "mode", "constant") != "constant":
         raise NotFollowable("it joins units")
     whole = filled(labels, main.shape, changed)
-    return [torch.nn.functional.pad(whole, _fitting(step.argument(1, "pad"), whole, main), value=NONE)]
+    return [torch.nn.functional.pad(whole, _fitting(call.argument(1, "pad"), whole, main), value=NONE)]
 
 
 def _fitting(widths: Sequence[int], labels: Tensor, main: Tensor) -> list[int]:
@@ -232,20 +224,20 @@ def _fitting(widths: Sequence[int], labels: Tensor, main: Tensor) -> list[int]:
     ]
 
 
-def joined(step: Step, parts: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
+def joined(call: TracedCall, parts: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
     """Put labels side by side as their tensors are; none where a tensor has none.
 
     Args:
-        step: A call of ``cat`` or ``stack``.
+        call: A call of ``cat`` or ``stack``.
         parts: Each tensor and its labels.
     """
-    dim = step.argument(1, "dim", step.kwargs.get("axis", 0))
-    dim %= step.output.ndim
-    new = step.name == "stack"
-    sizes = [1] * step.output.ndim
+    dim = call.argument(1, "dim", call.kwargs.get("axis", 0))
+    dim %= call.output.ndim
+    new = call.name == "stack"
+    sizes = [1] * call.output.ndim
     whole = []
     for tensor, labels in parts:
-        if tensor.shape == (0,) and step.output.ndim > 1:  # an old way to begin with nothing
+        if tensor.shape == (0,) and call.output.ndim > 1:  # an old way to begin with nothing
             continue
         one = torch.full((1,) * tensor.ndim, NONE, device="cpu") if labels is None else labels
         one = one.unsqueeze(dim) if new else filled(one, tensor.shape, [dim])
@@ -263,16 +255,16 @@ def tidy_along(labels: Tensor, dim: int) -> Tensor:
     return labels if less is None else less
 
 
-_MOVERS: dict[str, Callable[[Step, Tensor, Tensor], list[Tensor]]] = {
-    **dict.fromkeys(_SAME | _DROPS, _same),
-    **dict.fromkeys(_RESHAPES, _reshaped),
-    **dict.fromkeys(_PERMUTES, _permuted),
-    **dict.fromkeys(_SPLITS, _split),
-    **dict.fromkeys(_EXPANDS, _expanded),
-    **dict.fromkeys(_SHUFFLES, _shuffled),
-    **dict.fromkeys(_REDUCTIONS, _reduced),
-    **dict.fromkeys(_ALONG, _taken_along),
-    **dict.fromkeys(_RESIZES, _resized),
+_MOVERS: dict[str, Callable[[TracedCall, Tensor, Tensor], list[Tensor]]] = {
+    **dict.fromkeys(IDENTITIES | DROPOUTS, _same),
+    **dict.fromkeys(RESHAPES, _reshaped),
+    **dict.fromkeys(PERMUTES, _permuted),
+    **dict.fromkeys(SPLITS, _split),
+    **dict.fromkeys(EXPANDS, _expanded),
+    **dict.fromkeys(SHUFFLES, _shuffled),
+    **dict.fromkeys(REDUCTIONS, _reduced),
+    **dict.fromkeys(ALONG, _taken_along),
+    **dict.fromkeys(RESIZES, _resized),
     "unbind": _unbound,
     "narrow": _narrowed,
     "select": _selected,

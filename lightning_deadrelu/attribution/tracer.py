@@ -9,19 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_deadrelu.attribution.labels import Flow, Outcome, Step, Stream, UnaccountedRead, Weight, leaks_of
+from lightning_deadrelu.attribution.labels import Flow, Outcome, Stream, TracedCall, UnaccountedRead, Weight, leaks_of
 from lightning_deadrelu.attribution.ledger import Connectivity, merged
-from lightning_deadrelu.attribution.propagation import follow, plain
+from lightning_deadrelu.attribution.propagation import follow
 from lightning_deadrelu.attribution.result import Attribution
 from lightning_deadrelu.attribution.storage import Memory, storage_of
 from lightning_deadrelu.model.rectifiers import Rectifier
 from lightning_deadrelu.model.sharding import is_sharded
 from lightning_deadrelu.model.sites import Site, clean
 from lightning_deadrelu.model.slices import Slice
-from lightning_deadrelu.observe.provenance import tensors_in
+from lightning_deadrelu.model.torch_calls import (
+    ParameterNames,
+    TensorTable,
+    makes_zeros,
+    node_number,
+    plain_name,
+    tensors_in,
+    writes_in_place,
+)
 
-_ZEROS = frozenset({"zeros", "zeros_like", "new_zeros"})
-_IN_PLACE = frozenset(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "div", "pow", "mod"))
 _MOST_NODES = 10_000
 _OUT_OF_SIGHT = "code out of sight"
 _IN_SIGHT = frozenset({"CheckpointFunctionBackward", "RegisterPostBackwardFunctionBackward"})  # checkpoints, and FSDP2
@@ -54,9 +60,9 @@ class Tracer:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._ledger = Connectivity()
-        self._named: dict[int, tuple[Tensor, Flow]] = {}
-        self._sharded = False
-        self._known: dict[int, tuple[weakref.ref[Tensor], Flow, int, bool]] = {}
+        self._names = ParameterNames(model)
+        self._buffers: dict[int, tuple[Tensor, Flow]] = {}
+        self._known: TensorTable[tuple[Flow, bool]] = TensorTable()  # and whether autograd knew of it then
         self._stored: dict[int, list[tuple[weakref.ref[Tensor], Flow]]] = {}
         self._nodes: dict[int, list[Flow]] = {}
         self._memory = Memory()
@@ -76,26 +82,24 @@ class Tracer:
 
     def _name_tensors(self) -> None:
         for name, buffer in self._model.named_buffers():
-            self._named.setdefault(id(buffer), (buffer, Flow(constant=True, buffer=clean(name))))
+            self._buffers[id(buffer)] = buffer, Flow(constant=True, buffer=clean(name))
             self._memory.add(clean(name), buffer)
+        self._names = ParameterNames(self._model)
         self._name_parameters()
-        self._sharded = any(is_sharded(tensor) for tensor, _ in self._named.values())
 
     def _name_parameters(self) -> None:
-        for name, tensor in self._model.named_parameters(remove_duplicate=False):
+        for name, tensor in self._names.look():
             if not nn.parameter.is_lazy(tensor):
-                flow = Flow(constant=True, weight=Weight(clean(name), tuple(tensor.shape)))
-                self._named.setdefault(id(tensor), (tensor, flow))
-                self._memory.add(clean(name), tensor)
+                self._memory.add(name, tensor)
         self._ledger.sharing.update(self._memory.sharing())
 
     def end(self) -> None:
         """Let go of the batch, but for what the model keeps of it."""
         for name, buffer in self._model.named_buffers() if self._known else ():
-            entry = self._known.get(id(buffer))
-            if entry is not None and entry[0]() is buffer:  # it was assigned, not written to
-                self._spill(entry[1], clean(name))
-        self._named.clear()
+            if (entry := self._known.get(buffer)) is not None:  # it was assigned, not written to
+                self._spill(entry[0], clean(name))
+        self._buffers.clear()
+        self._names.forget()
         self._known.clear()
         self._stored.clear()
         self._nodes.clear()
@@ -176,76 +180,85 @@ class Tracer:
         def look(value: Any) -> Flow:
             return self._look(value, changed) if isinstance(value, Tensor) else Flow()
 
-        step = Step(plain(name), func, args, kwargs, outputs, look, *frame)
-        if _writes(name, kwargs):
-            self._keep(step)
-        outcome = self._rectify(step, *met) if met else self._follow(step)
+        path, module = frame
+        call = TracedCall(plain_name(name), args, kwargs, outputs, func=func, look=look, path=path, module=module)
+        if writes_in_place(name, kwargs):
+            self._keep(call)
+        outcome = self._rectify(call, *met) if met else self._follow(call)
         trained = any(out.requires_grad for out in outputs) or name == "__setitem__"
-        pending = frozenset[UnaccountedRead]().union(*(look(tensor).pending for tensor in step.operands), outcome.leaks)
+        pending = frozenset[UnaccountedRead]().union(*(look(tensor).pending for tensor in call.operands), outcome.leaks)
         if trained:
             self._ledger.leak(pending)
             pending = frozenset()
         for out, flow in zip(outputs, outcome.flows, strict=True):
             self._remember(out, self._pruned(flow)._replace(pending=pending))
 
-    def _follow(self, step: Step) -> Outcome:
-        if step.name in _ZEROS or not any(
-            out.numel() for out in step.outputs
+    def _follow(self, call: TracedCall) -> Outcome:
+        if makes_zeros(call.name, call.args) or not any(
+            out.numel() for out in call.outputs
         ):  # an expert without tokens reads nothing
-            return Outcome((Flow(constant=True, zero=True),) * len(step.outputs))
-        if any(operand.is_nested for operand in (*step.operands, *step.outputs)):
-            step.name = f"{step.name} of nested tensors"
-        outcome = follow(step)
+            return Outcome((Flow(constant=True, zero=True),) * len(call.outputs))
+        if any(operand.is_nested for operand in (*call.operands, *call.outputs)):
+            call.name = f"{call.name} of nested tensors"
+        outcome = follow(call)
         self._ledger.note(outcome)
         return outcome
 
-    def _keep(self, step: Step) -> None:
+    def _keep(self, call: TracedCall) -> None:
         """Give up on what is written to the model's own memory: there it outlives the batch, out of sight."""
-        names = sorted(frozenset[str]().union(*map(self._memory.names, step.outputs)))
-        for tensor in step.operands if names else ():
-            self._spill(step.look(tensor), names[0])
+        names = sorted(frozenset[str]().union(*map(self._memory.names, call.outputs)))
+        for tensor in call.operands if names else ():
+            self._spill(call.look(tensor), names[0])
 
     def _spill(self, flow: Flow, name: str) -> None:
         """Count what a tensor of the model holds of activations as read."""
         spilt = leaks_of(Flow(flow.streams), f"the tensor `{name}`", f"the tensor `{name}` keeps it")
         self._ledger.leak((*spilt, *flow.pending))
 
-    def _rectify(self, step: Step, site: Site, rectifier: Rectifier, dims: tuple[int, ...], x: Tensor) -> Outcome:
+    def _rectify(self, call: TracedCall, site: Site, rectifier: Rectifier, dims: tuple[int, ...], x: Tensor) -> Outcome:
         """Close what feeds a site, and open what it feeds."""
-        units = _units(site, tuple(step.output.shape), dims)
-        flow = step.look(x)
+        units = _units(site, tuple(call.output.shape), dims)
+        flow = call.look(x)
         leaks: list[UnaccountedRead] = []
         if rectifier.fused:
             leaks = [
                 leak
-                for tensor in step.operands
-                for leak in leaks_of(step.look(tensor), f"`{step.name}`", f"`{step.name}` reads it")
+                for tensor in call.operands
+                for leak in leaks_of(call.look(tensor), f"`{call.name}`", f"`{call.name}` reads it")
             ]
             flow = Flow(why="it is fused with its layer")
         else:
-            leaks += leaks_of(flow._replace(streams=()), f"`{step.name}`", "")
+            leaks += leaks_of(flow._replace(streams=()), f"`{call.name}`", "")
         self._ledger.feed(site, flow, units)
-        mute = self._ledger.mute[site] = _not_mute(step, rectifier)  # a swap may be over by now
+        mute = self._ledger.mute[site] = _not_mute(call, rectifier)  # a swap may be over by now
         if mute:
-            leaks += leaks_of(flow._replace(streams=tuple(flow.behind)), "", f"`{step.name}` reads it")
+            leaks += leaks_of(flow._replace(streams=tuple(flow.behind)), "", f"`{call.name}` reads it")
         behind = () if mute else tuple(flow.behind)
         return Outcome((Flow((*behind, Stream(site, units))),), tuple(leaks))
 
     # -- tensors
 
     def _look(self, tensor: Tensor, changed: set[int]) -> Flow:
-        if (named := self._named.get(id(tensor))) is not None and named[0] is tensor:
-            if named[1].weight and is_sharded(tensor) and torch.is_grad_enabled():  # and no optimizer's step
-                self._ledger.sharded.add(named[1].weight.name)
-            return named[1]
-        entry = self._known.get(id(tensor))
-        if entry is None or entry[0]() is not tensor:
+        if (named := self._named(tensor)) is not None:
+            return named
+        if (entry := self._known.get(tensor)) is None:
             return self._found(tensor)
-        if entry[2] != _version(tensor) and id(tensor) not in changed:
-            return self._changed(tensor, entry[1])
-        if entry[3] and id(tensor) not in changed and _is_made_out_of_sight(tensor):
-            return self._emerged(tensor, entry[1])
-        return entry[1]
+        flow, made_plainly = entry
+        if id(tensor) not in changed:
+            if self._known.is_changed(tensor):
+                return self._changed(tensor, flow)
+            if made_plainly and _is_made_out_of_sight(tensor):
+                return self._emerged(tensor, flow)
+        return flow
+
+    def _named(self, tensor: Tensor) -> Flow | None:
+        """Look for a tensor among the model's own."""
+        if (name := self._names.find(tensor)) is not None:
+            if is_sharded(tensor) and torch.is_grad_enabled():  # and no optimizer's step
+                self._ledger.sharded.add(name)
+            return Flow(constant=True, weight=Weight(name, tuple(tensor.shape)))
+        buffer = self._buffers.get(id(tensor))
+        return buffer[1] if buffer is not None and buffer[0] is tensor else None
 
     def _changed(self, tensor: Tensor, flow: Flow) -> Flow:
         """Give up on what was changed through another view of the same memory."""
@@ -259,15 +272,15 @@ class Tracer:
     def _found(self, tensor: Tensor) -> Flow:
         """Meet a tensor that no seen function returned: an input, or the work of code out of sight."""
         node = tensor.grad_fn
-        if self._sharded and isinstance(tensor, nn.Parameter):
-            self._name_parameters()  # it was gathered for this forward
-            if id(tensor) in self._named:
-                return self._named[id(tensor)][1]
+        if self._names.is_gathered(tensor):
+            self._name_parameters()
+            if (named := self._named(tensor)) is not None:
+                return named
         if node is None:
             return Flow(constant=True, derived=names) if (names := self._memory.names(tensor)) else Flow()
-        if node._sequence_nr() in self._nodes:
+        if node_number(node) in self._nodes:
             found = Flow(why="it was unpacked out of sight")
-            for flow in self._nodes[node._sequence_nr()]:
+            for flow in self._nodes[node_number(node)]:
                 self._ledger.leak(leaks_of(flow, _OUT_OF_SIGHT, f"{_OUT_OF_SIGHT} reads it"))
         else:
             self._walk(node)
@@ -291,7 +304,7 @@ class Tracer:
             if hasattr(node, "variable"):
                 self._ledger.leak(leaks_of(self._look(node.variable, {id(node.variable)}), _OUT_OF_SIGHT, ""))
                 continue
-            known = self._nodes.get(node._sequence_nr())
+            known = self._nodes.get(node_number(node))
             for flow in known or ():
                 self._ledger.leak(leaks_of(flow, _OUT_OF_SIGHT, f"{_OUT_OF_SIGHT} reads it"))
             new = [] if known is not None else [one for one, _ in node.next_functions if one not in seen]
@@ -311,17 +324,11 @@ class Tracer:
         return flow._replace(streams=kept, why=flow.why or (self._ledger.spent_reason(lost[0]) if lost else ""))
 
     def _remember(self, tensor: Tensor, flow: Flow) -> None:
-        self._known[id(tensor)] = weakref.ref(tensor), flow, _version(tensor), tensor.grad_fn is None
+        self._known.put(tensor, (flow, tensor.grad_fn is None))
         if flow.streams:
             self._stored.setdefault(storage_of(tensor), []).append((weakref.ref(tensor), flow))
         if (node := tensor.grad_fn) is not None:
-            self._nodes.setdefault(node._sequence_nr(), []).append(flow)
-
-
-def _writes(name: str, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call changes a tensor in place."""
-    plainly = name.endswith("_") and not name.endswith("__")
-    return plainly or name == "__setitem__" or name in _IN_PLACE or kwargs.get("out") is not None
+            self._nodes.setdefault(node_number(node), []).append(flow)
 
 
 def _is_made_out_of_sight(tensor: Tensor) -> bool:
@@ -343,13 +350,9 @@ def _units(site: Site, shape: tuple[int, ...], dims: tuple[int, ...]) -> Tensor:
     return torch.arange(site.units, device="cpu").view(sizes)
 
 
-def _not_mute(step: Step, rectifier: Rectifier) -> str:
+def _not_mute(call: TracedCall, rectifier: Rectifier) -> str:
     """Say why a unit that does not fire puts out something all the same; empty if it does not."""
-    if step.name == "substitute":
+    if call.name == "substitute":
         return "a silent unit puts out something since its activation was swapped"
-    value = step.argument(2, "value", 0.0) if rectifier.kind == "threshold" else float(rectifier.kind == "softplus")
+    value = call.argument(2, "value", 0.0) if rectifier.kind == "threshold" else float(rectifier.kind == "softplus")
     return f"a silent unit puts out {value:g}, not 0" if value else ""
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version

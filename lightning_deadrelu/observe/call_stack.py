@@ -40,6 +40,32 @@ class ModuleCall:
         return f"#{self.calls[owner]}"
 
 
+class CallStack(list[ModuleCall]):
+    """The forwards that are running, the innermost last."""
+
+    @property
+    def path(self) -> str:
+        """Path of the innermost module; empty outside of all."""
+        return self[-1].path if self else ""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Paths of all modules, the outermost first."""
+        return tuple([call.path for call in self])
+
+    def back_to(self, module: nn.Module) -> ModuleCall | None:
+        """Drop the forwards inside a module's, which an error left behind; None if the module's own is not running."""
+        place = next((n for n in reversed(range(len(self))) if self[n].module is module), None)
+        if place is None:
+            return None
+        del self[place + 1 :]
+        return self[place]
+
+    def leave(self, module: nn.Module) -> ModuleCall | None:
+        """Drop a module's forward; None if it is not running."""
+        return self.pop() if self.back_to(module) else None
+
+
 def in_forward(model: nn.Module) -> bool:
     """Whether the model's own forward is running: a hinge in ``training_step`` is a loss, not a layer."""
     code = getattr(inspect.unwrap(type(model).forward), "__code__", None)

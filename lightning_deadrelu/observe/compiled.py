@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from lightning_deadrelu.model.rectifiers import Rectifier
 from lightning_deadrelu.model.sites import Site
 from lightning_deadrelu.observe.compiled_graph import Additions, Found, Unreadable, find_calls
-from lightning_deadrelu.observe.probe import Probe, recomputes
+from lightning_deadrelu.observe.probe import Probe
+from lightning_deadrelu.observe.torch_modes import recomputes
 from lightning_deadrelu.statistics import Counts
 
 _PACKAGE = os.path.dirname(__file__)

@@ -7,19 +7,21 @@ the same site in both. What the probe learns from a module's hooks is read from 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch.overrides import _push_mode
+from torch.overrides import TorchFunctionMode
 
 from lightning_deadrelu.model.rectifiers import Rectifier
 from lightning_deadrelu.model.sites import Site
-from lightning_deadrelu.observe.call_stack import ModuleCall
+from lightning_deadrelu.model.torch_calls import function_name
+from lightning_deadrelu.observe.call_stack import ModuleCall, in_forward
 from lightning_deadrelu.observe.probe import Probe
-from lightning_deadrelu.observe.torch_modes import remove_mode
+from lightning_deadrelu.observe.site_resolver import Rectified, SiteCall, SiteResolver, activations_in
+from lightning_deadrelu.observe.torch_modes import push_mode, recomputes, remove_mode
 
 
 class Unreadable(Exception):
@@ -66,28 +68,37 @@ def find_calls(graph: fx.GraphModule, inputs: Sequence[Any], probe: Probe, home:
     """
     replay = _Replay(probe, home)
     _Walk(graph, replay).walk(inputs)
-    if replay.failure or replay.unwatched:
-        raise Unreadable(str(replay.failure or replay.unwatched))
+    if replay.resolver.unwatched:
+        raise Unreadable(str(replay.resolver.unwatched))
     return replay.found
 
 
-class _Replay(Probe):
-    """A probe that is told which module is running, and takes tensors without data."""
+class _Replay(TorchFunctionMode):
+    """Resolves the calls of a graph, told which module is running, with tensors that hold no data."""
 
     def __init__(self, probe: Probe, home: nn.Module | None) -> None:
-        super().__init__(probe.model, self._meet, probe.unit_dims)
-        self._look_at_model()
-        path = self._modules[id(home)][1] if id(home) in self._modules else None
-        self._home = [] if path is None else [("", frame) for frame in self._frames_down_to(path)]
+        super().__init__()
+        self.resolver = SiteResolver(probe.model, probe.unit_dims, self._runs)
+        self.resolver.look_at_model()
+        path = self._path(home)
+        self._home = [] if path is None else [("", call) for call in self._calls_down_to(path)]
         self._running = list(self._home)
-        self._x: tuple[Tensor, bool] | None = None
-        self.met: tuple[Site, Rectifier, tuple[int, ...], Tensor, bool, Tensor] | None = None
+        self.met: tuple[SiteCall, Rectified, Tensor] | None = None
+        """The site of the call just made, the call, and its output."""
         self.found: list[Found] = []
 
-    def _frames_down_to(self, path: str) -> list[ModuleCall]:
+    def _runs(self, model: nn.Module) -> bool:
+        return in_forward(model) or any(call.module is model for call in self.resolver.stack)
+
+    def _path(self, module: nn.Module | None) -> str | None:
+        return self.resolver.modules[id(module)][1] if id(module) in self.resolver.modules else None
+
+    def _calls_down_to(self, path: str) -> list[ModuleCall]:
         """Put the modules in place that a region lies in: their forwards run outside of it."""
         above = [
-            (name, module) for module, name in self._modules.values() if not name or f"{path}.".startswith(f"{name}.")
+            (name, module)
+            for module, name in self.resolver.modules.values()
+            if not name or f"{path}.".startswith(f"{name}.")
         ]
         called = [(name, module) for name, module in above if type(module).forward is not nn.Module.forward]
         return [ModuleCall(name, module) for name, module in sorted(called, key=lambda pair: len(pair[0]))]
@@ -102,31 +113,32 @@ class _Replay(Probe):
         self._running += [
             (key, ModuleCall(module[1], module[0])) for key in keys[kept:] if (module := self._module(key))
         ]
-        self._frames[:] = [frame for _, frame in self._running]
+        self.resolver.stack[:] = [call for _, call in self._running]
 
     def _module(self, key: str) -> tuple[nn.Module, str] | None:
         number = str(key).split("@")[0]
-        return self._modules.get(int(number)) if number.isdigit() else None
+        return self.resolver.modules.get(int(number)) if number.isdigit() else None
 
-    def stand_in(self, value: Tensor, other: Tensor) -> None:
-        """Take a tensor without data for one of the model's."""
-        self._trail.stand_in(value, other)
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs, name = kwargs or {}, function_name(func)
+        if recomputes():
+            return func(*args, **kwargs)
+        call = self.resolver.find(name, args, kwargs)
+        output = func(*args, **kwargs)
+        if call is None:
+            self.resolver.follow(name, args, kwargs, output)
+        elif call.rectifier.fused:
+            raise Unreadable(f"`{call.rectifier.kind}` hides its input")
+        elif outputs := activations_in(output):
+            resolved = self.resolver.resolve(call, outputs[0], _plain_strided)
+            self.met = None if resolved is None else (resolved[0], call, outputs[0])
+        return output
 
-    def _in_forward(self) -> bool:
-        return super()._in_forward() or any(frame.module is self._model for frame in self._frames)
 
-    def _plain(self, x: Tensor) -> Tensor | None:
-        return x if x.layout is torch.strided and not x.is_nested else None
-
-    def _rectified(self, rectifier: Rectifier, x: Tensor, values: Tensor, output: Tensor) -> None:
-        self._x = x, values is not x
-        super()._rectified(rectifier, x, values, output)
-
-    def _meet(self, site: Site, rectifier: Rectifier, x: Tensor, out: Tensor, dims: tuple[int, ...]) -> None:
-        assert self._x is not None
-        if rectifier.fused:
-            raise Unreadable(f"`{rectifier.kind}` hides its input")
-        self.met = site, rectifier, dims, *self._x, out
+def _plain_strided(x: Tensor) -> Tensor | None:
+    return x if x.layout is torch.strided and not x.is_nested else None
 
 
 class _Walk(fx.Interpreter):
@@ -162,7 +174,7 @@ class _Walk(fx.Interpreter):
         if type(value) not in (Tensor, nn.Parameter):
             raise Unreadable(f"an input is a {type(value).__name__}")
         other = mode.from_tensor(value.detach(), static_shapes=True)  # autograd, and its hooks, have no part in this
-        self._replay.stand_in(value, other)
+        self._replay.resolver.origins.stand_in(value, other)
         return other
 
     def run_node(self, n: fx.Node) -> Any:
@@ -182,32 +194,24 @@ class _Walk(fx.Interpreter):
             self._replay.met = None
         return result
 
-    def _note(
-        self,
-        node: fx.Node,
-        site: Site,
-        rectifier: Rectifier,
-        dims: tuple[int, ...],
-        x: Tensor,
-        in_place: bool,
-        out: Tensor,
-    ) -> None:
+    def _note(self, node: fx.Node, met: SiteCall, call: Rectified, out: Tensor) -> None:
+        x, dims = call.x, met.dims
         source = next((other for other in node.all_input_nodes if self.env.get(other) is x), None)
         if source is None:
             raise Unreadable(f"the input of `{node}` is not in the graph")
         over = tuple(dim for dim in range(-x.ndim, 0) if dim not in dims)
         exact = torch.promote_types(out.dtype, torch.float32)
         wide = torch.float32 if out.device.type == "mps" else torch.float64
-        self._replay.found.append(Found(site, rectifier, dims, node, source, in_place, over, exact, wide))
+        self._replay.found.append(Found(*met, node, source, call.values is not x, over, exact, wide))
 
 
 @contextmanager
-def _pushed(probe: Probe) -> Iterator[None]:
-    _push_mode(probe)
+def _pushed(mode: TorchFunctionMode) -> Iterator[None]:
+    push_mode(mode)
     try:
         yield
     finally:
-        remove_mode(probe)
+        remove_mode(mode)
 
 
 class Additions:

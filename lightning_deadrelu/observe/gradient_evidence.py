@@ -172,7 +172,7 @@ class GradientEvidence:
             observed: Whether this batch is.
             first: Whether it starts anew; False where it adds to the gradients of the batch before.
         """
-        altered = frozenset(watch.judged_as), frozenset(watch.offsets)
+        altered = frozenset(watch.substitutes), frozenset(watch.offsets)
         key = watch.traces, id(watch.liveness), len(watch.sites), len(self._refuted), altered
         if key != self._key:
             self.flush(watch)
@@ -188,7 +188,7 @@ class GradientEvidence:
         tensors, places = tensors_of(model), watch.layout.places
         parts = []
         for number, site in enumerate(watch.sites):
-            if site in self._refuted or site.owner in watch.judged_as or number in watch.offsets:
+            if site in self._refuted or site.owner in watch.substitutes or number in watch.offsets:
                 continue
             for one in self._slices.get(site, ()) if site.kind in KINDS and site.units else ():
                 tensor = tensors.get(one.name)

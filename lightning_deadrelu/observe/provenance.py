@@ -4,13 +4,30 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from lightning_deadrelu.model.torch_calls import (
+    ANY_CONVOLUTION,
+    CHANNEL_NORMS,
+    CONTRACTIONS,
+    CONVOLUTIONS,
+    GATHERS,
+    JOINS,
+    LAST_NORMS,
+    LAYERS,
+    NEGATIONS,
+    NORMS,
+    PERMUTES,
+    RESHAPES,
+    TRANSPOSES,
+    Call,
+    dimension_runs,
+)
 
 Dims = tuple[int, ...] | None
 
@@ -38,39 +55,10 @@ class Provenance(NamedTuple):
     weight: bool = False
 
 
-_PERMUTES = frozenset(
-    {"permute", "transpose", "transpose_", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "adjoint"}
-)
-_RESHAPES = frozenset({"view", "reshape", "flatten", "unflatten", "squeeze", "squeeze_", "unsqueeze", "unsqueeze_"})
-_RESHAPES |= frozenset({"view_as", "reshape_as", "ravel", "_unsafe_view"})
-_TRANSPOSED = frozenset({"T", "mT", "H", "mH"})
-_CONTRACTIONS = frozenset({"linear", "bilinear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "inner"})
-_CONTRACTIONS |= {"addmm", "addbmm", "baddbmm", "addmv", "einsum", "tensordot", "embedding", "embedding_bag"}
-_CONTRACTIONS |= {"multi_head_attention_forward", "scaled_dot_product_attention", "lstm", "gru", "rnn_tanh", "rnn_relu"}
-_CONTRACTIONS |= {"lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell", "_scaled_mm", "_grouped_mm", "grouped_mm"}
-_LAYERS = frozenset({"linear", "bilinear", "embedding", "embedding_bag", "multi_head_attention_forward"})
-_GATHERS = frozenset({"__getitem__", "index_select", "gather", "take_along_dim"})
-_CONVOLUTIONS = {f"conv{kind}{n}d": n for kind in ("", "_transpose") for n in (1, 2, 3)}  # and how many positions
-_CONVOLUTIONS |= {"convolution": 0, "_convolution": 0}  # as many as the output has
-_CHANNEL_NORMS = frozenset({"batch_norm", "group_norm", "instance_norm"})
-_LAST_NORMS = frozenset({"layer_norm", "rms_norm"})
-STEADY = frozenset(_CONVOLUTIONS) | _CHANNEL_NORMS | _LAST_NORMS | {"linear"}
-"""Functions for which the lineages of all operands, known or not, and the output's shape settle the output's."""
-_REGROUPINGS = _RESHAPES | {"cat", "concat", "concatenate", "stack", "pad"}
-_NEGATIONS = frozenset({"neg", "neg_", "negative", "__neg__", "__rsub__", "rsub"})
-
-
-def function_name(func: Callable[..., Any]) -> str:
-    """Name a torch function; ``x.T`` and its kin arrive as getters and go by their attribute's name.
-
-    Example:
-        >>> function_name(torch.nn.functional.relu), function_name(Tensor.T.__get__)
-        ('relu', 'T')
-    """
-    name = getattr(func, "__name__", "")
-    if name == "__get__":
-        return str(getattr(getattr(func, "__self__", None), "__name__", ""))
-    return str(name)
+STEADY = ANY_CONVOLUTION | NORMS | {"linear"}
+"""Functions for which the provenance of all operands, known or not, and the output's shape settle the output's."""
+_WEIGHTED = LAYERS | ANY_CONVOLUTION
+_REGROUPINGS = RESHAPES | JOINS | {"pad"}
 
 
 def parameter(name: str) -> Provenance:
@@ -81,46 +69,6 @@ def parameter(name: str) -> Provenance:
         ['fc.weight']
     """
     return Provenance(frozenset({name}), weight=True)
-
-
-def tensors_in(args: Iterable[Any]) -> list[Tensor]:
-    """List the tensors among arguments, and in the lists and tuples among them.
-
-    Example:
-        >>> len(tensors_in([torch.zeros(1), 2, [torch.zeros(1)]]))
-        2
-    """
-    found: list[Tensor] = []
-    for arg in args:
-        if isinstance(arg, Tensor):
-            found.append(arg)
-        elif isinstance(arg, (list, tuple)):
-            found += [item for item in arg if isinstance(item, Tensor)]
-    return found
-
-
-@dataclass(slots=True)  # not frozen: one is made for each call of the model, and that would double its cost
-class Call:
-    """One call of a torch function that returned ``output``.
-
-    Args:
-        name: As :func:`function_name` gives it.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-        output: A tensor it returned.
-        place: Where it stands, where the function returned several; else -1.
-    """
-
-    name: str
-    args: Sequence[Any]
-    kwargs: Mapping[str, Any]
-    output: Tensor
-    place: int = -1
-    operands: list[Tensor] = field(init=False)
-    """The tensors among the arguments."""
-
-    def __post_init__(self) -> None:
-        self.operands = tensors_in((*self.args, *self.kwargs.values()))
 
 
 Known = Sequence[tuple[Tensor, Provenance]]
@@ -138,7 +86,7 @@ def follow(call: Call, known: Known) -> Provenance:
 
     Example:
         >>> x, weight = torch.zeros(5, 3), torch.zeros(4, 3)
-        >>> call = Call("linear", (x, weight), {}, torch.zeros(5, 4))
+        >>> call = Call("linear", (x, weight), {}, [torch.zeros(5, 4)])
         >>> follow(call, [(weight, parameter("fc.weight"))]).dims
         (-1,)
     """
@@ -147,7 +95,7 @@ def follow(call: Call, known: Known) -> Provenance:
     others = [tensor for tensor in operands if not _is_among(tensor, weights)]
     if weights and not others and not _is_layer(call):
         return _of_weights(call, weights)
-    if call.name in _CONTRACTIONS or call.name in _CONVOLUTIONS:
+    if call.name in CONTRACTIONS or call.name in ANY_CONVOLUTION:
         return _contract(call, weights) if weights else _mix(call, activations)
     return _pass_on(call, weights, activations)
 
@@ -161,7 +109,7 @@ def _sorted_out(call: Call, known: Known) -> tuple[Known, Known]:
 
 
 def _is_layer(call: Call) -> bool:
-    return call.name in _LAYERS or call.name in _CONVOLUTIONS
+    return call.name in _WEIGHTED
 
 
 def _is_among(tensor: Tensor, known: Known) -> bool:
@@ -175,13 +123,13 @@ def _holds_numbers(tensor: Tensor) -> bool:
 
 def _of_weights(call: Call, weights: Known) -> Provenance:
     """Keep what is computed from parameters alone a parameter, and tell slices of a stack apart."""
-    gathered = call.name in _GATHERS and not _is_view(call.output, weights[0][0])
+    gathered = call.name in GATHERS and not _is_view(call.output, weights[0][0])
     lost = gathered or any(lineage.dims is None for _, lineage in weights)
     return Provenance(_union(weights), None if lost else (), part=_weight_part(call, weights), weight=True)
 
 
 def _contract(call: Call, weights: Known) -> Provenance:
-    convolutional = call.name in _CONVOLUTIONS
+    convolutional = call.name in ANY_CONVOLUTION
     dims = _convolution_dims(call) if convolutional else _weight_dims(call, weights)
     return Provenance(_union(weights), dims, convolutional, part=_join_parts(weights))
 
@@ -241,7 +189,7 @@ def _is_view(output: Tensor, main: Tensor) -> bool:
 
 
 def _convolution_dims(call: Call) -> Dims:
-    positions = _CONVOLUTIONS[call.name] or call.output.ndim - 2
+    positions = CONVOLUTIONS.get(call.name) or call.output.ndim - 2
     return (-positions - 1,)
 
 
@@ -251,9 +199,9 @@ def _weight_dims(call: Call, weights: Known) -> Dims:
         return (-1,)
     if call.name == "einsum":
         return _einsum_dims(call, matrix)
-    stacked = range(-matrix.ndim, -2) if not gathered and call.name not in _LAYERS else ()
+    stacked = range(-matrix.ndim, -2) if not gathered and call.name not in LAYERS else ()
     own = tuple(dim for dim in stacked if -dim <= call.output.ndim and matrix.shape[dim] > 1)
-    left = call.operands[0] is matrix and call.name in {"matmul", "__matmul__", "mm", "bmm"}
+    left = call.operands[0] is matrix and call.name in {"matmul", "mm", "bmm"}
     return (*own, -2 if left else -1)
 
 
@@ -273,12 +221,12 @@ def _pass_on(call: Call, weights: Known, activations: Known) -> Provenance:
     main, lineage = near[0] if near else (call.output, Provenance())
     joined = any(other.joined or other.producers != lineage.producers for _, other in near)
     dims = _norm_dims(call) or _travel(call, main, lineage)
-    own_norm = bool(weights) and call.name in _CHANNEL_NORMS | _LAST_NORMS
+    own_norm = bool(weights) and call.name in NORMS
     return Provenance(
         # what reaches a norm through a residual stream differs from call to call: its own weights do not
         _union(weights if own_norm and joined else [*near, *weights]),
         dims,
-        lineage.convolutional or call.name in _CHANNEL_NORMS,
+        lineage.convolutional or call.name in CHANNEL_NORMS,
         0 if own_norm else nearest,
         _part(call, main, lineage, dims),
         joined and not own_norm,
@@ -286,19 +234,19 @@ def _pass_on(call: Call, weights: Known, activations: Known) -> Provenance:
 
 
 def _norm_dims(call: Call) -> Dims:
-    if call.name in _CHANNEL_NORMS and call.output.ndim >= 2:
+    if call.name in CHANNEL_NORMS and call.output.ndim >= 2:
         return (1 - call.output.ndim,)
-    return (-1,) if call.name in _LAST_NORMS else ()
+    return (-1,) if call.name in LAST_NORMS else ()
 
 
 def _part(call: Call, main: Tensor, lineage: Provenance, dims: Dims) -> str:
-    if call.name in _NEGATIONS:
+    if call.name in NEGATIONS:
         return lineage.part.removesuffix("-") if lineage.part.endswith("-") else lineage.part + "-"
     if not dims or not lineage.dims or call.name in _REGROUPINGS:
         return lineage.part
     if math.prod(call.output.shape[d] for d in dims) == math.prod(main.shape[d] for d in lineage.dims):
         return lineage.part
-    which = str(call.place) if call.place >= 0 else _spell([*call.args[1:], *call.kwargs.values()])
+    which = str(call.place) if len(call.outputs) > 1 else _spell([*call.args[1:], *call.kwargs.values()])
     return f"{lineage.part}/{which}"
 
 
@@ -316,9 +264,9 @@ def _travel(call: Call, main: Tensor, lineage: Provenance) -> Dims:
     output, dims = call.output, lineage.dims
     if not dims or output.ndim == 0:
         return dims and None
-    if call.name in _PERMUTES or call.name in _TRANSPOSED:
+    if call.name in PERMUTES:
         return _permuted(call, main.ndim, dims)
-    if call.name in _RESHAPES:
+    if call.name in RESHAPES:
         return _reshaped(tuple(main.shape), tuple(output.shape), dims)
     if output.ndim == main.ndim:
         return dims
@@ -337,10 +285,19 @@ def _refitted(call: Call, main: Tensor, lineage: Provenance) -> Dims:
     return guess if fits else None
 
 
+def _method(name: str) -> Callable[..., Any] | None:
+    """Find a function of tensors by its plain name, if there is one that makes no use of anything else."""
+    method: Callable[..., Any] | None = getattr(Tensor, name, None) or getattr(Tensor, f"__{name}__", None)
+    return torch.stack if name == "stack" else method
+
+
 def _can_rehearse(call: Call, main: Tensor) -> bool:
     """Whether nothing but ``main``, tensors like it and plain numbers are among the arguments."""
-    known = hasattr(Tensor, call.name) or call.name == "stack"
-    return known and main.shape.numel() > 0 and all(other.shape == main.shape for other in call.operands)
+    return (
+        _method(call.name) is not None
+        and main.shape.numel() > 0
+        and all(other.shape == main.shape for other in call.operands)
+    )
 
 
 def _rehearsed(call: Call, main: Tensor, dims: tuple[int, ...]) -> Dims:
@@ -352,9 +309,10 @@ def _rehearsed(call: Call, main: Tensor, dims: tuple[int, ...]) -> Dims:
             return [swap(item) for item in value]
         return stand_in if isinstance(value, Tensor) else value
 
-    function = getattr(Tensor, call.name, None) or getattr(torch, call.name)
+    function = _method(call.name)
+    assert function is not None
     result = function(*map(swap, call.args), **{name: swap(value) for name, value in call.kwargs.items()})
-    result = result if isinstance(result, Tensor) else result[max(call.place, 0)]
+    result = result if isinstance(result, Tensor) else result[call.place]
     marks, numbers = (result.stride(), stand_in.stride()) if result._is_view() else (result.shape, stand_in.shape)
     own = [numbers[dim] for dim in dims]
     return tuple(place - result.ndim for place, mark in enumerate(marks) if mark in own) or None
@@ -363,10 +321,10 @@ def _rehearsed(call: Call, main: Tensor, dims: tuple[int, ...]) -> Dims:
 def _permuted(call: Call, ndim: int, dims: tuple[int, ...]) -> Dims:
     """Permute a storage-free stand-in whose sizes number its dimensions, and read where they went."""
     stand_in = torch.empty((), device="cpu").expand(tuple(range(ndim)))
-    if call.name in _TRANSPOSED:
+    if call.name in TRANSPOSES:
         moved = getattr(stand_in, call.name)
     else:
-        moved = getattr(Tensor, call.name.removesuffix("_"))(stand_in, *call.args[1:], **call.kwargs)
+        moved = getattr(Tensor, call.name)(stand_in, *call.args[1:], **call.kwargs)
     return tuple(place - ndim for place, number in enumerate(moved.shape) if number - ndim in dims)
 
 
@@ -374,32 +332,8 @@ def _reshaped(old: tuple[int, ...], new: tuple[int, ...], dims: tuple[int, ...])
     """Carry dimensions through a row-major reshape; one merged with others takes them along."""
     own = {dim + len(old) for dim in dims}
     found: list[int] = []
-    for sources, targets in _blocks(old, new):
+    for sources, targets in dimension_runs(old, new):
         wide = [i for i in sources if old[i] > 1] or sources
         if own.intersection(wide):
             found += [j - len(new) for j in targets if new[j] > 1] or [j - len(new) for j in targets[:1]]
     return tuple(found) or None  # a single unit's dimension may be squeezed away
-
-
-def _blocks(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
-    """Pair the shortest runs of dimensions of equal product.
-
-    Example:
-        >>> _blocks((2, 3, 4), (6, 4))
-        [([0, 1], [0]), ([2], [1])]
-    """
-    blocks: list[tuple[list[int], list[int]]] = []
-    i = j = 0
-    while i < len(old) or j < len(new):
-        sources: list[int] = []
-        targets: list[int] = []
-        left = right = 1
-        while (i < len(old) or j < len(new)) and not (sources and targets and left == right):
-            if (left <= right and i < len(old)) or j >= len(new):
-                sources.append(i)
-                left, i = left * old[i], i + 1
-            else:
-                targets.append(j)
-                right, j = right * new[j], j + 1
-        blocks.append((sources, targets))
-    return blocks

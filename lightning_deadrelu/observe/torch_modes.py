@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 _GLOBAL_HOOKS = re.compile(r"Using `torch\.compile\(module\)` when there are global hooks")
@@ -80,6 +81,27 @@ def no_caching_modes() -> AbstractContextManager[Any]:
 
     caching = any("Cach" in type(mode).__name__ for mode in _get_current_dispatch_mode_stack())
     return _disable_current_modes() if caching else nullcontext()
+
+
+def recomputes() -> bool:
+    """Tell whether this is a forward that is run again within backward."""
+    return torch._C._current_graph_task_id() != -1  # autograd tells it to nobody else
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Tell whether a tensor is one of ``torch.func``'s, whose values stand for those of a whole batch."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))  # its type is `Tensor` all the same
+
+
+def unseen_by_modes() -> AbstractContextManager[None]:
+    """Hide what is done from function modes: within a hook they would see it, and take it for the model's."""
+    unseen: AbstractContextManager[None] = torch._C.DisableTorchFunction()  # the official one is for subclasses alone
+    return unseen
+
+
+def push_mode(mode: TorchFunctionMode) -> None:
+    """Put a mode on the stack; a ``with`` statement would take it off in order, and others may be entered meanwhile."""
+    _push_mode(mode)
 
 
 def remove_mode(mode: TorchFunctionMode) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,27 +15,11 @@ from lightning_deadrelu.model.rectifiers import Rectifier, is_rectifier_module
 from lightning_deadrelu.model.sites import Site, clean, is_selected, unmatched
 from lightning_deadrelu.model.slices import Slice
 from lightning_deadrelu.observe.compiled import Compiled, Seen
-from lightning_deadrelu.observe.probe import Probe, subscribed
+from lightning_deadrelu.observe.probe import Probe
+from lightning_deadrelu.observe.subscribers import RectifierTaker, subscribed
 from lightning_deadrelu.statistics import Counts, Rules, UnitLiveness, count
 
 NOT_TRACED = "it has not run while its layers were traced"
-
-
-class RectifierTaker(Protocol):
-    """Takes the calls of rectifiers that a watch counts."""
-
-    def __call__(
-        self, number: int, rectifier: Rectifier, x: Tensor, dims: tuple[int, ...], valid: Tensor | None = None
-    ) -> None:
-        """Take one call.
-
-        Args:
-            number: Of the site in the layout.
-            rectifier: What it is.
-            x: Its input, without what was added for a time.
-            dims: The dimensions of the input that hold the units, counted from the end.
-            valid: True for data and False for padding, of the shape of ``x`` without the units; None where all is data.
-        """
 
 
 class Watch:
@@ -105,13 +88,13 @@ class Watch:
         return UnitLiveness(window=self._window, rules=self._rules, dtype=dtype, peak_dtype=peak_dtype).to(self.device)
 
     @property
-    def judged_as(self) -> Mapping[str, Rectifier]:
-        """See :attr:`~lightning_deadrelu.observe.probe.Probe.judged_as`."""
-        return self.probe.judged_as
+    def substitutes(self) -> Mapping[str, Rectifier]:
+        """See :attr:`~lightning_deadrelu.observe.probe.Probe.substitutes`."""
+        return self.probe.substitutes
 
-    @judged_as.setter
-    def judged_as(self, rectifiers: Mapping[str, Rectifier]) -> None:
-        self.probe.judged_as = rectifiers
+    @substitutes.setter
+    def substitutes(self, rectifiers: Mapping[str, Rectifier]) -> None:
+        self.probe.substitutes = rectifiers
 
     @property
     def layout(self) -> Layout:
@@ -145,7 +128,7 @@ class Watch:
 
     def _needs_values(self) -> bool:
         """Whether more is asked of the present batch than to be counted."""
-        busy = self.probe.is_subscribed or self.probe.judged_as or self.offsets or self._takers
+        busy = self.probe.is_subscribed or self.probe.substitutes or self.offsets or self._takers
         return bool(busy) or self.valid is not None
 
     def _index(self, seen: Seen) -> int | None:

@@ -142,7 +142,7 @@ class Repair:
         self.terms.end()
         patient.watch.offsets = {}
         if last and self.terms.advance():
-            patient.watch.judged_as = rectifiers(patient.model) | self.terms.rectifiers
+            patient.watch.substitutes = rectifiers(patient.model) | self.terms.rectifiers
 
     def note_loss(self, loss: Tensor | None) -> None:
         """Add up the losses of observed batches, without looking at them."""
@@ -183,7 +183,7 @@ class Repair:
         paths = {patient.watch.layout.site(site).owner for site in sites}
         keep = {record["path"] for record in records(patient.model)} - paths
         reinstate_(patient.model, keep)
-        patient.watch.judged_as = rectifiers(patient.model) | self.terms.rectifiers
+        patient.watch.substitutes = rectifiers(patient.model) | self.terms.rectifiers
 
     # -- the batch after ---------------------------------------------------------------------------------
 
@@ -321,7 +321,7 @@ class Repair:
             self.terms.warm(patient.model, view.report.name, view.attribution.outlet, edits.warmth)
         if edits.activation:
             self._exchange(edits.activation, view.report.name, site.owner, dims, patient.model)
-        watch.judged_as = rectifiers(patient.model) | self.terms.rectifiers
+        watch.substitutes = rectifiers(patient.model) | self.terms.rectifiers
         self.edited.setdefault(view.report.name, []).extend(view.units.nonzero().flatten().tolist())
 
     def _exchange(self, activation: Activation, name: str, path: str, dims: tuple[int, ...], model: nn.Module) -> None:
@@ -373,7 +373,7 @@ class Repair:
         self.ladder.load_state_dict(state["ladder"])
         if self.ladder.rungs:
             self.terms.load_state_dict(state["terms"], patient.model)
-        patient.watch.judged_as = rectifiers(patient.model) | self.terms.rectifiers
+        patient.watch.substitutes = rectifiers(patient.model) | self.terms.rectifiers
         self._laws = {name: InitDistribution(*law) for name, law in state["laws"].items()} or self._laws
         asked = [Request(*request) for request in state["requests"]]
         self._requests = [request for request in asked if request.rung < len(self.ladder.rungs)]

@@ -464,7 +464,7 @@ def plan_for(model, told, **altered):
 def test_a_site_with_a_term_or_another_activation_is_left_out():
     model = mlp()
     whole, lifted = plan_for(model, []), plan_for(model, [], offsets={0: torch.ones(8)})
-    exchanged = plan_for(model, [], judged_as={"1": RELU})
+    exchanged = plan_for(model, [], substitutes={"1": RELU})
     assert [len(plan._sources) for plan in (whole, lifted, exchanged)] == [2, 1, 1]
     assert len(lifted._proved) == len(exchanged._proved) == 6
 

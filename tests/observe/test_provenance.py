@@ -14,18 +14,15 @@ from models import Net
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lightning_deadrelu.model.torch_calls import Call, dimension_runs, function_name, plain_name
 from lightning_deadrelu.observe.probe import Probe
 from lightning_deadrelu.observe.provenance import (
-    Call,
     Provenance,
-    _blocks,
     _permuted,
     _reshaped,
     follow,
-    function_name,
     of_module,
     parameter,
-    tensors_in,
 )
 
 SHAPES = st.lists(st.integers(1, 4), min_size=1, max_size=5)
@@ -109,7 +106,7 @@ def test_reshapes_of_old(
 @given(reshapes())
 def test_blocks_pair_equal_products(case: tuple[list[int], tuple[int, ...], list[int]]) -> None:
     old, _, new = case
-    blocks = _blocks(tuple(old), tuple(new))
+    blocks = dimension_runs(tuple(old), tuple(new))
     assert [i for sources, _ in blocks for i in sources] == list(range(len(old)))
     assert [j for _, targets in blocks for j in targets] == list(range(len(new)))
     for sources, targets in blocks:
@@ -132,7 +129,7 @@ def test_permuted(case: tuple[list[int], tuple[int, ...]], name: str, data: st.D
     args, kwargs = PERMUTES[name](data.draw, len(shape))
     moved = getattr(labels(shape, dims), name)(*args, **kwargs)
     x = torch.empty(shape)
-    found = _permuted(Call(name, (x, *args), kwargs, torch.empty(moved.shape)), x.ndim, dims)
+    found = _permuted(Call(plain_name(name), (x, *args), kwargs, [torch.empty(moved.shape)]), x.ndim, dims)
     assert found is not None
     assert len(found) == len(dims)
     assert carries(moved, found)
@@ -171,8 +168,8 @@ def test_dimensions_come_and_go(change: str, dim: int) -> None:
             out = func(*args, **(kwargs or {}))
             if not calls and not isinstance(out, torch.Size):
                 several = not isinstance(out, Tensor)
-                place, first = (1, out[1]) if function_name(func) == "unbind" else (0, out[0] if several else out)
-                call = Call(function_name(func), args, kwargs or {}, first, place if several else -1)
+                name = plain_name(function_name(func))
+                call = Call(name, args, kwargs or {}, out if several else [out], 1 if name == "unbind" else 0)
                 calls.append(follow(call, [(units, Provenance(frozenset({"w"}), (dim,)))]))
             return out
 
@@ -190,7 +187,7 @@ def run(func: Callable[..., Tensor], *args: Any, known: dict[int, Provenance], *
     """Follow a real call; ``known`` gives the lineage of arguments by place."""
     output = func(*args, **kwargs)
     pairs = [(args[place], lineage) for place, lineage in known.items()]
-    return follow(Call(function_name(func), args, kwargs, output), pairs)
+    return follow(Call(plain_name(function_name(func)), args, kwargs, [output]), pairs)
 
 
 W, DATA = parameter("w"), Provenance(frozenset({"v"}), (-1,))
@@ -307,16 +304,3 @@ def test_of_module(weight: tuple[int, ...], output: tuple[int, ...], expected: t
 def test_of_module_without_parameters_or_dimensions() -> None:
     assert of_module([], torch.zeros(3)) is None
     assert of_module([("w", torch.zeros(3))], torch.zeros(())) is None
-
-
-def test_tensors_in() -> None:
-    a, b, c = torch.zeros(1), torch.zeros(1), torch.zeros(1)
-    assert [id(t) for t in tensors_in([a, 1, (b, "x"), [c], None])] == [id(a), id(b), id(c)]
-
-
-@pytest.mark.parametrize(
-    ("func", "name"),
-    [(torch.relu, "relu"), (Tensor.relu_, "relu_"), (Tensor.mT.__get__, "mT"), (torch.nn.functional.linear, "linear")],
-)
-def test_function_name(func: Callable[..., Any], name: str) -> None:
-    assert function_name(func) == name

@@ -552,7 +552,7 @@ class Convolutional(nn.Module):
 def looked_at(model: nn.Module, x: Tensor, judged: bool = True) -> Watch:
     watch = Watch(model, rules=Rules(1))
     if judged:
-        watch.judged_as = rectifiers(model)
+        watch.substitutes = rectifiers(model)
     with watch.probe:
         model(x)
     assert watch.probe.failure is None
@@ -589,11 +589,11 @@ def test_the_site_goes_on_while_the_model_changes():
     watch = looked_at(model, x := torch.randn(6, 2, 8, 8))
     for step in range(2):
         substitute_(model, "block.2", "leaky_relu", torch.rand(5), dims=(-3,))
-        watch.judged_as = rectifiers(model)
+        watch.substitutes = rectifiers(model)
         with watch.probe:
             model(x)
         model.block[2] = original
-        watch.judged_as = rectifiers(model)
+        watch.substitutes = rectifiers(model)
         with watch.probe:
             model(x)
         assert watch.liveness.totals().elements.tolist() == [6 * 36 * (3 + 2 * step), 6 * (3 + 2 * step)]
@@ -625,7 +625,7 @@ def test_an_error_within_a_substitute_passes_through():
 
     model = mlp(Breaks())
     watch = Watch(model, rules=Rules(1))
-    watch.judged_as = {"1": Original("relu").rectifier}
+    watch.substitutes = {"1": Original("relu").rectifier}
     with pytest.raises(KeyError, match="mine"), watch.probe:
         model(torch.randn(3, 4))
     model[1].broken = False
@@ -642,7 +642,7 @@ def test_recomputation_in_backward_is_no_observation():
     substitute_(model, "1", "gelu")
     for reentrant in (False, True):
         watch = Watch(model, rules=Rules(1))
-        watch.judged_as = rectifiers(model)
+        watch.substitutes = rectifiers(model)
         x = torch.randn(3, 4, requires_grad=True)
         with watch.probe:
             recomputed(model, x, use_reentrant=reentrant).sum().backward()
@@ -672,7 +672,7 @@ def test_a_compiled_model_is_judged_too():
     compiled = torch.compile(model, backend="eager")
     compiled(x)
     watch = Watch(compiled, rules=Rules(1))
-    watch.judged_as = rectifiers(compiled)
+    watch.substitutes = rectifiers(compiled)
     with watch.probe:
         compiled(x)
     assert watch.sites == before.sites

@@ -238,13 +238,13 @@ def test_a_ramp_is_judged_as_the_rectifier():
         model(x)
     terms = ramped(model, steps=2)
     while terms.sites:
-        watch.judged_as = {**rectifiers(model), **terms.rectifiers}
+        watch.substitutes = {**rectifiers(model), **terms.rectifiers}
         terms.begin()
         with watch.probe:
             model(x)
         terms.end()
         terms.advance()
-    watch.judged_as = {**rectifiers(model), **terms.rectifiers}
+    watch.substitutes = {**rectifiers(model), **terms.rectifiers}
     with watch.probe:
         model(x)
     assert watch.probe.failure is None

@@ -1,0 +1,233 @@
+"""Tell which site a call of a rectifier belongs to, and which dimensions of its input hold the units."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from lightning_deadrelu.model.rectifiers import Rectifier, is_rectifier_module, rectifier_of
+from lightning_deadrelu.model.sites import Site, base_name, clean, count_units, guess_dims, matches
+from lightning_deadrelu.model.torch_calls import Call, plain_name, tensors_in
+from lightning_deadrelu.observe.call_stack import CallStack, in_forward
+from lightning_deadrelu.observe.provenance import Provenance, of_module, parameter
+from lightning_deadrelu.observe.tensor_origins import TensorOrigins
+
+_MOST_WIDTHS = 4  # a site whose number of units differs between calls more often has no units
+
+
+class Rectified(NamedTuple):
+    """A call of a rectifier that is about to run, or has run.
+
+    Args:
+        rectifier: Which it is.
+        x: Its input.
+        values: The input as it was before the call: a copy where the call overwrites it.
+    """
+
+    rectifier: Rectifier
+    x: Tensor
+    values: Tensor
+
+
+class SiteCall(NamedTuple):
+    """A site that was called.
+
+    Args:
+        site: The site.
+        rectifier: Its rectifier.
+        dims: The dimensions of the input that hold the units, counted from the end.
+    """
+
+    site: Site
+    rectifier: Rectifier
+    dims: tuple[int, ...]
+
+
+class SiteResolver:
+    """Follow tensors from parameters to rectifiers, and give equal calls the same site.
+
+    Args:
+        model: The model.
+        unit_dims: The dimension that holds the units, by pattern over site names.
+        runs: Tells whether the model's own forward is running; a hinge outside of it is a loss, not a layer.
+    """
+
+    def __init__(
+        self, model: nn.Module, unit_dims: Mapping[str, int], runs: Callable[[nn.Module], bool] = in_forward
+    ) -> None:
+        self._model, self._unit_dims, self._runs = model, unit_dims, runs
+        self.origins = TensorOrigins(model)
+        """Where tensors come from."""
+        self.stack = CallStack()
+        """The forwards that are running."""
+        self.substituted: frozenset[str] = frozenset()
+        """Paths of the modules that took a rectifier's place."""
+        self.modules: dict[int, tuple[nn.Module, str]] = {}
+        """The model's modules with their paths, by ``id``."""
+        self.unwatched: dict[str, str] = {}
+        """Why, by name, a rectifier that ran is not watched."""
+        self._sources: dict[tuple[Any, ...], tuple[str, ...]] = {}
+        self._site_calls: dict[tuple[Any, ...], SiteCall] = {}
+        self._widths: dict[tuple[Any, ...], set[int]] = {}
+
+    def look_at_model(self) -> None:
+        """List modules and parameters; what is exchanged later goes by its module until the next look."""
+        self.origins.look_at(self._model)
+        self._sources.clear()
+        self._site_calls.clear()
+        self.modules = {id(module): (module, clean(name)) for name, module in self._model.named_modules()}
+
+    def forget(self) -> None:
+        """Let go of the tensors of a batch."""
+        self.origins.forget()
+        self.stack.clear()
+
+    # -- calls of torch functions
+
+    def find(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rectified | None:
+        """Tell whether a call, before it runs, is a rectifier's.
+
+        Args:
+            name: The function's full name.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+        """
+        rectifier = rectifier_of(name, args, kwargs, self.origins.is_zero)
+        if rectifier is None:
+            return None
+        operands = tensors_in((*args, *kwargs.values()))
+        x = next((tensor for tensor in operands if not self.origins.is_zero(tensor)), operands[0])
+        in_place = name.endswith("_") or kwargs.get("inplace") or kwargs.get("out") is not None
+        return Rectified(rectifier, x, x.detach().clone() if in_place else x)
+
+    def follow(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> list[Tensor]:
+        """Note where the outputs of a call come from, and return those that may hold activations."""
+        outputs = activations_in(output)
+        if outputs:
+            call = Call(plain_name(name), args, kwargs, outputs)
+            self.origins.note_zeros(call)
+            known = [self.provenance(x) for x in call.operands]
+            for call.place, tensor in enumerate(outputs):
+                self.origins.remember(tensor, self.origins.follow(call, known))
+        return outputs
+
+    def follow_module(self, path: str, module: nn.Module, output: Any) -> None:
+        """Take a module's parameters for the producers of its output, if no function that was seen returned it."""
+        if isinstance(output, Tensor) and self.provenance(output) is None:
+            prefix = f"{path}." if path else ""
+            own = [(clean(prefix + name), tensor) for name, tensor in module.named_parameters(recurse=False)]
+            self.origins.remember(output, of_module(own, output))
+
+    def provenance(self, tensor: Tensor) -> Provenance | None:
+        """Tell where a tensor comes from; a weight put in the place of a module's own (sharding) goes by its name."""
+        known = self.origins.of(tensor)
+        if known is not None or not self.stack:
+            return known
+        own = self.stack[-1].module.named_parameters(self.stack.path, recurse=False)
+        name = next((name for name, weight in own if weight is tensor), None)
+        return None if name is None else parameter(clean(name))
+
+    # -- sites
+
+    def resolve(
+        self, call: Rectified, output: Tensor, plain: Callable[[Tensor], Tensor | None]
+    ) -> tuple[SiteCall, Tensor, Tensor] | None:
+        """Tell the site of a rectifier's call, its input and its output; None if it is not watched.
+
+        Args:
+            call: What ran.
+            output: What it returned.
+            plain: Returns a tensor without autograd and wrappers; None where that cannot be done.
+        """
+        known = self.provenance(call.x) or Provenance()
+        self.origins.remember(output, known._replace(passed=known.passed + 1, weight=False))
+        if not _holds_data(call.values):
+            return None
+        values, out = plain(call.values), plain(output)
+        key = (*self.stack.paths, known, call.rectifier, None if values is None else values.shape)
+        found = None if out is None else self._site_calls.get(key)
+        if found is None:
+            found = self._settle(key, call.rectifier, known, values if out is not None else None)
+        return None if found is None or values is None or out is None else (found, values, out)
+
+    def _settle(self, key: Any, rectifier: Rectifier, known: Provenance, values: Tensor | None) -> SiteCall | None:
+        """Tell the site of a call and its unit dimensions, once for all calls alike; None if it is not watched."""
+        place = self._place(known)
+        if place is None:
+            return None
+        owner, functional, source = place
+        name = base_name(owner, functional, rectifier.kind)
+        if values is None:
+            self.unwatched.setdefault(name, "its input is not a plain tensor (nested, sparse, or under `vmap`)")
+            return None
+        dims = self._dims(name, known, values)
+        if dims is None:
+            self.unwatched.setdefault(name, "no dimension of its input holds units; name one with `unit_dims`")
+            return None
+        units = count_units(values, dims)
+        if not self._is_steady((owner, functional, rectifier.kind, source), units):
+            self._site_calls.clear()
+            self.unwatched[name] = (
+                "its number of units changes from call to call; name their dimension with `unit_dims`"
+            )
+            return None
+        traced = not source[0].startswith("#")
+        site = Site(owner, functional, rectifier.kind, source, units, rectifier.smooth, rectifier.cap, traced)
+        found = SiteCall(site, rectifier, dims)
+        if key[:-2] in self._sources:  # else the next call alike may be another site
+            self._site_calls[key] = found
+        return found
+
+    def _is_steady(self, place: tuple[Any, ...], units: int) -> bool:
+        """Note the number of units of a place, and tell whether it has not changed too often."""
+        widths = self._widths.setdefault(place, set())
+        if len(widths) <= _MOST_WIDTHS:
+            widths.add(units)
+        return len(widths) <= _MOST_WIDTHS
+
+    def _dims(self, name: str, known: Provenance, x: Tensor) -> tuple[int, ...] | None:
+        for pattern, dim in self._unit_dims.items():
+            if matches(name, pattern):
+                return (dim if dim < 0 else dim - x.ndim,)
+        fits = known.dims is not None and all(-dim <= x.ndim for dim in known.dims)
+        return (known.dims or guess_dims(x.ndim)) if fits else None
+
+    def _place(self, known: Provenance) -> tuple[str, bool, tuple[str, ...]] | None:
+        """Tell the owner of this call and what tells it from the owner's other calls; None if it is no site."""
+        stack, owner = self.stack, self.stack.path
+        functional = not (stack and (is_rectifier_module(stack[-1].module) or owner in self.substituted))
+        key = (*stack.paths, known)
+        if key in self._sources:
+            return owner, functional, self._sources[key]
+        own = next((names for call in reversed(stack) if call.path and (names := call.owned(known.producers))), ())
+        if functional and not own and not (known.producers and self._runs(self._model)):
+            return None
+        home = next((call for call in reversed(stack) if call.has_weights()), None)
+        if not known.producers or (home and home.is_passed_by(known)):
+            return owner, functional, (home.number(owner) if home else "#0",)
+        source = (*(own or sorted(known.producers)), *_details(known))
+        if own:  # else it depends on which forward is running
+            self._sources[key] = source
+        return owner, functional, source
+
+
+def _details(known: Provenance) -> list[str]:
+    """Tell apart what the same producers feed: slices of their output, and a rectifier behind a rectifier."""
+    return [*([known.part] if known.part else []), *([f"+{known.passed}"] if known.passed else [])]
+
+
+def activations_in(output: Any) -> list[Tensor]:
+    """List the tensors that a function returned, if the first holds numbers and no indices."""
+    if isinstance(output, Tensor):
+        outputs = [output]
+    elif isinstance(output, (list, tuple)):
+        outputs = [item for item in output if isinstance(item, Tensor)]
+    else:
+        return []
+    return outputs if outputs and (outputs[0].is_floating_point() or outputs[0].is_complex()) else []
+
+
+def _holds_data(x: Tensor) -> bool:
+    return x.is_floating_point() and x.ndim > 0 and x.device.type != "meta" and (x.is_nested or x.numel() > 0)
