@@ -4,8 +4,8 @@ import dataclasses
 
 import torch
 
-from lightning_deadrelu.model.slices import Slice
-from lightning_deadrelu.remedies import LEVELS, SiteView
+from lightning_deadrelu.model.slices import Attribution, Slice
+from lightning_deadrelu.remedies import LEVELS, InitDistribution, SiteView
 from lightning_deadrelu.statistics import SiteReport
 
 
@@ -30,3 +30,26 @@ def view_of(attribution, dead, values, laws, frozen=None, quantiles=None, peak=N
     if quantiles is None:
         quantiles = torch.full((len(LEVELS), len(dead)), torch.nan, dtype=torch.float64)
     return SiteView(report_of(dead, frozen, peak), units, attribution, values, laws, quantiles)
+
+
+def layer(units=6, width=4, bias=True, norm=False):
+    """Values, laws and attribution of a layer that was trained away from its laws."""
+    values = {"fc.weight": torch.full((units, width), 0.3), "head.weight": torch.randn(3, units)}
+    laws = {"fc.weight": InitDistribution(0.0, 0.5, True)}
+    incoming = [rows("fc.weight", "weight", units)]
+    if bias:
+        values["fc.bias"], laws["fc.bias"] = torch.full((units,), -9.0), InitDistribution(0.25, 0.0, False)
+        incoming.append(rows("fc.bias", "bias", units))
+    if norm:
+        for name, role in (("weight", "scale"), ("bias", "shift"), ("mean", "mean"), ("var", "variance")):
+            values[f"bn.{name}"] = torch.full((units,), -3.0)
+            laws[f"bn.{name}"] = InitDistribution(0.0, 0.0, False)
+            incoming.append(rows(f"bn.{name}", role, units))
+    return values, laws, Attribution(tuple(incoming), (rows("head.weight", "reader", units, (1,)),))
+
+
+def mask(*flags):
+    return torch.tensor(flags, dtype=torch.bool)
+
+
+DEAD = mask(0, 1, 0, 1, 0, 0)

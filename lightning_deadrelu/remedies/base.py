@@ -146,6 +146,18 @@ class Warmth(NamedTuple):
     steps: int
 
 
+class Lift(NamedTuple):
+    """Amounts that are added to parameters little by little: an equal part after each of some optimizer steps.
+
+    Args:
+        rises: What is added in all to which entries, of the treated units alone.
+        steps: The number of parts.
+    """
+
+    rises: tuple[Write, ...]
+    steps: int
+
+
 class Activation(NamedTuple):
     """Another activation for the site's module.
 
@@ -166,11 +178,13 @@ class Edits:
 
     Args:
         writes: Entries of parameters and buffers.
+        lift: What parameters are to rise by, step by step.
         warmth: A term for a time.
         activation: Another activation.
     """
 
     writes: tuple[Write, ...] = ()
+    lift: Lift | None = None
     warmth: Warmth | None = None
     activation: Activation | None = None
 
@@ -196,7 +210,7 @@ class Remedy(_Derivable):
         max_edits_per_site: Edits of one site in a run; None for no limit.
         start_step: First training batch at which it may act.
         stop_step: Training batch from which on it acts no more; None for never.
-        evidence: Samples for which a unit has to have been silent; None for ten times the monitor's ``min_samples``.
+        evidence: Samples for which a unit has to have been silent; None for the monitor's ``min_samples``.
         significance: If given, a unit is treated once its silence is as improbable as this under its own
             history, whatever its age: self-normalised resets (Farias and Jozefiak 2024, arXiv 2410.20098). Units
             that have never fired go by ``evidence``.
@@ -227,7 +241,7 @@ class Remedy(_Derivable):
     """
 
     patience: int = 1
-    cooldown: int = 2
+    cooldown: int = 1
     attempts: int | None = 3
     max_edits: int | None = None
     max_edits_per_site: int | None = None
@@ -281,6 +295,11 @@ class Remedy(_Derivable):
     @property
     def treats_frozen(self) -> bool:
         """Whether units that fire, but put out one value whatever the input, are treated too."""
+        return False
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the network's output changes by nothing when an edit is made: a loss that rises is not its doing."""
         return False
 
     def propose(self, view: SiteView, generator: torch.Generator) -> Edits:

@@ -13,7 +13,6 @@ from torch import Tensor
 from lightning_deadrelu.remedies import Remedy
 from lightning_deadrelu.statistics import LivenessReport, SiteReport
 
-_EVIDENCE_FACTOR = 10  # an edit asks for so much more evidence than a verdict
 _SUCCESS = 0.5  # share of the treated units that has to fire afterwards
 _JUMP_IN_STDS = 5.0
 _SOON = 10  # verdicts
@@ -157,7 +156,7 @@ class EscalationPolicy:
     def __init__(self, rungs: Sequence[Remedy], threshold: float, min_samples: int) -> None:
         self.rungs = tuple(rungs)
         self._threshold = threshold
-        self._evidence = _EVIDENCE_FACTOR * min_samples
+        self._min_samples = min_samples
         self.sites: dict[str, Progress] = {}
         self.edits = [0] * len(self.rungs)
 
@@ -169,7 +168,7 @@ class EscalationPolicy:
         Args:
             report: The verdict on a whole window.
             loss: Over that window.
-            busy: Sites in which a term is still being annealed away; they wait.
+            busy: Sites in which an edit is still under way; they wait.
 
         Returns:
             Requests, in the order of execution, and what became of earlier edits.
@@ -212,9 +211,9 @@ class EscalationPolicy:
         return [event, *self._climb(progress, request.site, step)]
 
     def dropped(self, site: str, step: int) -> Event:
-        """Note that training ended while a term was in flight."""
+        """Note that training ended while an edit was under way."""
         rung = self.sites[site].rung if site in self.sites else len(self.rungs)
-        why = "training ended before its term was annealed away"
+        why = "training ended before its edit was complete"
         return Event(step, site, "dropped", _name(self.rungs[rung]) if rung < len(self.rungs) else "", reason=why)
 
     def _harm(self, progress: Progress, site: SiteReport, step: int, loss: Loss | None) -> list[Event]:
@@ -223,7 +222,8 @@ class EscalationPolicy:
         if trial is None or not trial.fresh:
             return []
         trial.fresh = False
-        if trial.dry or not trial.loss or loss is None or not Loss(*trial.loss).jumped_to(loss):
+        exact = self.rungs[progress.rung].is_exact  # the loss rose, but not by this edit
+        if exact or trial.dry or not trial.loss or loss is None or not Loss(*trial.loss).jumped_to(loss):
             return []
         progress.trial = None
         progress.harms += 1
@@ -245,7 +245,7 @@ class EscalationPolicy:
 
     def _conclude(self, progress: Progress, site: SiteReport, trial: Trial, step: int) -> list[Event]:
         """Judge an edit by who of the treated fires now."""
-        back = trial.units & ~site.silent & ~site.frozen
+        back = trial.units & ~site.silent & ~site.frozen & ~site.rare
         share = int(back.sum()) / int(trial.units.sum())
         why = f"{int(back.sum())} of {int(trial.units.sum())} treated units fire"
         progress.harms = progress.rest = 0
@@ -284,7 +284,7 @@ class EscalationPolicy:
         if progress.trial is not None or progress.rung >= len(self.rungs):
             return None
         remedy = self.rungs[progress.rung]
-        units = candidates(site, remedy, self._evidence)
+        units = candidates(site, remedy, self._min_samples)
         share = int(units.sum()) / site.units  # those that died lately have to wait: an attempt would pass them by
         progress.above = progress.above + 1 if share > self._threshold else 0
         spent = remedy.max_edits_per_site is not None and progress.edits >= remedy.max_edits_per_site

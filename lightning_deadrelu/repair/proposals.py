@@ -78,7 +78,8 @@ def digest(cases: Sequence[Case], proposals: Sequence[Edits | str | None]) -> by
     for (request, view), proposal in zip(cases, proposals, strict=True):
         parts += [request.site, request.rung, view.units.tolist()]
         if isinstance(proposal, Edits):
-            parts += [_boiled(write, view.values) for write in proposal.writes]
+            rises = proposal.lift.rises if proposal.lift else ()
+            parts += [_boiled(write, view.values) for write in (*proposal.writes, *rises)]
             parts += [proposal.warmth and proposal.warmth.gamma.tolist(), repr(proposal.activation)]
         else:
             parts.append(proposal)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from lightning_deadrelu.observe.watch import NOT_TRACED, Watch
 from lightning_deadrelu.remedies import Activation, Edits, InitDistribution, Remedy, SiteView
 from lightning_deadrelu.repair.activation_swap import no_module, records, rectifiers, reinstate_, substitute_
 from lightning_deadrelu.repair.forward_edits import ForwardEdits, is_compiled
+from lightning_deadrelu.repair.lift import Lifts
 from lightning_deadrelu.repair.optimizer_state import left_alone
 from lightning_deadrelu.repair.policy import EscalationPolicy, Event, Loss, Request
 from lightning_deadrelu.repair.proposals import Case, confirmed, digest, fed_by_linear, fires_now, generator_of
@@ -89,6 +91,7 @@ class Repair:
         """Whether it is traced what feeds and reads each site."""
         self.ladder = EscalationPolicy(rungs, threshold, min_samples)
         self.terms = ForwardEdits()
+        self._lifts = Lifts()
         self.events: deque[Event] = deque()
         self.edited: dict[str, list[int]] = {}
         """Units edited since the last report, by site."""
@@ -138,11 +141,18 @@ class Repair:
         patient.watch.trace()
 
     def end(self, patient: Patient, last: bool) -> None:
-        """Take terms out again; after the last batch of an accumulated one go on with the anneal."""
+        """Take terms out again; after the last batch of an accumulated one go on with anneals and lifts."""
         self.terms.end()
         patient.watch.offsets = {}
+        if last and self._lifts.sites:
+            self._advance_lifts(patient)
         if last and self.terms.advance():
             patient.watch.substitutes = rectifiers(patient.model) | self.terms.rectifiers
+
+    def _advance_lifts(self, patient: Patient) -> None:
+        reshard_(patient.model)
+        with _ends_run(patient.joint):
+            self._lifts.advance(tensors_of(patient.model))
 
     def note_loss(self, loss: Tensor | None) -> None:
         """Add up the losses of observed batches, without looking at them."""
@@ -164,7 +174,7 @@ class Repair:
         if self.refusal or not self.ladder.rungs:
             return
         self._loss = Loss.of(losses)
-        self._requests, events = self.ladder.decide(report, self._loss, self.terms.sites)
+        self._requests, events = self.ladder.decide(report, self._loss, [*self.terms.sites, *self._lifts.sites])
         self._take_back([event.site for event in events if event.action == "escalated"], patient)
         self._report = report if self._requests else None
         self._layers = self._linear_layers(patient) if self._requests else {}
@@ -243,7 +253,10 @@ class Repair:
             return None  # they may be readers that run in other batches
         try:
             edits = remedy.propose(view, generator_of(remedy, view))
-            reason = check_writes(edits.writes, patient.model, patient.optimizers)
+            rises = edits.lift.rises if edits.lift else ()
+            reason = check_writes((*edits.writes, *rises), patient.model, patient.optimizers)
+            if edits.warmth and not reason:
+                reason = view.attribution.no_outlet or _compiled(view.attribution, patient)
         except Exception as error:
             return f"its `propose` failed: {type(error).__name__}: {error}"
         return reason or (edits if edits != Edits() else "it proposes nothing for these units")
@@ -308,12 +321,10 @@ class Repair:
     def _apply(self, edits: Edits, view: SiteView, patient: Patient) -> None:
         alive = ~view.report.silent & ~view.report.frozen
         live = [one.of(alive) for one in (*view.attribution.incoming, *view.attribution.outgoing)]
-        try:
+        with _ends_run(patient.joint):
             write_(edits.writes, patient.model, patient.optimizers, live)
-        except Exception as error:
-            if patient.joint:
-                raise Diverged(f"an edit failed on this rank, which now differs from the others: {error!r}") from error
-            raise
+        if edits.lift:
+            self._lifts.add(view.report.name, edits.lift)
         watch = patient.watch
         number = watch.layout.number(view.report.name)
         site, dims = watch.sites[number], watch.dims[number]
@@ -350,13 +361,15 @@ class Repair:
 
     def stop(self, step: int) -> None:
         """Take out of the model what was there for a time; harmless when there is nothing."""
-        self._note([self.ladder.dropped(site, step) for site in self.terms.clear()])
+        sites = dict.fromkeys([*self.terms.clear(), *self._lifts.clear()])
+        self._note([self.ladder.dropped(site, step) for site in sites])
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed run needs, as plain values and tensors."""
         return {
             "ladder": self.ladder.state_dict(),
             "terms": self.terms.state_dict(),
+            "lifts": self._lifts.state_dict(),
             "laws": {name: list(law) for name, law in self._laws.items()},
             "requests": [list(request) for request in self._requests],
             "sites": [site.__getstate__() for site in self._report.sites] if self._report else [],
@@ -373,6 +386,7 @@ class Repair:
         self.ladder.load_state_dict(state["ladder"])
         if self.ladder.rungs:
             self.terms.load_state_dict(state["terms"], patient.model)
+            self._lifts.load_state_dict(state["lifts"])
         patient.watch.substitutes = rectifiers(patient.model) | self.terms.rectifiers
         self._laws = {name: InitDistribution(*law) for name, law in state["laws"].items()} or self._laws
         asked = [Request(*request) for request in state["requests"]]
@@ -385,6 +399,17 @@ class Repair:
         self._loss = Loss(*state["loss"]) if state["loss"] else None
         self.edited = dict(state["edited"])
         self.events = deque(Event._make([*event[:4], tuple(event[4]), *event[5:]]) for event in state["events"])
+
+
+@contextmanager
+def _ends_run(joint: bool) -> Iterator[None]:
+    """Have an error end the run where other ranks have written what this one could not."""
+    try:
+        yield
+    except Exception as error:
+        if joint:
+            raise Diverged(f"an edit failed on this rank, which now differs from the others: {error!r}") from error
+        raise
 
 
 def _edited_names(remedy: Remedy, attribution: Attribution) -> list[str]:

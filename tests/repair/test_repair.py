@@ -421,7 +421,7 @@ class Peek(Callback):
 
 def test_validation_never_sees_a_term():
     torch.manual_seed(0)
-    monitor, peek = DeadReLUMonitor(remedy=BiasWarming(steps=100), **EAGER), Peek()
+    monitor, peek = DeadReLUMonitor(remedy=BiasWarming(steps=100, at_once=True), **EAGER), Peek()
     fit(Net(mlp(3)), batches(20, 8), monitor, peek, val=batches(2), val_check_interval=4)
     assert "edited" in actions(monitor)
     assert peek.outputs
@@ -430,13 +430,15 @@ def test_validation_never_sees_a_term():
 
 def test_a_term_in_flight_is_dropped_when_training_ends_and_that_is_said():
     torch.manual_seed(0)
-    model, monitor = Net(mlp(3)), DeadReLUMonitor(remedy=BiasWarming(steps=1000), **EAGER)
+    model, monitor = Net(mlp(3)), DeadReLUMonitor(remedy=BiasWarming(steps=1000, at_once=True), **EAGER)
     fit(model, batches(20, 8), monitor)
     assert actions(monitor)[-1] == "dropped"
     assert not any(module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("remedy", [BiasWarming(steps=1000), LeakySlope(ramp_steps=1000)], ids=["gamma", "ramp"])
+@pytest.mark.parametrize(
+    "remedy", [BiasWarming(steps=1000, at_once=True), LeakySlope(ramp_steps=1000)], ids=["gamma", "ramp"]
+)
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_gone_means_gone_also_after_an_error(remedy, error):
     class Stop(Callback):
@@ -463,9 +465,10 @@ def test_a_checkpoint_saved_after_an_error_holds_the_terms_in_flight(tmp_path):
             trainer.save_checkpoint(tmp_path / "error.ckpt")
 
     with pytest.raises(RuntimeError):
-        run_to_the_end(BiasWarming(steps=30), tensors(20, 8), Stop())
+        run_to_the_end(BiasWarming(steps=30, at_once=True), tensors(20, 8), Stop())
     (state,) = torch.load(tmp_path / "error.ckpt", weights_only=True)["callbacks"].values()
     assert {term["site"] for term in state["repair"]["terms"]["terms"]} >= {"net.1"}
+    assert state["repair"]["lifts"].keys() >= {"net.1"}
 
 
 @pytest.mark.parametrize("later", [None, "reset", ["reset", "leaky"]], ids=str)
@@ -514,7 +517,7 @@ def test_a_ladder_that_starts_with_an_activation_goes_on_with_a_reset():
 
 def test_a_unit_under_a_term_is_judged_without_it():
     torch.manual_seed(0)
-    monitor = DeadReLUMonitor(remedy=BiasWarming(steps=10_000), include=["net.1"], **EAGER)
+    monitor = DeadReLUMonitor(remedy=BiasWarming(steps=10_000, at_once=True), include=["net.1"], **EAGER)
     fit(Net(mlp(3), lr=0.0), batches(40, 8), monitor)
     assert monitor.report["net.1"].dead[:3].all()
 
@@ -621,11 +624,19 @@ def test_a_compiled_model_is_repaired(remedy):
     torch.compiler.reset()
 
 
-def test_bias_warming_is_refused_for_a_compiled_model():
+def test_warming_at_once_is_refused_for_a_compiled_model():
     torch.manual_seed(0)
-    monitor = DeadReLUMonitor(remedy="bias_warming", include=["net.1"], **EAGER)
+    monitor = DeadReLUMonitor(remedy=BiasWarming(at_once=True), include=["net.1"], **EAGER)
     with pytest.warns(UserWarning, match="BiasWarming refused `net.1`: the model is compiled"):
         fit(torch.compile(Net(mlp(3)), backend="eager"), batches(20, 8), monitor)
+    torch.compiler.reset()
+
+
+def test_a_compiled_model_is_lifted():
+    torch.manual_seed(0)
+    monitor = DeadReLUMonitor(remedy=BiasWarming(steps=5), include=["net.1"], **EAGER)
+    fit(torch.compile(Net(mlp(3)), backend="eager"), batches(40, 8), monitor)
+    assert actions(monitor)[:2] == ["edited", "revived"]
     torch.compiler.reset()
 
 
