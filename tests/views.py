@@ -4,7 +4,8 @@ import dataclasses
 
 import torch
 
-from lightning_deadrelu.model.slices import Attribution, Slice
+from lightning_deadrelu.attribution.result import Attribution
+from lightning_deadrelu.model.slices import Slice
 from lightning_deadrelu.remedies import LEVELS, InitDistribution, SiteView
 from lightning_deadrelu.statistics import SiteReport
 

@@ -28,7 +28,7 @@ def raised(view: SiteView, height: Tensor) -> tuple[Write, ...]:
         What is added to which entries; empty where nothing that feeds the site can raise its units.
 
     Example:
-        >>> from lightning_deadrelu.model.slices import Attribution
+        >>> from lightning_deadrelu.attribution.result import Attribution
         >>> bias = Slice("fc.bias", "bias", torch.arange(2), torch.arange(2)[:, None], (0,))
         >>> report, nan = None, torch.full((11, 2), torch.nan)
         >>> view = SiteView(report, torch.ones(2) > 0, Attribution((bias,)), {"fc.bias": torch.zeros(2)}, {}, nan)

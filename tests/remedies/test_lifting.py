@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from views import DEAD, layer, mask, report_of, rows, view_of
 
-from lightning_deadrelu.model.slices import Attribution
+from lightning_deadrelu.attribution.result import Attribution
 from lightning_deadrelu.remedies import LEVELS, SiteView
 from lightning_deadrelu.remedies.lifting import raised
 
