@@ -463,8 +463,8 @@ class Monitoring(Callback):
                 state["selection"] = self._settings.selection
                 state["told"] = sorted(self._told)
                 state["sites"] = [list(site) for site in self._watch.sites]
-                state["totals"] = joined[0].saved()
-                state["history"] = self._history.saved()
+                state["totals"] = encode(joined[0])
+                state["history"] = encode(self._history)
                 state["never_trained"] = self._gradients.save(self._trainer.lightning_module)
                 state["evidence"] = self._evidence.state_dict(self._watch) if self._evidence else None
                 state["repair"] = self._repair.state_dict()
@@ -505,9 +505,9 @@ class Monitoring(Callback):
         )
         if self._evidence and state["evidence"]:
             self._evidence.load_state_dict(state["evidence"], self._watch.sites)
-        self._history = UnitHistory.loaded(state["history"])
+        self._history = decode(UnitHistory, state["history"])
         self._recorder.restore(decode(RecorderState, state["recorder"]))
-        totals = Totals.loaded(state["totals"])
+        totals = decode(Totals, state["totals"])
         if totals.samples.shape[-1] != self.window:  # the open window has another length: start anew
             self._observation, self._steps = 0, []
         elif trainer.global_rank == 0:  # it holds the counts of all ranks

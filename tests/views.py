@@ -18,7 +18,7 @@ def report_of(dead, frozen=None, peak=None):
     units = len(dead)
     frozen = torch.zeros(units, dtype=torch.bool) if frozen is None else frozen
     fields = {field.name: torch.zeros(units, dtype=torch.bool) for field in dataclasses.fields(SiteReport)}
-    fields |= {name: torch.zeros(units) for name in ("firing_rate", "dormancy")}
+    fields |= {name: torch.zeros(units) for name in ("dormancy", "fired")}
     fields |= {"name": "act", "kind": "relu", "units": units, "samples": 9, "elements": 9}
     fields |= {"trainable": True, "smooth": False, "dead": dead, "silent": dead, "frozen": frozen}
     fields |= {"age": torch.zeros(units, dtype=torch.int64)}

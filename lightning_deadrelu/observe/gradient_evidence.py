@@ -238,18 +238,17 @@ class GradientEvidence:
             totals: The window's counts, merged over ranks, on the CPU.
             layout: Of its sites.
         """
-        _, last, _, nonfinite, _, moved = totals.maxima
-        denied = (last < 0) & (nonfinite < NAN) & (moved > 0)
+        denied = (totals.last_fired < 0) & (totals.nonfinite < NAN) & (totals.moved > 0)
         seen = totals.samples.sum(1) > 0
         found = [number for number, place in enumerate(layout.places) if seen[number] and denied[place].any()]
         if new := [number for number in found if layout.sites[number] not in self._refuted]:
             self._refuted |= {layout.sites[number] for number in new}
             self._tell(_REFUTED.format(", ".join(f"`{layout.names[number]}`" for number in new)))
-        maxima = totals.maxima.clone()
+        kept = replace(totals, maxima=totals.maxima.clone())
         for site, place in zip(layout, layout.places, strict=True):
             if site in self._refuted:
-                maxima[-2, place] = -1
-        return replace(totals, maxima=maxima)
+                kept.proved[place] = -1
+        return kept
 
     def state_dict(self, watch: Watch) -> dict[str, Any]:
         """Return what a resumed run needs, as plain values and tensors; sites go by their number."""

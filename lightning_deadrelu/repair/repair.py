@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_deadrelu.attribution import joined_over_ranks, plain
 from lightning_deadrelu.attribution.result import Attribution
+from lightning_deadrelu.checkpoint import decode, encode
 from lightning_deadrelu.model.sharding import reshard_
 from lightning_deadrelu.model.sites import clean
 from lightning_deadrelu.model.trainable import Gradients
@@ -372,7 +373,7 @@ class Repair:
             "lifts": self._lifts.state_dict(),
             "laws": {name: list(law) for name, law in self._laws.items()},
             "requests": [list(request) for request in self._requests],
-            "sites": [site.__getstate__() for site in self._report.sites] if self._report else [],
+            "sites": [encode(site) for site in self._report.sites] if self._report else [],
             "step": self._report.step if self._report else 0,
             "layers": dict(self._layers),
             "losses": self.losses,
@@ -392,7 +393,7 @@ class Repair:
         asked = [Request(*request) for request in state["requests"]]
         self._requests = [request for request in asked if request.rung < len(self.ladder.rungs)]
         if self._requests:
-            self._report = LivenessReport(tuple(SiteReport(**site) for site in state["sites"]), state["step"])
+            self._report = LivenessReport(tuple(decode(SiteReport, site) for site in state["sites"]), state["step"])
         if not patient.joint or ranks.rank() == 0:  # it holds the losses of all ranks
             self.losses = state["losses"].to(self.losses)
         self._layers = dict(state["layers"])

@@ -50,11 +50,11 @@ class RunHistory:
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain values and tensors."""
-        peaks = self._peaks.state_dict()
+        peaks = self._peaks.state
         return {"raster": self.raster.state_dict(), "peaks": peaks, "at_risk_fraction": self.at_risk_fraction}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what was saved."""
         self.raster.load_state_dict(state["raster"])
-        self._peaks.load_state_dict(state["peaks"])
+        self._peaks.restore(state["peaks"])
         self.at_risk_fraction = state["at_risk_fraction"]

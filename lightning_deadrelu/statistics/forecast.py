@@ -218,16 +218,17 @@ class Peaks(Mapping[str, Tensor]):
         """Forecast in how many windows each unit of a site falls silent; infinite where it does not sink."""
         return forecast(self[site]).windows_left
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return plain values and tensors, as ``torch.load(weights_only=True)`` takes them."""
-        return {"windows": self._windows, "rings": dict(self)}
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The peaks by site, as :meth:`restore` takes them."""
+        return dict(self)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state; of a longer memory, keep what fits."""
-        self._rings = {name: _Ring(self._windows, ring.shape[1]) for name, ring in state["rings"].items()}
-        for name, ring in self._rings.items():
-            for peak in state["rings"][name][-self._windows :]:
-                ring.add(peak)
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a saved :attr:`state`; of a longer memory, keep what fits."""
+        self._rings = {name: _Ring(self._windows, peaks.shape[1]) for name, peaks in state.items()}
+        for name, peaks in state.items():
+            for peak in peaks[-self._windows :]:
+                self._rings[name].add(peak)
 
 
 def at_risk_fraction(report: LivenessReport, at_risk: Mapping[str, Tensor]) -> float:

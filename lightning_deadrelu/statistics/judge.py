@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_deadrelu.model.layout import Layout
 from lightning_deadrelu.statistics.report import LivenessReport, SiteReport
-from lightning_deadrelu.statistics.totals import CONSTANT, FINITE, NAN, Totals, UnitHistory
+from lightning_deadrelu.statistics.totals import FINITE, NAN, Totals, UnitHistory
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -60,41 +60,30 @@ def judge(
     Returns:
         The report, and the history for the next window.
     """
-    before = history.extended(layout.units)
+    before = history.extended(layout)
     steps = [*steps, *[step] * (totals.samples.shape[1] - len(steps))]  # an observation may be under way
     found, history = _units(totals, before, layout, rules, steps)
     parts = zip(*(values.split([site.units for site in layout]) for values in found.values()), strict=True)
-    counted = zip(totals.samples.sum(1).tolist(), totals.elements.tolist(), strict=True)
+    sizes = zip(totals.samples.sum(1).tolist(), totals.elements.sum(1).tolist(), strict=True)
     learns = [True] * len(layout) if trainable is None else trainable
     reports = [
-        SiteReport(name, site.kind, site.units, *sizes, trains, site.smooth, **_rated(found, part, sizes[1]))
-        for site, name, sizes, trains, part in zip(layout, layout.names, counted, learns, parts, strict=True)
+        SiteReport(name, site.kind, site.units, *size, trains, site.smooth, **dict(zip(found, part, strict=True)))
+        for site, name, size, trains, part in zip(layout, layout.names, sizes, learns, parts, strict=True)
         if site.units  # without, the site was left out and only keeps its place
     ]
     return LivenessReport(tuple(reports), step, dict(unwatched or {})), history
 
 
-def _rated(names: Iterable[str], part: Sequence[Tensor], elements: int) -> dict[str, Any]:
-    """Name the fields of a site, and have the rates be worked out from their counts when they are first asked for."""
-    named, rate = dict(zip(names, part, strict=True)), torch.get_default_dtype()
-    fired, ever, seen = named.pop("fired"), named.pop("fired_ever"), named.pop("seen")
-    rates = {
-        "firing_rate": lambda: fired.double() / max(elements, 1),
-        "usual_rate": lambda: ever.to(rate) / seen.to(rate).clamp(min=1),
-    }
-    return named | rates
-
-
 def _units(
     totals: Totals, before: UnitHistory, layout: Layout, rules: Rules, steps: Sequence[int]
 ) -> tuple[dict[str, Tensor], UnitHistory]:
-    """Judge the units of all sites end to end: fields of :class:`SiteReport` and counts by name, and the next history.
+    """Judge the units of all sites end to end: fields of :class:`SiteReport` by name, and the next history.
 
     In NumPy, whose comparisons take a third of the time that torch's take on a CPU.
     """
     was_dead, ever, returned = before.dead.numpy(), before.ever.numpy(), before.revived.numpy()
-    _, last, varied, nonfinite, proved, _ = totals.maxima.numpy()
-    fires, sane, proven = last >= 0, nonfinite < NAN, proved >= 0
+    nonfinite = totals.nonfinite.numpy()
+    fires, sane, proven = totals.last_fired.numpy() >= 0, nonfinite < NAN, totals.proved.numpy() >= 0
     shown = fires | proven
     found = _by_site(totals, before, layout, steps, ~shown)
     known, hard = found.pop("known"), found.pop("hard")
@@ -104,14 +93,22 @@ def _units(
     newly_dead, revived = dead & ~was_dead, lives & was_dead
     found |= {"dead": dead, "silent": silent, "judged": lives | dead, "newly_dead": newly_dead, "revived": revived}
     found |= {"born_dead": dead & ~(ever | proven), "redied": newly_dead & returned, "nonfinite": nonfinite > FINITE}
-    found |= {"rare": lives & found["rare"], "frozen": fires & (varied == CONSTANT)}
+    found |= {"rare": lives & found["rare"], "frozen": fires & sane & totals.constant(layout).numpy()}
     found["dormant"] = known & sane & (found["dormancy"] <= rules.tau)
     found["always_on"] &= known
     units = {key: torch.from_numpy(values) for key, values in found.items()}
-    flags = [torch.from_numpy(mask) for mask in (ever | shown, dead | (was_dead & ~lives), returned | revived)]
     units["fired_ever"] = before.fired + totals.fired
-    units["peak"] = totals.maxima[0].to(totals.magnitude.dtype, copy=True)
-    return units, UnitHistory(units["age"], *flags, *(units[key] for key in ("fired_ever", "seen", "last_fired")))
+    units["peak"] = totals.peak.to(totals.magnitude.dtype, copy=True)
+    return units, UnitHistory(
+        age=units["age"],
+        ever=torch.from_numpy(ever | shown),
+        dead=torch.from_numpy(dead | (was_dead & ~lives)),
+        revived=torch.from_numpy(returned | revived),
+        fired=units["fired_ever"],
+        seen=units["seen"],
+        last_fired=units["last_fired"],
+        elements=before.elements + totals.elements.sum(1),
+    )
 
 
 def _by_site(
@@ -122,16 +119,18 @@ def _by_site(
     dtypes = {"known": bool, "hard": bool, "always_on": bool, "rare": bool, "dormancy": magnitude.dtype}
     dtypes |= {"age": np.int64, "seen": np.int64, "last_fired": np.int32}
     flat = {key: np.empty(len(quiet), dtype) for key, dtype in dtypes.items()}
-    most = int(totals.elements.max()) if len(layout) else 0
+    elements = totals.elements.sum(1).tolist()
+    most = max(elements, default=0)
     flat["fired"] = totals.fired.numpy().astype(np.int32 if most < 2**31 else np.int64)  # half the bytes to compare
     after = _after(totals.samples)
     for index, (site, place) in enumerate(zip(layout, layout.places, strict=True)):
-        known, elements = bool(after[index, 0]), int(totals.elements[index])
+        known, so_far = bool(after[index, 0]), int(before.elements[index]) + elements[index]
         part = {key: values[place] for key, values in flat.items()}
         part["known"][:], part["hard"][:] = known, known and not site.smooth
-        _compare(part, before.seen[place].numpy(), elements)
-        _dormancy(part["dormancy"], magnitude[place], max(elements, 1))
-        behind, proved = totals.maxima[1, place].int().add_(1), totals.maxima[4, place].int()  # observations until then
+        _compare(part, elements[index])
+        part["seen"][:] = np.where(part["fired"] > 0, so_far, before.seen[place].numpy())
+        _dormancy(part["dormancy"], magnitude[place], max(elements[index], 1))
+        behind, proved = totals.last_fired[place].int().add_(1), totals.proved[place].int()  # observations until then
         torch.index_select(after[index], 0, behind.maximum(proved), out=torch.from_numpy(part["age"]))
         part["age"] += before.age[place].numpy() * quiet[place]
         torch.index_select(number, 0, behind, out=torch.from_numpy(part["last_fired"]))
@@ -145,12 +144,10 @@ def _after(samples: Tensor) -> Tensor:
     return torch.cat([later, later.new_zeros(len(later), 1)], 1)
 
 
-def _compare(part: dict[str, Array], seen: Array, elements: int) -> None:
-    """Compare with the site's elements. Windows of silence say nothing of how a unit was alive, and are not added."""
-    fired = part["fired"]
-    np.equal(fired, elements, out=part["always_on"])
-    np.less(fired, _least_usual(elements), out=part["rare"])
-    np.add(seen, (fired > 0) * fired.dtype.type(elements), out=part["seen"])
+def _compare(part: dict[str, Array], elements: int) -> None:
+    """Compare how often units fired with the site's elements."""
+    np.equal(part["fired"], elements, out=part["always_on"])
+    np.less(part["fired"], _least_usual(elements), out=part["rare"])
 
 
 def _least_usual(elements: int) -> int:
@@ -167,27 +164,19 @@ def _least_usual(elements: int) -> int:
 
 
 def _dormancy(out: Array, magnitude: Array, elements: int) -> None:
-    """Do what :func:`dormancy_of` does, in place, and pass over what is no number."""
+    """Divide each unit's mean absolute output by the layer's mean: the ReDo score, in place.
+
+    A layer that puts out nothing at all scores 0 throughout; what is not a finite number counts as no output in the
+    layer's mean. Source: Sokar et al. 2023, arXiv 2302.12902, whose scores average 1.
+
+    Args:
+        out: Where to put it, shape ``(units,)``.
+        magnitude: Sum of the absolute output, shape ``(units,)``.
+        elements: Elements per unit.
+    """
     np.divide(magnitude, elements, out=out)
     layer = float(torch.from_numpy(out).mean())
     if not math.isfinite(layer):
         np.divide(np.nan_to_num(magnitude, nan=0.0, posinf=0.0), elements, out=out)
         layer = float(torch.from_numpy(out).mean())
     np.divide(out, layer, out=out) if layer > 0 else out.fill(0.0)
-
-
-def dormancy_of(mean: Tensor) -> Tensor:
-    """Divide each unit's mean absolute output by the layer's mean: the ReDo score.
-
-    A layer that puts out nothing at all scores 0 throughout. Source: Sokar et al. 2023, arXiv 2302.12902,
-    whose scores average 1.
-
-    Args:
-        mean: Mean absolute output, shape ``(units,)``.
-
-    Example:
-        >>> dormancy_of(torch.tensor([0.0, 1.0, 3.0, 4.0]))
-        tensor([0.0000, 0.5000, 1.5000, 2.0000])
-    """
-    layer = mean.mean()
-    return torch.where(layer > 0, mean / layer, 0.0)

@@ -17,10 +17,10 @@ from lightning_deadrelu.model.sites import Site
 from lightning_deadrelu.statistics.counts import RELU, Counts, count
 from lightning_deadrelu.statistics.judge import Rules, judge
 from lightning_deadrelu.statistics.report import LivenessReport
-from lightning_deadrelu.statistics.totals import CONSTANT, FINITE, INFINITE, NAN, UNKNOWN, VARIES, Totals, UnitHistory
+from lightning_deadrelu.statistics.totals import FINITE, INFINITE, NAN, NOTHING, Totals, UnitHistory
 
 _UNIT_DIM = {"maxima": 1}
-_NOTHING = (-math.inf, -1.0, UNKNOWN, FINITE, -1.0, 0.0)  # by row of the maxima
+_LATEST = slice(3, 5)  # the rows of the maxima that hold the last observation alone
 
 
 class UnitLiveness(Metric):
@@ -65,13 +65,13 @@ class UnitLiveness(Metric):
         self.rules = rules
         self.layout = Layout()
         self._observation = 0
+        self._latest = -1  # the observation that the rows of the last one hold
         self._pending: dict[int, Counts] = {}  # calls of the present observation by site
-        self._caps: Tensor | None = None  # where outputs end, by unit, if any do
         self.add_state("fired", torch.zeros(0, dtype=torch.int64), "sum")
         self.add_state("magnitude", torch.zeros(0, dtype=dtype), "sum")
-        self.add_state("maxima", torch.zeros(len(_NOTHING), 0, dtype=peak_dtype or dtype), "max")
+        self.add_state("maxima", torch.zeros(len(NOTHING), 0, dtype=peak_dtype or dtype), "max")
         self.add_state("samples", torch.zeros(0, window, dtype=torch.int64), "sum")
-        self.add_state("elements", torch.zeros(0, dtype=torch.int64), "sum")
+        self.add_state("elements", torch.zeros(0, window, dtype=torch.int64), "sum")
         for name, units in (sites or {}).items():
             self.add_site(Site(name, False, "relu", (), units))
         self.make_room()
@@ -85,6 +85,7 @@ class UnitLiveness(Metric):
     def observation(self, number: int) -> None:
         if number != self._observation:
             self.fold()
+            self._begin_latest()  # nothing ran in the one that ends
         self._observation = number
 
     def add_site(self, site: Site) -> int:
@@ -102,8 +103,6 @@ class UnitLiveness(Metric):
             assert isinstance(default, Tensor)
             fresh = _fresh(name, default, new)  # the defaults stay empty: they would double the memory
             setattr(self, name, torch.cat([getattr(self, name), fresh], dim=_UNIT_DIM.get(name, 0)))
-        if any(math.isfinite(site.cap) for site in self.layout):
-            self._caps = torch.cat([self.maxima.new_full((site.units,), site.cap) for site in self.layout])
 
     def update(
         self,
@@ -148,10 +147,10 @@ class UnitLiveness(Metric):
         peak, trough = torch.cat([part.peak for part in parts]), torch.cat([part.trough for part in parts])
         peak, missing = torch.where(peak.isnan(), -math.inf, peak), trough.isnan()
         infinite = peak.isposinf() | trough.isneginf()
-        varied = missing | (self._capped(peak) > self._capped(trough))
         last = torch.where((peak > 0) | (fired > 0), self._observation, -1)  # the peak is lost beside a NaN
         nonfinite = torch.where(missing, NAN, torch.where(infinite, INFINITE, FINITE))
-        rows = [peak, last, torch.where(varied, VARIES, self._constant()), nonfinite]
+        rows = [peak, last, nonfinite, peak, torch.where(missing, math.inf, -trough)]
+        self._begin_latest()
         own = self.maxima[: len(rows)]
         torch.maximum(own, torch.stack([row.to(self.maxima.dtype) for row in rows]), out=own)
         self._add_sizes()
@@ -161,7 +160,7 @@ class UnitLiveness(Metric):
         """Take in what gradients say.
 
         Args:
-            found: The last two rows of :attr:`Totals.maxima`.
+            found: :attr:`Totals.proved` and :attr:`Totals.moved`, shape ``(2, units)``.
         """
         self.make_room()
         own = self.maxima[-2:]
@@ -178,28 +177,24 @@ class UnitLiveness(Metric):
         if any(isinstance(number, Tensor) for pair in sizes for number in pair):
             for number, counts in self._pending.items():
                 self.samples[number, self._observation].add_(counts.samples)
-                self.elements[number].add_(counts.elements)
+                self.elements[number, self._observation].add_(counts.elements)
             return
         table = torch.zeros(len(self.layout), 2, dtype=torch.int64, device="cpu")
         table[list(self._pending)] = torch.tensor(sizes, device="cpu")
         samples, elements = table.to(self.samples.device, non_blocking=True).unbind(1)  # waits for no device
         self.samples[:, self._observation].add_(samples)
-        self.elements.add_(elements)
+        self.elements[:, self._observation].add_(elements)
 
-    def _capped(self, x: Tensor) -> Tensor:
-        return x if self._caps is None else x.minimum(self._caps.to(x.device))
-
-    def _constant(self) -> Tensor:
-        """Mark units with several elements in this observation: only those can be seen to be constant."""
-        constant = self.maxima.new_full((self.layout.units,), CONSTANT)
-        for number, counts in self._pending.items():
-            if isinstance(counts.elements, Tensor) or counts.elements < 2:
-                constant[self.layout.place(number)] = counts.elements > 1
-        return constant
+    def _begin_latest(self) -> None:
+        """Forget the inputs of the observation before, unless the present one was begun."""
+        if self._latest != self._observation:
+            self.maxima[_LATEST].fill_(-math.inf)
+            self._latest = self._observation
 
     def copy_site(self, other: UnitLiveness, theirs: int, ours: int) -> None:
         """Take over the counts of one site of another metric."""
         self.make_room()
+        self._latest = other._latest
         self.samples[ours], self.elements[ours] = other.samples[theirs], other.elements[theirs]
         for name in ("fired", "magnitude", "maxima"):
             getattr(self, name)[..., self.layout.place(ours)] = getattr(other, name)[..., other.layout.place(theirs)]
@@ -217,6 +212,15 @@ class UnitLiveness(Metric):
         self.fold()
         return Totals(*(getattr(self, f.name) for f in fields(Totals)))
 
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Count one call of a rectifier, as :meth:`update` does, and return the dead units by this call alone."""
+        alone = self.clone()
+        alone.reset()
+        alone.update(*args, **kwargs)
+        self.update(*args, **kwargs)
+        dead: dict[str, Tensor] = alone.compute()
+        return dead
+
     def load(self, totals: Totals) -> None:
         """Put counts in place of the present ones."""
         self.make_room()
@@ -231,7 +235,7 @@ class UnitLiveness(Metric):
         for name, state in states.items():
             setattr(self, name, _cleared(name, state))
         self._pending = {}
-        self._observation = 0
+        self._observation, self._latest = 0, -1
 
 
 def _joined(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
@@ -244,7 +248,7 @@ def _joined(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
 def _fresh(name: str, like: Tensor, sites: Sequence[Site]) -> Tensor:
     """Make the entries of new sites."""
     units, number = sum(site.units for site in sites), len(sites)
-    shapes = {"maxima": (len(like), units), "samples": (number, *like.shape[1:]), "elements": (number,)}
+    shapes = {"maxima": (len(like), units), **dict.fromkeys(("samples", "elements"), (number, *like.shape[1:]))}
     return _cleared(name, like.new_empty(shapes.get(name, (units,))))
 
 
@@ -252,6 +256,6 @@ def _cleared(name: str, state: Tensor) -> Tensor:
     """Put in what changes nothing when it is merged."""
     if name != "maxima":
         return state.zero_()
-    for row, value in zip(state, _NOTHING, strict=True):
+    for row, value in zip(state, NOTHING.values(), strict=True):
         row.fill_(value)
     return state

@@ -15,9 +15,14 @@ from torch import Tensor
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 
-@dataclass(frozen=True, eq=False)
+_COUNTS = ("fired", "fired_ever", "seen")  # told as rates
+_RATES = ("firing_rate", "usual_rate", "dead_fraction", "rate_bound")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class SiteReport:
     """The verdicts on the units of one site, and their evidence.
 
@@ -43,13 +48,13 @@ class SiteReport:
         newly_dead: Dead, and was not at the verdict before. Bool.
         revived: Lives (fires, or was proved to and is not dead), and was dead when last judged. Bool.
         redied: Newly dead, and had come back to life before. Bool.
-        firing_rate: Share of the elements that fired.
         peak: Largest input, measured from the hinge.
         dormancy: Mean absolute output, divided by its mean over the site (Sokar et al. 2023, arXiv 2302.12902).
         age: Samples observed since the unit last fired, or a gradient proved that it did, int64.
-        usual_rate: Share of the elements that fired over all windows so far in which the unit fired; 0 if it never did.
         last_fired: The step of the last observation in which the unit fired, int32; -1 if it never did.
-        rate_bound: At 95 % confidence the firing rate is below this: ``1 - 0.05 ** (1 / age)``.
+        fired: Elements that fired, whole numbers.
+        fired_ever: Elements that fired since the start of fit, int64.
+        seen: Elements observed up to the end of the last window in which the unit fired, int64.
     """
 
     name: str
@@ -71,27 +76,30 @@ class SiteReport:
     newly_dead: Tensor
     revived: Tensor
     redied: Tensor
-    firing_rate: Tensor
     peak: Tensor
     dormancy: Tensor
     age: Tensor
-    usual_rate: Tensor
     last_fired: Tensor
+    fired: Tensor
+    fired_ever: Tensor
+    seen: Tensor
 
-    def __post_init__(self) -> None:
-        values = vars(self)
-        values["_later"] = {name: values.pop(name) for name in (*values,) if callable(values[name])}
+    @cached_property
+    def firing_rate(self) -> Tensor:
+        """Share of the elements that fired, float64."""
+        return self.fired.double() / max(self.elements, 1)
 
-    def __getattr__(self, name: str) -> Any:
-        """Work out, when first asked for, a field that was given as a function: no window's end needs it."""
-        if name not in (later := vars(self).get("_later", {})):
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        values = vars(self)
-        values[name] = later[name]()
-        return values[name]
+    @cached_property
+    def usual_rate(self) -> Tensor:
+        """Share of all elements so far that fired, without the windows since the unit last did; 0 if it never did."""
+        return self.fired_ever.double() / self.seen.clamp(min=1)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+    def _columns(self) -> dict[str, Any]:
+        """Lay the units out as columns."""
+        tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        rates = {name: getattr(self, name) for name in ("firing_rate", "usual_rate", "rate_bound")}
+        columns = {name: value.numpy() for name, value in (tensors | rates).items()}
+        return {"site": self.name, "unit": range(self.units), **columns}
 
     @property
     def rate_bound(self) -> Tensor:
@@ -111,10 +119,15 @@ class SiteReport:
     def to_dict(self) -> dict[str, Any]:
         """Turn into plain JSON values; masks become lists of unit numbers."""
         plain: dict[str, Any] = {}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            plain[f.name] = _plain(value) if isinstance(value, Tensor) else value
-        return plain | {"dead_fraction": self.dead_fraction, "rate_bound": _plain(self.rate_bound)}
+        for name in (*(f.name for f in fields(self) if f.name not in _COUNTS), *_RATES):
+            value = getattr(self, name)
+            plain[name] = _plain(value) if isinstance(value, Tensor) else value
+        return plain
+
+    def __repr__(self) -> str:
+        marks = ("dead", "rare", "always_on", "frozen", "dormant", "nonfinite")
+        told = (f"{count} {mark}" for mark in marks if (count := _number(getattr(self, mark))))
+        return f"SiteReport({self.name!r}, {self.kind}, {', '.join([f'{self.units} units', *told])})"
 
 
 def _number(mask: Tensor) -> int:
@@ -128,7 +141,7 @@ def _plain(value: Tensor) -> list[Any]:
     return [number if math.isfinite(number) else None for number in value.tolist()]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LivenessReport:
     """One verdict over all sites.
 
@@ -195,6 +208,29 @@ class LivenessReport:
         sites = [site.to_dict() for site in self.sites]
         totals = {"units": self.units, "dead_units": self.dead_units, "dead_fraction": self.dead_fraction}
         return {"step": self.step, **totals, "sites": sites, "unwatched": dict(self.unwatched)}
+
+    def to_pandas(self) -> DataFrame:
+        """Return a data frame with a row for each unit of each site; needs pandas.
+
+        Its columns are the site's name and the unit's number, then the masks, rates and counts of
+        :class:`SiteReport`.
+
+        Raises:
+            ModuleNotFoundError: If pandas is not installed.
+        """
+        try:
+            from pandas import DataFrame, concat
+        except ImportError as error:
+            raise ModuleNotFoundError(
+                "`report.to_pandas()` makes a data frame, and pandas is not installed. Try `pip install pandas`, or use"
+                " `report.to_dict()`."
+            ) from error
+        frames = [DataFrame(site._columns()) for site in self.sites]
+        return concat(frames, ignore_index=True) if frames else DataFrame({"site": [], "unit": []})
+
+    def __repr__(self) -> str:
+        sites = f"{len(self.sites)} sites" if len(self.sites) != 1 else "1 site"
+        return f"LivenessReport(step={self.step}, {sites}, {self.dead_units} of {self.units} units dead)"
 
     def plot(self, ax: Axes | None = None) -> tuple[Figure, Axes]:
         """Draw the share of dead, rare, always-on and other units of each site; needs matplotlib.

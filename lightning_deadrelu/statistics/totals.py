@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+import math
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-_SUMS = ("fired", "samples", "elements", "magnitude")
-# what the third and fourth row of Totals.maxima hold
-UNKNOWN, CONSTANT, VARIES = 0, 1, 2
+from lightning_deadrelu.model.layout import Layout
+
 FINITE, INFINITE, NAN = 0, 1, 2
-
-
-def narrowed(numbers: Tensor) -> Tensor:
-    """Copy whole numbers into the smallest type that holds them all; truth values stay what they are.
-
-    Example:
-        >>> narrowed(torch.tensor([-1, 300]))
-        tensor([ -1, 300], dtype=torch.int16)
-    """
-    if numbers.dtype == torch.bool or not numbers.numel():
-        return numbers.clone()
-    low, high = map(int, numbers.aminmax())
-    limits = ((dtype, torch.iinfo(dtype)) for dtype in (torch.int8, torch.int16, torch.int32))
-    return numbers.to(next((dtype for dtype, it in limits if it.min <= low and high <= it.max), torch.int64), copy=True)
+"""What :attr:`Totals.nonfinite` holds."""
+NOTHING = {
+    "peak": -math.inf,
+    "last_fired": -1.0,
+    "nonfinite": FINITE,
+    "latest_peak": -math.inf,
+    "latest_depth": -math.inf,
+    "proved": -1.0,
+    "moved": 0.0,
+}
+"""The rows of :attr:`Totals.maxima` by name, in order, and what each holds before anything was counted."""
+_ROWS = {name: number for number, name in enumerate(NOTHING)}
+_SUMS = ("fired", "samples", "elements", "magnitude")
+_AT_THE_CAP = 1 - 1e-4  # of a mean output, which is rounded
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,12 +34,9 @@ class Totals:
     Args:
         fired: Elements that fired, shape ``(units,)``, int64; merges by sum.
         samples: Samples by site and observation, shape ``(sites, window)``, int64; merges by sum.
-        elements: Elements per unit by site, shape ``(sites,)``, int64; merges by sum.
+        elements: Elements per unit by site and observation, shape ``(sites, window)``, int64; merges by sum.
         magnitude: Sum of the absolute output, shape ``(units,)``; merges by sum.
-        maxima: Shape ``(6, units)``; merges by maximum. The rows: peak; last observation that fired, or -1; 2
-            where the output varied, 1 where it was constant, 0 where a single element says nothing; 0 where the
-            input was finite, 1 where infinite, 2 where not a number; observations begun when a gradient last proved
-            that the unit fired, or -1; 1 where there was a gradient in a batch that was observed.
+        maxima: What merges by maximum, shape ``(7, units)``; the properties below name its rows.
     """
 
     fired: Tensor
@@ -49,6 +44,65 @@ class Totals:
     elements: Tensor
     magnitude: Tensor
     maxima: Tensor
+
+    @property
+    def peak(self) -> Tensor:
+        """Largest input, measured from the hinge."""
+        return self._row("peak")
+
+    @property
+    def last_fired(self) -> Tensor:
+        """Number of the last observation in which the unit fired; -1 if it did in none."""
+        return self._row("last_fired")
+
+    @property
+    def nonfinite(self) -> Tensor:
+        """0 where all inputs were finite, 1 where one was infinite, 2 where one was not a number."""
+        return self._row("nonfinite")
+
+    @property
+    def latest_peak(self) -> Tensor:
+        """Largest input of the last observation, measured from the hinge."""
+        return self._row("latest_peak")
+
+    @property
+    def latest_depth(self) -> Tensor:
+        """Smallest input of the last observation, measured from the hinge, with the sign changed."""
+        return self._row("latest_depth")
+
+    @property
+    def proved(self) -> Tensor:
+        """Observations begun when a gradient last proved that the unit fired; -1 if none did."""
+        return self._row("proved")
+
+    @property
+    def moved(self) -> Tensor:
+        """1 where there was a gradient in a batch that was observed."""
+        return self._row("moved")
+
+    def _row(self, name: str) -> Tensor:
+        return self.maxima[_ROWS[name]]
+
+    def constant(self, layout: Layout) -> Tensor:
+        """Tell whose output was the same for all inputs of the last observation, boolean, shape ``(units,)``.
+
+        It takes two elements or more, of all ranks together. The outputs of a unit at its cap are all the same; few
+        inputs may meet there by chance, so that such a unit has to have been at the cap throughout the window.
+
+        Args:
+            layout: The layout of the counts, which are on the CPU.
+        """
+        ran = self.elements.sum(0).nonzero()
+        latest = self.elements[:, ran[-1, 0]].tolist() if len(ran) else [0] * len(layout)
+        found, peak, trough = torch.zeros_like(self.fired, dtype=torch.bool), self.latest_peak, -self.latest_depth
+        for number, (site, place) in enumerate(zip(layout, layout.places, strict=True)):
+            if latest[number] < 2:
+                continue
+            found[place] = peak[place] == trough[place]
+            if math.isfinite(site.cap):
+                always = self.magnitude[place] >= _AT_THE_CAP * site.cap * float(self.elements[number].sum())
+                found[place] |= (trough[place] >= site.cap) & always
+        return found
 
     def to_host(self) -> Totals:
         """Bring to the CPU in one transfer; what is there already is not copied."""
@@ -73,19 +127,6 @@ class Totals:
         """Lay what merges by sum end to end, as float64, which holds counts exactly up to 2^53."""
         return torch.cat([getattr(self, name).flatten().double() for name in _SUMS])
 
-    def saved(self) -> dict[str, Any]:
-        """Return copies that take little room."""
-        whole = {name: narrowed(getattr(self, name)) for name in ("fired", "samples", "elements")}
-        marks = [narrowed(row.long()) for row in self.maxima[1:]]
-        return whole | {"magnitude": self.magnitude.clone(), "peak": self.maxima[0].clone(), "marks": marks}
-
-    @classmethod
-    def loaded(cls, state: Mapping[str, Any]) -> Totals:
-        """Put together what :meth:`saved` returned."""
-        whole = {name: state[name].long() for name in ("fired", "samples", "elements")}
-        maxima = torch.stack([state["peak"], *(row.to(state["peak"].dtype) for row in state["marks"])])
-        return cls(**whole, magnitude=state["magnitude"], maxima=maxima)
-
     def merged(self, sums: Tensor, maxima: Tensor) -> Totals:
         """Put merged values in place of this rank's."""
         own = [getattr(self, name) for name in _SUMS]
@@ -103,9 +144,10 @@ class UnitHistory:
         ever: Whether it ever has.
         dead: Whether it was dead when last judged.
         revived: Whether it ever fired again after it had been dead.
-        fired: Elements that fired, over all windows in which any did, int64.
-        seen: Elements of those windows, int64.
+        fired: Elements that fired so far, int64.
+        seen: Elements observed up to the end of the last window in which the unit fired, int64.
         last_fired: The step of the last observation in which the unit fired, int32; -1 if it never did.
+        elements: Elements observed so far, by site, shape ``(sites,)``, int64.
     """
 
     age: Tensor
@@ -115,26 +157,34 @@ class UnitHistory:
     fired: Tensor
     seen: Tensor
     last_fired: Tensor
+    elements: Tensor
 
     @classmethod
-    def empty(cls, units: int = 0) -> UnitHistory:
+    def empty(cls, units: int = 0, sites: int = 0) -> UnitHistory:
         """Start with units of which nothing is known."""
         none, zero = torch.zeros(units, dtype=torch.bool), torch.zeros(units, dtype=torch.int64)
-        never = torch.full((units,), -1, dtype=torch.int32)
-        return cls(zero, none, none.clone(), none.clone(), zero.clone(), zero.clone(), never)
+        never, elements = torch.full((units,), -1, dtype=torch.int32), torch.zeros(sites, dtype=torch.int64)
+        return cls(zero, none, none.clone(), none.clone(), zero.clone(), zero.clone(), never, elements)
 
-    def saved(self) -> dict[str, Tensor]:
-        """Return copies that take little room."""
-        return {name: narrowed(values) for name, values in vars(self).items()}
+    def extended(self, layout: Layout) -> UnitHistory:
+        """Add unknown units at the end, for the sites that were met since.
 
-    @classmethod
-    def loaded(cls, state: Mapping[str, Tensor]) -> UnitHistory:
-        """Put together what :meth:`saved` returned."""
-        return cls(**{name: state[name].to(like.dtype) for name, like in vars(cls.empty()).items()})
+        Args:
+            layout: All sites met.
+        """
+        return self._extended(layout.units, len(layout))
 
-    def extended(self, units: int) -> UnitHistory:
-        """Add unknown units at the end, up to ``units``."""
-        if units == len(self.age):
+    def _extended(self, units: int, sites: int) -> UnitHistory:
+        if sites == len(self.elements):
             return self
-        new = UnitHistory.empty(units - len(self.age))
+        new = UnitHistory.empty(units - len(self.age), sites - len(self.elements))
         return UnitHistory(*(torch.cat([getattr(self, f.name), getattr(new, f.name)]) for f in fields(self)))
+
+    def told(self, later: UnitHistory) -> UnitHistory:
+        """Take over who is dead from a verdict on a window that goes on, so that nobody is told of it twice.
+
+        Args:
+            later: What :func:`judge` returned with that verdict.
+        """
+        whole = self._extended(len(later.age), len(later.elements))
+        return replace(whole, dead=later.dead, revived=later.revived)

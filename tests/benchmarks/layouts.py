@@ -157,7 +157,7 @@ class Sized(DeadReLUMonitor):
         return {
             "counts on the device": size(list(vars(liveness).values()), pending),
             "history on the host": size(self._history),
-            "forecast on the host": size(self._record._peaks.state_dict()),
+            "forecast on the host": size(self._record._peaks.state),
             "biases on the device": size(list(vars(self._recorder._incoming).values())),
             "raster on the host": size([track.columns for track in self._record.raster._tracks.values()]),
             "report on the host": size(self.report),

@@ -51,8 +51,8 @@ def site(dead=(), units=10, name="fc", age=10_000, frozen=(), trainable=True, us
     number = torch.zeros(units, dtype=torch.float64)
     return SiteReport(
         name, "relu", units, 1000, 1000, trainable, False, dead=silent & (ages >= 299), silent=silent,
-        frozen=mask(frozen), judged=~off, firing_rate=number, peak=number, dormancy=number, age=ages,
-        usual_rate=number + usual_rate, last_fired=ages, **masks,
+        frozen=mask(frozen), judged=~off, fired=number, peak=number, dormancy=number, age=ages,
+        fired_ever=number + usual_rate, seen=number + 1, last_fired=ages, **masks,
     )  # fmt: skip
 
 

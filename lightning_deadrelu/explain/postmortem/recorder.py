@@ -30,7 +30,6 @@ from lightning_deadrelu.guarded import guarded
 from lightning_deadrelu.model.layout import Layout
 from lightning_deadrelu.model.sites import Site
 from lightning_deadrelu.statistics import LivenessReport, SiteReport, Totals
-from lightning_deadrelu.statistics.totals import CONSTANT
 
 _LEAST_ROWS, _MOST_ROWS = 1024, 8192
 _DEATHS = 100
@@ -207,7 +206,7 @@ class FlightRecorder:
         incoming: Sequence[Incoming],
     ) -> list[tuple[DyingUnits, Incoming]]:
         """Gather what is known of the newly dead, by site in the order of execution, with what feeds them."""
-        constant = totals.maxima[2] == CONSTANT
+        constant = totals.constant(layout)
         numbers = [layout.number(site.name) for site in report.headline if site.newly_dead.any()]
         rows = self._incoming.biases([layout.place(n) for n in numbers], [incoming[n] for n in numbers])
         biases = dict(zip(numbers, rows, strict=True))
@@ -272,7 +271,7 @@ class FlightRecorder:
         """
         with self._guarded() as running:
             if running:
-                fired, incoming = totals.maxima[1] >= 0, incoming_of(layout.sites, model)
+                fired, incoming = totals.last_fired >= 0, incoming_of(layout.sites, model)
                 self._incoming.close(fired, layout.places, incoming, readings.weights, self._observed[-1])
                 self._closed = largest(merged([*self._closed, *deaths]), _DEATHS)
                 self._open = ()

@@ -1,0 +1,85 @@
+"""The counts of one call, against a loop over single numbers."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lightning_deadrelu.model.rectifiers import Rectifier
+from lightning_deadrelu.statistics import Rules, UnitLiveness, count
+
+RELU = Rectifier("relu", plain=True)
+RECTIFIERS = {
+    "relu": (RELU, torch.relu),
+    "relu6": (Rectifier("relu6", cap=6.0, plain=True), F.relu6),
+    "hardtanh": (Rectifier("hardtanh", cap=1.0, plain=True), lambda x: F.hardtanh(x, 0, 1)),
+    "threshold": (Rectifier("threshold", hinge=0.5), lambda x: F.threshold(x, 0.5, -2.0)),
+    "hardswish": (Rectifier("hardswish", hinge=-3.0), F.hardswish),
+}
+
+
+def slow_units(x, dims):
+    """Yield, for each unit, the list of its inputs in order, by walking every index."""
+    sizes = [x.shape[d] for d in dims]
+    units = [[] for _ in range(math.prod(sizes))]
+    for index in torch.cartesian_prod(*[torch.arange(n) for n in x.shape]).view(-1, x.ndim).tolist():
+        number = 0
+        for d, size in zip(dims, sizes, strict=True):
+            number = number * size + index[d]
+        units[number].append(x[tuple(index)].item())
+    return units
+
+
+@pytest.mark.parametrize("kind", RECTIFIERS)
+@pytest.mark.parametrize(
+    ("shape", "dims", "samples"),
+    [
+        ((5, 4), (-1,), 5),
+        ((4,), (-1,), 1),
+        ((2, 3, 4), (-1,), 6),
+        ((2, 4, 3), (-2,), 2),
+        ((2, 4, 3, 3), (-3,), 2),
+        ((4, 3, 3), (-3,), 1),
+        ((2, 4, 2, 2, 2), (-4,), 2),
+        ((2, 3, 5, 4), (-3, -1), 10),
+        ((1, 4), (-1,), 1),
+    ],
+)
+def test_count_equals_a_loop_over_single_numbers(kind, shape, dims, samples):
+    rectifier, function = RECTIFIERS[kind]
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 4
+    counts = count(x, function(x), dims, rectifier)
+    inputs, outputs = slow_units(x, dims), slow_units(function(x), dims)
+    assert counts.samples == samples
+    assert counts.elements == len(inputs[0])
+    assert counts.fired.tolist() == [sum(z > rectifier.hinge for z in zs) for zs in inputs]
+    assert counts.peak.tolist() == pytest.approx([max(zs) - rectifier.hinge for zs in inputs], rel=1e-6)
+    assert counts.magnitude.tolist() == pytest.approx([sum(map(abs, hs)) for hs in outputs], rel=1e-5)
+    assert counts.trough.tolist() == pytest.approx([min(zs) - rectifier.hinge for zs in inputs], rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_count_is_exact_in_every_precision(dtype):
+    x = torch.randn(3000, 3, generator=torch.Generator().manual_seed(1)).to(dtype)
+    assert count(x, x.relu()).fired.tolist() == [sum(z > 0 for z in column) for column in x.T.tolist()]
+
+
+def test_padding_is_left_out():
+    x = torch.tensor([[[1.0, -1.0], [-1.0, 5.0]], [[-1.0, -1.0], [9.0, 9.0]]])
+    valid = torch.tensor([[True, False], [True, False]])
+    counts, alone = count(x, x.relu(), valid=valid), count(x[valid], x[valid].relu())
+    for one, other in zip(counts, alone, strict=True):
+        assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
+    metric = UnitLiveness({"relu": 2}, rules=Rules(1))
+    metric.update(x, valid=torch.zeros(2, 2, dtype=torch.bool))
+    nothing = metric.report()["relu"]
+    assert nothing.samples == nothing.elements == 0
+    assert not (nothing.nonfinite | nothing.silent | nothing.frozen).any()
+
+
+def test_counts_are_exact_beyond_what_float32_holds():
+    x = torch.ones(2**24 + 1, 1)
+    for rectifier in (RELU, Rectifier("threshold")):
+        counts = count(x, x, rectifier=rectifier)
+        assert int(counts.fired) == counts.samples == counts.elements == 2**24 + 1

@@ -1,0 +1,206 @@
+"""Counting for all sites in one flat state."""
+
+import copy
+import math
+import pickle
+from itertools import pairwise
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lightning_deadrelu.model.rectifiers import Rectifier
+from lightning_deadrelu.model.sites import Site
+from lightning_deadrelu.statistics import Rules, UnitHistory, UnitLiveness, count
+
+
+def test_the_smallest_positive_number_fires():
+    x = torch.tensor([[5e-324, -1.0], [-1.0, -1.0]], dtype=torch.float64)
+    metric = UnitLiveness({"relu": 2}, rules=Rules(1))
+    metric.update(x)
+    assert metric.report().sites[0].silent.tolist() == [False, True]
+
+
+def test_not_a_number_is_not_silence_and_infinity_is_noted():
+    x = torch.tensor([[math.nan, -math.inf, math.inf, -1.0], [-1.0, -1.0, -1.0, -1.0]])
+    metric = UnitLiveness({"relu": 4}, rules=Rules(1))
+    metric.update(x)
+    site = metric.report()["relu"]
+    assert site.silent.tolist() == [False, True, False, True]
+    assert site.nonfinite.tolist() == [True, True, True, False]
+    assert site.dead.tolist() == [False, True, False, True]
+    assert site.judged.tolist() == [False, True, True, True]
+    assert site.dormancy.isfinite().all()
+
+
+def test_not_a_number_does_not_stick():
+    metric = UnitLiveness({"relu": 1}, rules=Rules(1))
+    metric.update(torch.tensor([[math.nan]]))
+    metric.update(torch.tensor([[2.0]]))
+    site = metric.report()["relu"]
+    assert (site.peak.item(), site.judged.item(), site.nonfinite.item()) == (2.0, True, True)
+
+
+def test_a_unit_that_fires_beside_a_not_a_number_is_alive():
+    metric = UnitLiveness({"relu": 2}, window=2, rules=Rules(99))
+    for number in range(2):
+        metric.observation = number
+        x = torch.ones(50, 2)
+        x[7, 0] = math.nan
+        metric.update(x)
+    site = metric.report()["relu"]
+    assert site.age.tolist() == [0, 0]
+    assert site.judged.all()
+    assert not site.dormant.any()
+
+
+def test_an_empty_batch_says_nothing():
+    metric = UnitLiveness({"relu": 3}, rules=Rules(1))
+    metric.update(torch.zeros(0, 3))
+    site = metric.report()["relu"]
+    assert site.samples == 0
+    assert not (site.silent | site.dead | site.judged | site.always_on | site.dormant).any()
+
+
+def test_one_sample_cannot_show_that_a_unit_is_frozen():
+    metric = UnitLiveness({"relu": 2})
+    metric.update(torch.tensor([[1.0, 2.0]]))
+    assert not metric.report()["relu"].frozen.any()
+    metric.update(torch.tensor([[1.0, 2.0], [1.0, 3.0]]))
+    assert metric.report()["relu"].frozen.tolist() == [True, False]
+
+
+def test_a_unit_that_always_hits_the_cap_is_frozen():
+    metric = UnitLiveness()
+    metric.add_site(Site("relu6", False, "relu6", (), 2, cap=6.0))
+    x = torch.tensor([[7.0, 1.0], [9.0, 2.0]])
+    metric.update(x, F.relu6(x), rectifier=Rectifier("relu6", cap=6.0, plain=True))
+    assert metric.report()["relu6"].frozen.tolist() == [True, False]
+
+
+def test_counts_do_not_stop_at_the_limits_of_float32_and_int32():
+    metric = UnitLiveness({"relu": 1})
+    for name, limit in (("fired", 2**31), ("elements", 2**31), ("samples", 2**31)):
+        getattr(metric, name).fill_(limit)
+    metric.update(torch.ones(1, 1))
+    assert metric.fired.item() == metric.elements.item() == metric.samples.item() == 2**31 + 1
+    sums = metric.totals().sums()
+    assert metric.totals().merged(sums, metric.maxima).fired.item() == 2**31 + 1
+
+
+@pytest.mark.parametrize(
+    ("tensor", "dead"),
+    [  # the published tests of keras-contrib's detector and of a sparse-autoencoder library
+        (torch.ones(9, 3, 4) @ torch.cat([torch.zeros(4, 1), torch.ones(4, 10)], 1), [True] + 10 * [False]),
+        (torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]), [False, True, False]),
+        (torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]]), [False, False, False]),
+        (torch.tensor([[-1.0, 2.0], [-3.0, 4.0]]), [True, False]),
+    ],
+)
+def test_published_cases(tensor, dead):
+    metric = UnitLiveness({"relu": tensor.shape[-1]}, rules=Rules(1))
+    metric.update(tensor)
+    assert metric.compute()["relu"].tolist() == dead
+
+
+def test_a_zero_fraction_is_not_deadness():
+    x = torch.full((400, 5), -1.0)
+    x[torch.arange(5) * 70, torch.arange(5)] = 1.0  # each unit fires once: 99.75 % zeros
+    metric = UnitLiveness({"relu": 5})
+    metric.update(x)
+    site = metric.report()["relu"]
+    assert site.dead_fraction == 0
+    assert site.rare.all()
+
+
+def test_a_smooth_activation_is_never_dead():
+    site = Site("gelu", False, "gelu", (), 2, smooth=True)
+    metric = UnitLiveness(rules=Rules(1))
+    metric.add_site(site)
+    x = torch.tensor([[-9.0, 1.0]])
+    metric.update(x, F.gelu(x), rectifier=Rectifier("gelu", smooth=True))
+    report = metric.report()
+    assert not report["gelu"].dead.any()
+    assert report["gelu"].dormant.tolist() == [True, False]
+    assert report.units == 0
+
+
+def test_a_site_met_in_inference_counts_on_outside():
+    with torch.inference_mode():
+        metric = UnitLiveness({"relu": 1})
+    metric.update(torch.ones(2, 1))
+    assert metric.report().sites[0].samples == 2
+
+
+def test_merged_metrics_equal_one_that_saw_everything():
+    x = torch.randn(20, 4, generator=torch.Generator().manual_seed(3))
+    whole, left, right = (UnitLiveness({"relu": 4}) for _ in range(3))
+    whole.update(x)
+    left.update(x[:13])
+    right.update(x[13:])
+    left.merge_state(right)
+    for name in ("fired", "samples", "elements", "maxima"):
+        assert torch.equal(getattr(left, name), getattr(whole, name)), name
+    assert torch.allclose(left.magnitude, whole.magnitude)
+
+
+@pytest.mark.parametrize("copied", [lambda m: m.clone(), copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_go_their_own_way(copied):
+    metric = UnitLiveness({"relu": 2}, rules=Rules(1))
+    metric.update(torch.tensor([[1.0, -1.0]]))
+    other = copied(metric)
+    other.update(torch.tensor([[1.0, 1.0]]))
+    assert metric.compute()["relu"].tolist() == [False, True]
+    assert other.compute()["relu"].tolist() == [False, False]
+
+
+def test_reset_keeps_the_sites_and_forward_answers_for_the_batch():
+    metric = UnitLiveness({"relu": 2}, rules=Rules(1))
+    assert metric(torch.tensor([[1.0, -1.0]]))["relu"].tolist() == [False, True]
+    assert metric(torch.tensor([[-1.0, 1.0]]))["relu"].tolist() == [True, False]
+    assert metric.compute()["relu"].tolist() == [False, False]
+    metric.reset()
+    assert metric.layout.units == 2
+    assert metric.elements.item() == 0
+
+
+def bytes_of(*tensors):
+    return sum(t.untyped_storage().nbytes() for t in tensors)
+
+
+def test_state_is_small():
+    metric = UnitLiveness({"relu": 1000}, window=10, peak_dtype=torch.float32)
+    x = torch.randn(5, 1000)
+    metric.add(0, count(x, x.relu()))
+    pending = [value for value in metric._pending[0] if isinstance(value, torch.Tensor)]
+    states = [getattr(metric, name) for name in metric._defaults]
+    assert bytes_of(*states, *metric._defaults.values(), *pending) / 1000 < 64
+    assert bytes_of(*vars(UnitHistory.empty(1000)).values()) / 1000 < 40
+
+
+def test_layout_is_end_to_end():
+    metric = UnitLiveness({"a": 3, "b": 2, "c": 4})
+    places = [metric.layout.place(i) for i in range(3)]
+    assert [p.stop - p.start for p in places] == [3, 2, 4]
+    assert all(a.stop == b.start for a, b in pairwise(places))
+
+
+def test_forward_counts_into_the_present_observation():
+    metric = UnitLiveness({"relu": 2}, window=3, rules=Rules(1))
+    for number in range(2):
+        metric.observation = number
+        assert metric(torch.tensor([[1.0, -1.0]] * 4))["relu"].tolist() == [False, True]
+    assert metric.samples.tolist() == [[4, 4, 0]]
+    assert metric.report()["relu"].age.tolist() == [0, 8]
+    assert metric.observation == 1
+
+
+def test_windows_of_ten_million_samples_are_counted_exactly():
+    batch = torch.full((10_000_001, 1), -1.0)
+    metric = UnitLiveness({"relu": 1}, window=2)
+    for number in range(2):
+        metric.observation = number
+        metric.update(batch)
+    site = metric.report()["relu"]
+    assert (site.age.tolist(), site.age.dtype) == ([20_000_002], torch.int64)
+    assert site.samples == site.elements == 20_000_002
