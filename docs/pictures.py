@@ -69,7 +69,9 @@ def train(folder: Path) -> DeadReLUMonitor:
 def save_raster(monitor: DeadReLUMonitor, path: Path) -> None:
     """Stack the cards of all sites."""
     assert monitor.report is not None
-    cards = [Image.fromarray(card_of(site, monitor.report[name])) for name, site in monitor._raster.sites.items()]
+    cards = [
+        Image.fromarray(card_of(site, monitor.report[name])) for name, site in monitor.run_report.history.sites.items()
+    ]
     sheet = Image.new("RGB", (max(card.width for card in cards), sum(card.height for card in cards)), "white")
     for index, card in enumerate(cards):
         sheet.paste(card, (0, sum(before.height for before in cards[:index])))

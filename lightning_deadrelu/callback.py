@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
-from typing import Any
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_deadrelu.monitor import Monitoring, exchange_as_in
+from lightning_deadrelu.attribution import Attributions
+from lightning_deadrelu.checkpoint import encode
+from lightning_deadrelu.explain.finding import Finding
+from lightning_deadrelu.explain.postmortem import DeathEvent
+from lightning_deadrelu.guarded import guarded, why_it_ends
+from lightning_deadrelu.monitor.monitor import Monitor
+from lightning_deadrelu.monitor.settings import Settings
+from lightning_deadrelu.monitor.state import MonitorState, exchange_as_in
 from lightning_deadrelu.observe import ranks
 from lightning_deadrelu.remedies import Remedy
-from lightning_deadrelu.repair.activation_swap import rectifiers
-from lightning_deadrelu.settings import Settings
+from lightning_deadrelu.repair.policy import Event
+from lightning_deadrelu.report.run_report import RunReport
 from lightning_deadrelu.statistics import LivenessReport
+from lightning_deadrelu.trainer_host import TrainerHost, logging_step, trains
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
-class DeadReLUMonitor(Monitoring):
+class DeadReLUMonitor(Callback):
     """Watch every rectifier of a model during ``fit``, and say which of its units are dead.
 
     On one training batch in ``every_n_steps`` it counts, on the device, which units fire. After
@@ -110,16 +123,76 @@ class DeadReLUMonitor(Monitoring):
         self.report_dir = report_dir
         self.name = name
         self._settings = self._checked_settings()
-        self.report = None
-        self._pending = None
         self._clear()
+        self._pending: dict[str, Any] | None = None  # what a checkpoint held, until training starts
 
     def _checked_settings(self) -> Settings:
-        given = {field.name: getattr(self, field.name) for field in fields(Settings)}
         try:
-            return Settings(**given)
+            return Settings(**{field.name: getattr(self, field.name) for field in fields(Settings)})
         except ValueError as error:
             raise MisconfigurationException(str(error)) from None
+
+    def _clear(self) -> None:
+        self._monitor: Monitor | None = None  # from the start of a fit on
+        self._past = RunReport(LivenessReport(()), name=self.name)  # of a fit, in a copy
+        self.report: LivenessReport | None = None
+        """The latest verdict; None before the first."""
+
+    def __repr__(self) -> str:
+        given = {field.name: (getattr(self, field.name), field.default) for field in fields(Settings)}
+        changed = ", ".join(f"{name}={value!r}" for name, (value, default) in given.items() if value != default)
+        return f"{type(self).__name__}({changed})"
+
+    # -- what was found ----------------------------------------------------------------------------------
+
+    @property
+    def run_report(self) -> RunReport:
+        """All that is known of the run so far, in one object."""
+        return self._monitor.run_report if self._monitor else self._past
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """What was done to which units, when and why; the last 1,000."""
+        return self.run_report.events
+
+    @property
+    def deaths(self) -> tuple[DeathEvent, ...]:
+        """When units died, where and why; 100 waves at most, the largest of all and the latest."""
+        return self.run_report.deaths
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What the check-up found, the surest first; empty without one, and before the first observed batch."""
+        return self.run_report.findings
+
+    @property
+    def attribution(self) -> Attributions | None:
+        """Which parameters feed and read each site, where there is a remedy or gradient evidence; prints as a table.
+
+        None before the first observed batch. For a look alone, take ``remedy=Reset(dry_run=True)``.
+        """
+        return self._monitor.attribution if self._monitor else None
+
+    @property
+    def failure(self) -> Exception | None:
+        """Why the model is watched no longer; None while all is well."""
+        return self._monitor.guard.failure if self._monitor else None
+
+    def summary(self) -> str:
+        """Tell what became of each site over the run, in the order of execution, under a sentence that says it all."""
+        from lightning_deadrelu.report import summary
+
+        return summary(self.run_report)
+
+    def plot(self) -> tuple[Figure, tuple[Axes, ...]]:
+        """Draw the run: dead units over time, and what became of the units of the worst sites; needs matplotlib.
+
+        Returns:
+            The figure and its axes, the curves first.
+        """
+        from lightning_deadrelu.report import plot_run
+
+        return plot_run(self.run_report)
 
     # -- what a user may override ------------------------------------------------------------------------
 
@@ -141,21 +214,15 @@ class DeadReLUMonitor(Monitoring):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # checkpoints are loaded after this and before or after on_fit_start
-        self._pending = None
+        self._pending = None  # checkpoints are loaded after this and before or after on_fit_start
         if stage == "fit":
-            self._disarm()
+            self._stop()
             self._clear()
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._trainer = trainer
-        self._check_alone(trainer)
-        with self._careful():
-            self._watch = self._new_watch(pl_module)
-            self._watch.substitutes = rectifiers(pl_module)
-            self._repair.losses = self._repair.losses.to(self._watch.liveness.magnitude)
-        self._reporter.prepare(trainer.loggers, trainer.is_global_zero)
+        self._settings = self._checked_settings()
+        _check_alone(trainer)
         if not trainer.loggers and not trainer.barebones:
             rank_zero_warn(
                 f"{self.name}: the Trainer has no logger, so nothing is logged. The verdicts are in"
@@ -165,136 +232,97 @@ class DeadReLUMonitor(Monitoring):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # only here has every strategy restored its checkpoint
-        self._running = True
-        self._joint = ranks.is_joint(trainer.world_size)
-        self._device = pl_module.device
-        with self._careful():
-            self._repair.start(pl_module)
-        if self._pending is not None:
-            with self._careful():
-                self._restore(self._pending, trainer, pl_module)
-        self._pending = None
-        self._repair.refusal = self._refusal(trainer)
-        self._show(trainer)  # who waits for the key must not crash
+        self._monitor = self._new_monitor(TrainerHost(trainer, self._settings))
+        if self._monitor:
+            self._monitor.start(self._pending)
+            self._pending = None
+
+    def _new_monitor(self, host: TrainerHost) -> Monitor | None:
+        """Make a monitor, on all ranks or on none; without one keep what a checkpoint needs all the same."""
+        monitor = None
+        with guarded(lambda error: warnings.warn(f"{self.name}: {why_it_ends(error)}", stacklevel=4)):
+            monitor = Monitor(self._settings, host)
+        if host.is_joint and ranks.any_failed(monitor is None, host.device):
+            monitor = None
+        if monitor is None:
+            exchange_as_in(self._pending or {}, host.model)
+            self._pending = self._pending or encode(MonitorState.of(host.model))
+            host.show_score(0.0)
+        return monitor
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._disarm()
-        first = batch_idx % trainer.accumulate_grad_batches == 0
-        if first:
-            self._observing = self._is_due(self._batches) and _trains(trainer)
-        if self._watch and not self._failure:
-            with self._careful():
-                self._repair.begin(self._patient(trainer), self._observing)
-                if self._evidence:
-                    self._evidence.begin(self._watch, pl_module, self._observing, first)
-                if self._observing:
-                    self._watch.valid = self._valid(batch)
-                    self._watch.liveness.observation = self._observation
-                    if self._examination:
-                        self._examination.begin(self._watch)
-                    self._watch.probe.arm()
-
-    def _is_due(self, batch: int) -> bool:
-        """Whether a batch is to be observed: the first of each ``every_n_steps``, or with a remedy any one of them.
-
-        Tasks, optimizers and heads that take turns would else be met always in the same phase, and what rests in that
-        phase be taken for dead.
-        """
-        block, place = divmod(batch, self.every_n_steps)
-        return place == (_scattered(block) % self.every_n_steps if self._repair.ladder.rungs else 0)
+        if self._monitor:
+            first = batch_idx % trainer.accumulate_grad_batches == 0
+            self._monitor.begin_batch(batch, first=first, trains=trains(trainer))
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        if pl_module.automatic_optimization and self._watch:  # later closures see the batch at other weights
-            self._watch.probe.pause()
-        if self._evidence and not self._failure:
-            with self._careful():
-                self._evidence.note_start()
+        if self._monitor:
+            self._monitor.before_backward()
 
     @override
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        self._gradients.note(optimizer)
-        if self._observing and self._examination:
-            self._examination.before_step(pl_module, optimizer)
-        if self._watch and not self._failure:
-            with self._careful():
-                self._recorder.before_step(optimizer, pl_module, self._watch.sites)
-                if self._evidence:
-                    begun = self._observation + self._observing
-                    self._evidence.step(optimizer, begun, pl_module.automatic_optimization)
+        if self._monitor:
+            self._monitor.before_step(optimizer)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._disarm()
-        self._step = _logging_step(trainer)
-        last = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if self._watch:
-            with self._careful():
-                self._repair.end(self._patient(trainer), last)
-                if self._observing:
-                    self._repair.note_loss(loss)
-                if not self._failure:
-                    self._recorder.after_batch(loss, batch, self._step if last else None)
-        if last:
-            self._batches += 1
-            if self._observing:
-                self._observed(trainer, pl_module)
+        if self._monitor:
+            last = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+            loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+            report = self._monitor.end_batch(loss, batch, logging_step(trainer), last=last)
+            self._tell(trainer, pl_module, report)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._disarm()
-        if self._running and not self._judged:
-            self._verdict(trainer, pl_module)
+        if self._monitor and self._monitor.running:
+            self._monitor.pause()
+            self._judge_first(self._monitor, trainer, pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._disarm()
-        self._observing = False  # a batch that was skipped does not end
-        if not self._judged:  # EarlyStopping and ModelCheckpoint come after this, wherever they are listed
-            self._verdict(trainer, pl_module)
+        if self._monitor:
+            self._monitor.skip_rest()
+            self._judge_first(self._monitor, trainer, pl_module)
+
+    def _judge_first(self, monitor: Monitor, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Judge before EarlyStopping and ModelCheckpoint come for the first time, wherever they are listed."""
+        if not monitor.progress.judged:
+            self._tell(trainer, pl_module, monitor.provisional_verdict())
+
+    def _tell(self, trainer: Trainer, pl_module: LightningModule, report: LivenessReport | None) -> None:
+        if report is not None:
+            self.report = report
+            self.on_verdict(trainer, pl_module, report)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._disarm()
-        if self._unjudged:
-            self._verdict(trainer, pl_module)
-        self._stop()
-        with self._careful():
-            self._conclude(trainer)
+        if self._monitor:
+            self._monitor.pause()
+            self._tell(trainer, pl_module, self._monitor.last_verdict())
+            self._monitor.conclude()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._monitor:  # terms in flight are out of the model, but go into a checkpoint that is saved now
+            self._monitor.abort()
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop()
 
     @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._disarm()  # terms in flight are out of the model, but go into a checkpoint that is saved now
-        self._running = self._joint = False
-        with self._careful():
-            if trainer.is_global_zero:
-                self._write_report()
-
-    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._stop()
 
     def _stop(self) -> None:
-        self._disarm()
-        with self._careful():
-            self._repair.stop(self._step)
-        self._running = self._joint = False
-
-    def _disarm(self) -> None:
-        self._repair.terms.end()
-        if self._watch:
-            self._watch.probe.disarm()
-            self._watch.valid = None
+        if self._monitor:
+            self._monitor.stop()
 
     @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -310,21 +338,35 @@ class DeadReLUMonitor(Monitoring):
 
     def _restore_activations(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the activations in place that go with the weights which a checkpoint brought outside of a fit."""
-        if self._pending and not self._running and trainer.state.fn != "fit":  # a sanity check comes before resuming
+        if self._pending and trainer.state.fn != "fit":  # a sanity check comes before resuming
             exchange_as_in(self._pending, pl_module)
             self._pending = None
 
+    # -- to be continued ---------------------------------------------------------------------------------
 
-def _logging_step(trainer: Trainer) -> int:
-    """Count steps as Lightning's own monitors do, so that the curves share an x-axis."""
-    return int(getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step))
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        if self._pending is not None:  # loaded, and not yet taken up
+            return self._pending
+        return self._monitor.state() if self._monitor else {}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if not (self._monitor and self._monitor.running):  # a search for the learning rate puts back what it found
+            self._pending = state_dict
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Lightning binds `log` to the model; a copy of the callback must not copy that, nor watch
+        state = {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
+        return state | {"_monitor": None, "_past": replace(self.run_report, attribution={})}
 
 
-def _scattered(number: int) -> int:
-    """Hash a number (Knuth's multiplicative hash), 0 to 0."""
-    return (number * 2_654_435_761 % 2**32) >> 16
-
-
-def _trains(trainer: Trainer) -> bool:
-    """Whether batches train: StochasticWeightAveraging ends with an epoch that only measures BatchNorm statistics."""
-    return not getattr(trainer.fit_loop, "_skip_backward", False)
+def _check_alone(trainer: Trainer) -> None:
+    """Refuse a second monitor with a remedy: both would edit the same units."""
+    monitors = [one for one in trainer.callbacks if isinstance(one, DeadReLUMonitor)]
+    names = [one.name for one in monitors if one.remedy is not None]
+    if len(names) > 1:
+        raise MisconfigurationException(
+            f"The monitors {names} all have a remedy, and would edit the same units. Give one of them all,"
+            " as a list, and the others `remedy=None`."
+        )

@@ -84,7 +84,7 @@ def decode(kind: Any, plain: Any) -> Any:
             return origin(plain)
         if issubclass(origin, (Mapping, Sequence, set, frozenset, deque)):
             return _decoded_collection(origin, get_args(kind), plain)
-    return plain  # `Any`: plain values stay what they are
+    return _decoded_plain(plain)  # `Any`
 
 
 def _encoded_tensor(value: Tensor) -> Any:
@@ -98,6 +98,14 @@ def _decoded_tensor(plain: Any) -> Any:
     if isinstance(plain, Mapping) and plain.keys() == _NARROWED:
         return plain["narrowed"].to(getattr(torch, plain["dtype"]))
     return plain
+
+
+def _decoded_plain(plain: Any) -> Any:
+    """Give tensors their types back in what is of no known type."""
+    if isinstance(plain, Mapping):
+        decoded = _decoded_tensor(plain)
+        return decoded if isinstance(decoded, Tensor) else {key: _decoded_plain(one) for key, one in plain.items()}
+    return [_decoded_plain(one) for one in plain] if isinstance(plain, (list, tuple)) else plain
 
 
 def narrowed(numbers: Tensor) -> Tensor:

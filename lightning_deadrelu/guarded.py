@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import wraps
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @contextmanager
@@ -25,3 +31,74 @@ def guarded(on_error: Callable[[Exception], None], *, but: tuple[type[Exception]
         raise
     except Exception as error:
         on_error(error)
+
+
+class Guard:
+    """Takes failures, and says the first.
+
+    Args:
+        clean_up: Called after each failure.
+        say: Called with what is to be said of the first.
+        but: Kinds that are raised all the same.
+
+    Example:
+        >>> guard = Guard(lambda: None, print)
+        >>> with guard():
+        ...     raise ValueError("a bug")  # doctest: +ELLIPSIS
+        the monitor failed and watches no longer; training goes on.
+        ...
+        >>> guard.failure
+        ValueError('a bug')
+    """
+
+    def __init__(
+        self, clean_up: Callable[[], None], say: Callable[[str], None], but: tuple[type[Exception], ...] = ()
+    ) -> None:
+        self._clean_up, self._say, self._but = clean_up, say, but
+        self.failure: Exception | None = None
+        """The first failure; None while all is well."""
+
+    def __call__(self) -> AbstractContextManager[None]:
+        """Guard a block."""
+        return guarded(self.fail, but=self._but)
+
+    def fail(self, error: Exception) -> None:
+        """Take a failure."""
+        self._clean_up()
+        if self.failure is None:
+            self.failure = error
+            self._say(why_it_ends(error))
+
+
+class HasGuard(Protocol):
+    """What :func:`unless_failed` asks of an object."""
+
+    guard: Guard
+
+
+S = TypeVar("S", bound=HasGuard)
+
+
+def unless_failed(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P], T | None]:
+    """Have a method do nothing once there was a failure, and guard it until then; None stands for no result."""
+
+    @wraps(method)
+    def attempt(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T | None:
+        if self.guard.failure is None:
+            with self.guard():
+                return method(self, *args, **kwargs)
+        return None
+
+    return attempt
+
+
+def why_it_ends(error: Exception) -> str:
+    """Say that a monitor has failed, and where.
+
+    Example:
+        >>> print(why_it_ends(ValueError("a bug")))
+        the monitor failed and watches no longer; training goes on.
+        ValueError('a bug')
+    """
+    where = "".join(traceback.format_tb(error.__traceback__)[-2:])
+    return f"the monitor failed and watches no longer; training goes on.\n{where}{error!r}"

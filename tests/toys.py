@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_deadrelu import DeadReLUMonitor
+from lightning_deadrelu.checkpoint import decode
+from lightning_deadrelu.monitor.monitor import Monitor
+from lightning_deadrelu.monitor.state import MonitorState, RunState
 from lightning_deadrelu.observe.probe import Probe
 
 KEY = "dead_relu/dead_fraction"
@@ -154,6 +157,19 @@ class Nosy(Callback):
 
 
 WITHIN = {"on_train_batch_start", "on_before_zero_grad", "on_before_backward"}
+
+
+def inner(monitor: DeadReLUMonitor) -> Monitor:
+    """What a callback owns from the start of a fit on."""
+    assert monitor._monitor is not None
+    return monitor._monitor
+
+
+def run_of(state: dict[str, Any]) -> RunState:
+    """What a saved state holds of a run."""
+    run = decode(MonitorState, state).run
+    assert run is not None
+    return run
 
 
 class Verdicts(DeadReLUMonitor):

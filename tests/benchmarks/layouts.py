@@ -30,11 +30,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 sys.path.append(str(Path(__file__).parents[1]))
-from toys import bare
+from toys import bare, inner
 from two_ranks import ddp_trainer, on_two_ranks
 
 from lightning_deadrelu import DeadReLUMonitor
-from lightning_deadrelu import monitor as monitoring
+from lightning_deadrelu.explain.postmortem.recorder import FlightRecorder
+from lightning_deadrelu.monitor import verdicts
+from lightning_deadrelu.monitor.announcer import Announcer
+from lightning_deadrelu.monitor.merge import Merger
+from lightning_deadrelu.monitor.monitor import Monitor
 from lightning_deadrelu.observe import ranks
 from lightning_deadrelu.report.history import RunHistory
 from lightning_deadrelu.report.loggers import Reporter
@@ -46,14 +50,14 @@ PARTS = {
     "agree on a layout": (ranks, "agree"),
     "lay sums end to end": (Totals, "sums"),
     "merge": (ranks, "merge"),
-    "to the host, with notes for a post-mortem": (DeadReLUMonitor, "_on_host"),
-    "verdict": (monitoring, "judge"),
-    "post-mortem": (DeadReLUMonitor, "_explain"),
+    "to the host, with notes for a post-mortem": (Merger, "_on_host"),
+    "verdict": (verdicts, "judge"),
+    "post-mortem": (FlightRecorder, "explain"),
     "history and forecast": (RunHistory, "close"),
     "scalars to a logger": (Reporter, "__call__"),
-    "threshold": (DeadReLUMonitor, "_warn"),
+    "threshold": (Announcer, "tell_crossed"),
     "reset": (UnitLiveness, "reset"),
-    "in all": (DeadReLUMonitor, "_verdict"),
+    "in all": (Monitor, "_close_window"),
 }
 
 
@@ -142,24 +146,23 @@ class Sized(DeadReLUMonitor):
         return ""
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        liveness, last = self._watch and self._watch.liveness, trainer.is_last_batch
-        pending = dict(liveness._pending) if last and liveness else {}
+        monitor, last = inner(self), trainer.is_last_batch
+        pending = dict(monitor.watch.liveness._pending) if last else {}
         super().on_train_batch_end(trainer, *args)
-        if last and liveness:
-            self.sizes = self._sizes(pending)
+        if last:
+            self.sizes = self._sizes(monitor, pending, joint=trainer.world_size > 1)
 
-    def _sizes(self, pending: Any) -> dict[str, int]:
-        assert self._watch is not None
-        liveness, saved = self._watch.liveness, io.BytesIO()
+    def _sizes(self, monitor: Monitor, pending: Any, *, joint: bool) -> dict[str, int]:
+        liveness, verdicts, saved = monitor.watch.liveness, monitor.verdicts, io.BytesIO()
         totals = liveness.totals()
-        if not self._joint:
+        if not joint:
             torch.save(self.state_dict(), saved)
         return {
             "counts on the device": size(list(vars(liveness).values()), pending),
-            "history on the host": size(self._history),
-            "forecast on the host": size(self._record._peaks.state),
-            "biases on the device": size(list(vars(self._recorder._incoming).values())),
-            "raster on the host": size([track.columns for track in self._record.raster._tracks.values()]),
+            "history on the host": size(verdicts.units),
+            "forecast on the host": size(verdicts.history._peaks.state),
+            "biases on the device": size(list(vars(verdicts.recorder._incoming).values())),
+            "raster on the host": size([track.columns for track in verdicts.history.raster._tracks.values()]),
             "report on the host": size(self.report),
             "checkpoint": len(saved.getvalue()),
             "SUM per rank": size(totals.sums()),

@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
-from toys import Loader, Net, assert_alike, batches, fit, mlp
+from toys import Loader, Net, assert_alike, batches, fit, inner, mlp
 from two_ranks import ddp_trainer, on_two_ranks
 
 from lightning_deadrelu import DeadReLUMonitor
@@ -473,7 +473,7 @@ def fitted(way, **options):
 def test_a_trainer_observes_compiled_models(way, accumulated):
     known, weights, _ = fitted(nothing, accumulate_grad_batches=accumulated)
     monitor, others, graphs = fitted(way, accumulate_grad_batches=accumulated)
-    assert_seen_compiled(monitor._watch)
+    assert_seen_compiled(inner(monitor).watch)
     assert graphs == 2
     assert_alike(monitor.report.to_dict(), known.report.to_dict())
     assert all(map(torch.equal, weights, others))
@@ -485,7 +485,7 @@ def distributed(rank, way, **options):
     monitor = DeadReLUMonitor(every_n_steps=2, window=2, min_samples=1)
     trainer = ddp_trainer(callbacks=[monitor], **options)
     trainer.fit(way(model, compiler), batches(8, seed=rank))
-    compiled = monitor._watch.compiled
+    compiled = inner(monitor).watch.compiled
     return monitor.report.to_dict(), compiled.refusal, compiled._proven, compiler.graphs
 
 

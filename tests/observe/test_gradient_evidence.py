@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.nn import functional as F
-from toys import Loader, Log, Net, Verdicts, assert_same, batches, fit, mlp, reports_of, tensors
+from toys import Loader, Log, Net, Verdicts, assert_same, batches, fit, inner, mlp, reports_of, tensors
 from two_ranks import ddp_trainer, on_two_ranks
 
 from lightning_deadrelu.model.slices import Slice
@@ -148,7 +148,7 @@ def test_ages_behind_convolutions_and_norms_equal_those_of_a_slow_loop():
     monitor = Compared(slow, sites, **{**EVIDENCE, "min_samples": 9})
     fit(Net(Layers(), 0.003), Loader(bursts(60, 3, 2, 8, 8)), slow, monitor)
     assert [site.name for site in monitor.report.sites] == sites
-    assert len({name for entries in monitor._evidence._slices.values() for name in [entries[0].name]}) == 4
+    assert len({name for entries in inner(monitor).evidence._slices.values() for name in [entries[0].name]}) == 4
     assert any(only_proved(site).any() for report in monitor.reports for site in report.sites)
 
 
@@ -252,7 +252,7 @@ def test_a_penalty_in_the_loss_is_noticed_at_once():
     with pytest.warns(UserWarning, match="contradict the forward at `net.1`:.*`weight_decay`") as caught:
         fit(Penalised(net, 0.0), batches(40), monitor)
     assert sum("contradict" in str(one.message) for one in caught) == 1
-    assert {site.owner for site in monitor._evidence._refuted} == {"net.1"}  # nobody is silent in the other
+    assert {site.owner for site in inner(monitor).evidence._refuted} == {"net.1"}  # nobody is silent in the other
     without = Verdicts(**SETTINGS)
     fit(Penalised(net, 0.0), batches(40), without)
     assert [r["net.1"].to_dict() for r in monitor.reports] == [r["net.1"].to_dict() for r in without.reports]
@@ -289,7 +289,7 @@ def test_nothing_is_refuted_without_reason(net):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*contradict")
         monitor = run_rare(net, gradient_evidence=True)
-    assert monitor._failure is None
+    assert monitor.failure is None
 
 
 class ByHand(Net):
@@ -518,7 +518,7 @@ def fit_rare(rank, decay):
     net = Decaying if decay else Net
     items = rare_items() if rank else rare_items(rare=())
     ddp_trainer(callbacks=[monitor]).fit(net(rare_net(), 0.0, torch.optim.SGD), Loader(items))
-    return reports_of(monitor), len(monitor._evidence._refuted)
+    return reports_of(monitor), len(inner(monitor).evidence._refuted)
 
 
 @pytest.mark.ranks

@@ -20,12 +20,15 @@ from toys import (
     batches,
     fit,
     reports_of,
+    run_of,
     watchers,
 )
 from two_ranks import Branching, ddp_trainer, on_two_ranks, shares
 
 from lightning_deadrelu import DeadReLUMonitor
-from lightning_deadrelu import monitor as monitoring
+from lightning_deadrelu.monitor import monitor as monitoring
+from lightning_deadrelu.monitor import verdicts
+from lightning_deadrelu.monitor.merge import Merger
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*the Trainer has no logger", "ignore:.*get no gradient", "ignore:.*use of fork"
@@ -107,16 +110,16 @@ def test_watching_two_ranks_changes_no_bit():
 def count_collectives(rank):
     counts = []
     monitor = Verdicts(every_n_steps=1, window=2, min_samples=1)
-    join = monitor._joined
+    merged = Merger.merged
 
-    def counted():
+    def counted(*args):
         with mock.patch.multiple(dist, **{name: mock.Mock(wraps=getattr(dist, name)) for name in COLLECTIVES}):
-            totals = join()
+            totals = merged(*args)
             counts.append({name: n for name in COLLECTIVES if (n := getattr(dist, name).call_count)})
         return totals
 
-    monitor._joined = counted
-    ddp_trainer(callbacks=[monitor], max_epochs=1).fit(Branching(), plain(shares(rank)))
+    with mock.patch.object(Merger, "merged", counted):
+        ddp_trainer(callbacks=[monitor], max_epochs=1).fit(Branching(), plain(shares(rank)))
     return counts
 
 
@@ -156,9 +159,9 @@ FAILURES = {
     "counting, at once": (monitoring.Watch, "_take", 0),
     "counting, later": (monitoring.Watch, "_take", 9),
     "starting": (monitoring, "Watch", 0),
-    "judging, at once": (monitoring, "judge", 0),
-    "judging, later": (monitoring, "judge", 2),
-    "publishing": (DeadReLUMonitor, "_publish", 1),
+    "judging, at once": (verdicts, "judge", 0),
+    "judging, later": (verdicts, "judge", 2),
+    "publishing": (monitoring.Monitor, "_publish", 1),
 }
 
 
@@ -193,7 +196,8 @@ def interrupted(rank):
     leaving, monitor = Leaving(), DeadReLUMonitor(every_n_steps=1)
     with pytest.raises(RuntimeError, match="stop here"):
         ddp_trainer(callbacks=[leaving, monitor]).fit(Doomed(), batches(7, seed=rank))
-    return leaving.state["totals"]["samples"].sum(1).tolist() if rank else monitor.state_dict()["observation"]
+    run = run_of(leaving.state if rank else monitor.state_dict())
+    return run.totals.samples.sum(1).tolist() if rank else len(run.progress.window.steps)
 
 
 @pytest.mark.ranks

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
-from toys import EVERYTHING, KEY, WITHIN, Log, Net, Nosy, Verdicts, bare, batches, fit, mlp, watchers
+from toys import EVERYTHING, KEY, WITHIN, Log, Net, Nosy, Verdicts, bare, batches, fit, mlp, run_of, watchers
 
 from lightning_deadrelu import DeadReLUMonitor
 
@@ -84,14 +84,14 @@ def test_every_training_sample_is_counted_once(case):
 def test_accumulated_batches_are_one_observation(accumulate, every, samples):
     monitor = DeadReLUMonitor(every_n_steps=every)
     fit(Net(), batches(12), monitor, accumulate_grad_batches=accumulate)
-    counted = monitor.state_dict()["totals"]["samples"][0]
+    counted = run_of(monitor.state_dict()).totals.samples[0]
     assert counted[counted > 0].tolist() == samples
 
 
 def test_a_schedule_of_accumulation_is_followed():
     monitor = DeadReLUMonitor(every_n_steps=1)
     fit(Net(), batches(4), monitor, GradientAccumulationScheduler({0: 1, 1: 2, 2: 4}), max_epochs=3)
-    assert monitor.state_dict()["totals"]["samples"][0].tolist() == [5] * 4 + [10] * 2 + [20] + [0] * 3
+    assert run_of(monitor.state_dict()).totals.samples[0].tolist() == [5] * 4 + [10] * 2 + [20] + [0] * 3
 
 
 def test_a_closure_that_is_called_again_is_observed_once():
@@ -133,7 +133,7 @@ def test_an_iterable_data_set_without_length():
     monitor = DeadReLUMonitor(every_n_steps=1, window=100)
     fit(Net(), DataLoader(Stream(), batch_size=5), monitor, accumulate_grad_batches=4)
     assert monitor.report.sites[0].samples == 30
-    assert monitor.state_dict()["batches"] == 2
+    assert run_of(monitor.state_dict()).progress.batches == 2
 
 
 @pytest.mark.filterwarnings("ignore:.*`training_step` returned `None`")
@@ -176,7 +176,7 @@ def test_a_learning_rate_search_in_mid_fit_keeps_the_window(tmp_path):
     finder = Midway(num_training_steps=3, update_attr=False)
     fit(Net(), batches(4), monitor, finder, max_epochs=2, default_root_dir=tmp_path)
     assert monitor.report.sites[0].samples == 40
-    assert monitor.state_dict()["batches"] == 8
+    assert run_of(monitor.state_dict()).progress.batches == 8
 
 
 def test_batch_size_finder(tmp_path):

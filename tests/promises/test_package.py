@@ -22,14 +22,15 @@ FLOORS = (
     {"model"},
     {"statistics", "attribution"},
     {"observe", "remedies"},
-    {"repair", "explain", "prevention", "settings"},
+    {"repair", "explain", "prevention"},
     {"report"},
     {"monitor"},
+    {"trainer_host"},
     {"callback", "loop"},
     {"__init__", "__main__"},
 )
 ONLY_IN = {
-    "lightning": {"callback", "report/loggers"},
+    "lightning": {"callback", "trainer_host", "report/loggers"},
     "torch.distributed": {"observe/ranks", "model/sharding"},
     "matplotlib": {"render", "report"},
     "wandb": {"report/loggers"},
@@ -59,11 +60,11 @@ WITH_PRIVATE_TORCH = {
     "explain/checkup/examination",
     "explain/postmortem/step_log",
 }
-TOO_LONG = {"monitor", "observe/probe", "observe/provenance", "repair/activation_swap", "repair/repair"}
+TOO_LONG = {"monitor/monitor", "observe/probe", "observe/provenance", "repair/activation_swap", "repair/repair"}
 CLASSES_TOO_LONG = {
     ("attribution/tracer", "Tracer"),
     ("callback", "DeadReLUMonitor"),
-    ("monitor", "Monitoring"),
+    ("monitor/monitor", "Monitor"),
     ("observe/probe", "Probe"),
     ("repair/repair", "Repair"),
 }

@@ -2,10 +2,26 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
-from toys import KEY, Loader, Log, Net, Verdicts, assert_alike, bare, batches, fit, mlp, reports_of, tensors
+from toys import (
+    KEY,
+    Loader,
+    Log,
+    Net,
+    Verdicts,
+    assert_alike,
+    bare,
+    batches,
+    fit,
+    inner,
+    mlp,
+    reports_of,
+    run_of,
+    tensors,
+)
 from two_ranks import Branching, ddp_trainer, on_two_ranks, shares
 
 from lightning_deadrelu import DeadReLUMonitor
+from lightning_deadrelu.repair.activation_swap import records, substitute_
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*the Trainer has no logger",
@@ -72,13 +88,14 @@ def test_the_state_is_plain_and_small(tmp_path):
     trainer.fit(Net(), batches(9))
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     state = torch.load(tmp_path / "a.ckpt", weights_only=True)["callbacks"][monitor.state_key]
-    assert [state["batches"], state["observation"]] == [5, 0]
+    progress = run_of(state).progress
+    assert [progress.batches, progress.window.observations] == [5, 0]
     torch.save(state, tmp_path / "state.pt")
     assert (tmp_path / "state.pt").stat().st_size < 20_000
     resumed = DeadReLUMonitor(**SETTINGS)
     trainer = Trainer(**bare(callbacks=[resumed], max_steps=9, max_epochs=9))
     trainer.fit(Net(), batches(9), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
-    assert resumed._batches == 9
+    assert inner(resumed).progress.batches == 9
 
 
 def test_two_monitors_need_two_names(tmp_path):
@@ -157,10 +174,10 @@ def test_a_state_of_another_model_ends_the_watch_and_not_the_run(tmp_path):
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
     key = next(iter(checkpoint["callbacks"]))
-    del checkpoint["callbacks"][key]["history"]
+    del checkpoint["callbacks"][key]["run"]["units"]
     torch.save(checkpoint, tmp_path / "a.ckpt")
     model = Net()
-    with pytest.warns(UserWarning, match="(?s)the monitor failed and watches no longer.*history"):
+    with pytest.warns(UserWarning, match="(?s)the monitor failed and watches no longer.*units"):
         fit(model, batches(9), DeadReLUMonitor(**SETTINGS), ckpt=tmp_path / "a.ckpt", max_epochs=2)
     assert len(model.losses) == 9
 
@@ -176,7 +193,7 @@ def test_after_an_exception_a_checkpoint_holds_the_window(tmp_path):
     with pytest.raises(RuntimeError, match="stop here"):
         fit(Doomed(), batches(9), monitor, OnExceptionCheckpoint(tmp_path), enable_checkpointing=True)
     state = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)["callbacks"][monitor.state_key]
-    assert state["totals"]["samples"][0].tolist() == [5] * 5 + [0] * 5
+    assert run_of(state).totals.samples[0].tolist() == [5] * 5 + [0] * 5
 
 
 def test_a_state_loaded_and_not_yet_used_is_saved_again(tmp_path):
@@ -230,7 +247,7 @@ def test_nothing_is_lost_that_two_ranks_save_in_mid_window(step, tmp_path):
 def test_what_two_ranks_save_after_fit_holds_both_their_counts(tmp_path):
     reports = on_two_ranks(two_rank_run, tmp_path, None)[0]
     state = next(iter(torch.load(tmp_path / "end.ckpt", weights_only=True)["callbacks"].values()))
-    assert state["totals"]["samples"].sum(1).tolist() == [site["samples"] for site in reports[-1]["sites"]]
+    assert run_of(state).totals.samples.sum(1).tolist() == [site["samples"] for site in reports[-1]["sites"]]
 
 
 def test_models_of_any_size_are_known_again_by_their_sites(tmp_path):
@@ -241,17 +258,25 @@ def test_models_of_any_size_are_known_again_by_their_sites(tmp_path):
     assert monitor.report["net.1"].samples == 90
 
 
-def test_a_checkpoint_of_another_version_costs_the_ages_alone(tmp_path):
-    monitor = DeadReLUMonitor(**SETTINGS)
+OLD = {"before formats": {}, "6": {"format": 6, "observation": 2, "steps": [0, 2], "sites": [], "told": ["net.1"]}}
+
+
+@pytest.mark.parametrize("old", OLD.values(), ids=OLD)
+@pytest.mark.parametrize("swapped", [True, False])
+def test_a_checkpoint_of_another_version_costs_the_ages_alone(old, swapped, tmp_path):
+    monitor, model = DeadReLUMonitor(**SETTINGS), Net()
+    if swapped:
+        substitute_(model, "net.1", "gelu")
     trainer = Trainer(**bare(callbacks=[monitor], max_steps=5))
-    trainer.fit(Net(), batches(9))
+    trainer.fit(model, batches(9))
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
-    state = checkpoint["callbacks"][monitor.state_key]
-    del state["format"], state["repair"], state["activations"]
+    activations = {"activations": checkpoint["callbacks"][monitor.state_key]["activations"]} if swapped else {}
+    checkpoint["callbacks"][monitor.state_key] = {**old, **activations, "batches": 5}
     torch.save(checkpoint, tmp_path / "old.ckpt")
-    resumed = DeadReLUMonitor(**SETTINGS)
+    resumed, model = DeadReLUMonitor(**SETTINGS), Net()
     trainer = Trainer(**bare(callbacks=[resumed], max_steps=9, max_epochs=9))
     with pytest.warns(UserWarning, match="of another version of the monitor; all ages start at zero"):
-        trainer.fit(Net(), batches(9), ckpt_path=tmp_path / "old.ckpt", weights_only=True)
+        trainer.fit(model, batches(9), ckpt_path=tmp_path / "old.ckpt", weights_only=True)
     assert resumed.report is not None
+    assert [record["path"] for record in records(model)] == (["net.1"] if swapped else [])

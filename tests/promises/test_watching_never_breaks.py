@@ -8,7 +8,8 @@ from lightning.pytorch.callbacks import (
 from toys import EVERYTHING, KEY, Net, batches, fit, watchers
 
 from lightning_deadrelu import DeadReLUMonitor
-from lightning_deadrelu import monitor as monitoring
+from lightning_deadrelu.monitor import merge, verdicts
+from lightning_deadrelu.monitor import monitor as monitoring
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*the Trainer has no logger", "ignore:.*get no gradient", "ignore:.*no rectifier ran"
@@ -22,10 +23,10 @@ def broken(*args, **kwargs):
 @pytest.mark.parametrize("place", ["judge", "count", "watch", "restore", "unwatched"])
 def test_a_failure_of_the_monitor_neither_ends_the_run_nor_loses_a_checkpoint(place, monkeypatch, tmp_path):
     owner, name = {
-        "judge": (monitoring, "judge"),
+        "judge": (verdicts, "judge"),
         "count": (monitoring.Watch, "_take"),
         "watch": (monitoring, "Watch"),
-        "restore": (DeadReLUMonitor, "_joined"),
+        "restore": (merge.Merger, "merged"),
         "unwatched": (monitoring.Watch, "unwatched"),
     }[place]
     monkeypatch.setattr(owner, name, broken)

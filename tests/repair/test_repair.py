@@ -316,12 +316,12 @@ def test_a_threshold_is_minded_by_new_units():
 
 def test_one_batch_in_every_n_steps_is_observed_at_a_place_that_changes():
     monitor = DeadReLUMonitor(remedy="reset", every_n_steps=10)
-    due = [batch for batch in range(1000) if monitor._is_due(batch)]
+    due = [batch for batch in range(1000) if monitor._settings.is_due(batch)]
     assert [batch // 10 for batch in due] == list(range(100))
     assert due[0] == 0
     assert {batch % 10 for batch in due} == set(range(10))
     plain = DeadReLUMonitor(every_n_steps=10)
-    assert [batch for batch in range(1000) if plain._is_due(batch)] == list(range(0, 1000, 10))
+    assert [batch for batch in range(1000) if plain._settings.is_due(batch)] == list(range(0, 1000, 10))
 
 
 def test_two_monitors_with_remedies_are_refused():
@@ -399,10 +399,10 @@ def test_edited_units_are_logged():
 
 
 def test_events_are_bounded():
-    monitor = DeadReLUMonitor(remedy="reset")
-    monitor._repair._note(Event(step, "fc", "edited", "Reset", tuple(range(1000))) for step in range(2000))
-    assert len(monitor.events) == 100
-    assert monitor.events[-1].step == 1999
+    repair = Repair([Reset()], 0.1, 299, lambda event: None)
+    repair._note(Event(step, "fc", "edited", "Reset", tuple(range(1000))) for step in range(2000))
+    assert len(repair.events) == 100
+    assert repair.events[-1].step == 1999
 
 
 # -- terms that fade -------------------------------------------------------------------------------------
@@ -467,8 +467,8 @@ def test_a_checkpoint_saved_after_an_error_holds_the_terms_in_flight(tmp_path):
     with pytest.raises(RuntimeError):
         run_to_the_end(BiasWarming(steps=30, at_once=True), tensors(20, 8), Stop())
     (state,) = torch.load(tmp_path / "error.ckpt", weights_only=True)["callbacks"].values()
-    assert {term["site"] for term in state["repair"]["terms"]["terms"]} >= {"net.1"}
-    assert state["repair"]["lifts"].keys() >= {"net.1"}
+    assert {term["site"] for term in state["run"]["repair"]["terms"]["terms"]} >= {"net.1"}
+    assert state["run"]["repair"]["lifts"].keys() >= {"net.1"}
 
 
 @pytest.mark.parametrize("later", [None, "reset", ["reset", "leaky"]], ids=str)
@@ -477,7 +477,7 @@ def test_a_run_may_go_on_with_other_remedies(later, tmp_path):
     run_to_the_end(["bias_warming", LeakySlope(ramp_steps=50)], items, Save(tmp_path))
     for path in sorted(tmp_path.glob("*.ckpt"))[::4]:
         monitor, _, _ = run_to_the_end(later, items, ckpt=path)
-        assert monitor._failure is None
+        assert monitor.failure is None
         assert monitor.report is not None
 
 

@@ -1,12 +1,13 @@
 """What is kept of a run, and what a run tells at its end."""
 
 import json
+import logging
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 from torch import nn
-from toys import Loader, Log, Net, assert_same, batches, fit, mlp, tensors
+from toys import Loader, Log, Net, assert_same, batches, fit, mlp, run_of, tensors
 
 from lightning_deadrelu import DeadReLUMonitor, LivenessReport
 from lightning_deadrelu.report.history import RunHistory
@@ -32,7 +33,7 @@ def test_the_history_has_every_window_and_edit():
     torch.manual_seed(0)
     log, monitor = Log(), DeadReLUMonitor(remedy="reset", include=["net.1"], **EAGER)
     fit(Net(mlp(3)), batches(40, 8), monitor, logger=log)
-    curves = monitor._record.raster.curves
+    curves = monitor.run_report.history.curves
     logged = log.verdicts()
     assert list(curves["dead_fraction"]) == [metrics["dead_relu/dead_fraction"] for _, metrics in logged]
     assert list(curves["remedied_units"]) == [metrics["dead_relu/remedied_units"] for _, metrics in logged]
@@ -57,16 +58,16 @@ def test_a_resumed_run_has_the_history_of_an_uninterrupted_one(tmp_path):
     whole = run(Save(tmp_path))
     for step in (3, 10, 27, 41):
         resumed = run(ckpt=tmp_path / f"{step}.ckpt")
-        assert_same(resumed._record.state_dict()["raster"], whole._record.state_dict()["raster"])
-        assert_same(resumed._record.state_dict()["peaks"], whole._record.state_dict()["peaks"])
+        assert_same(run_of(resumed.state_dict()).history, run_of(whole.state_dict()).history)
         assert resumed.summary() == whole.summary()
 
 
-def test_the_end_of_fit_is_told_on_the_terminal(capsys):
+def test_the_end_of_fit_is_told_on_the_terminal(caplog):
+    caplog.set_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero")
     torch.manual_seed(0)
     monitor = DeadReLUMonitor(remedy="reset", **EAGER)
     fit(Net(mlp(3)), batches(40, 8), monitor)
-    told = capsys.readouterr().out
+    told = caplog.text
     assert f"dead_relu: {monitor.summary()}" in told
     assert "net.1" in told
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from torch import nn
-from toys import EVERYTHING, Loader, Net, batches, fit, mlp, tensors
+from toys import EVERYTHING, Loader, Net, batches, fit, inner, mlp, tensors
 
 from lightning_deadrelu import DeadReLUMonitor
 from lightning_deadrelu.checkpoint import decode, encode
@@ -41,7 +41,7 @@ class Halving(Net):
 
 
 def rows_of(monitor):
-    return monitor._recorder.steps.read(monitor._recorder.steps.ring)
+    return inner(monitor).verdicts.recorder.steps.read(inner(monitor).verdicts.recorder.steps.ring)
 
 
 def test_the_ring_holds_what_a_slow_loop_notes():
@@ -198,7 +198,7 @@ def test_odd_inputs_are_passed_over(kind):
     monitor = DeadReLUMonitor(**EVERYTHING)
     fit(Beside(), Loader([{"a": beside, "x": x} for x in tensors(8)]), monitor)
     assert monitor.report["net.1"].samples == 20
-    assert monitor._recorder.failure is None
+    assert inner(monitor).verdicts.recorder.failure is None
 
 
 @pytest.mark.parametrize("model", [Exchanged, Sparse])
@@ -206,8 +206,8 @@ def test_gradients_that_change_their_form(model):
     monitor = DeadReLUMonitor(**EVERYTHING)
     fit(model(optimizer=torch.optim.SGD), Loader(tensors(8)), monitor)
     assert monitor.report["net.1"].samples == 20
-    assert monitor._recorder.failure is None
-    rows = monitor._recorder.steps.read(monitor._recorder.steps.ring)
+    assert inner(monitor).verdicts.recorder.failure is None
+    rows = inner(monitor).verdicts.recorder.steps.read(inner(monitor).verdicts.recorder.steps.ring)
     assert rows.column("gradient").isfinite().all()
 
 

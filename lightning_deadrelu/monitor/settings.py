@@ -103,6 +103,39 @@ class Settings:
         dims = [[pattern, dim] for pattern, dim in (self.unit_dims or {}).items()]
         return [list(self.include), list(self.exclude), dims]
 
+    def is_due(self, batch: int) -> bool:
+        """Tell whether to observe a batch: the first of each ``every_n_steps``, or with a remedy any one of them.
+
+        Tasks, optimizers and heads that take turns would else be met always in the same phase, and what rests in that
+        phase be taken for dead.
+
+        Args:
+            batch: Its number; the first is always observed.
+
+        Example:
+            >>> [batch for batch in range(12) if Settings(every_n_steps=3).is_due(batch)]
+            [0, 3, 6, 9]
+        """
+        block, place = divmod(batch, self.every_n_steps)
+        return place == (_hashed(block) % self.every_n_steps if self.rungs else 0)
+
+    def valid(self, batch: Any) -> Tensor | None:
+        """Tell data from padding: True for data, shape ``(batch, time)``; None where all is data.
+
+        Raises:
+            TypeError: If ``mask`` returns something else.
+        """
+        valid = self.mask(batch) if self.mask else None
+        if valid is not None and (not isinstance(valid, Tensor) or valid.ndim != 2):
+            got = f"shape {tuple(valid.shape)}" if isinstance(valid, Tensor) else type(valid).__name__
+            raise TypeError(f"`mask` returned {got}; it has to return a boolean tensor of shape (batch, time), or None")
+        return None if valid is None else valid.bool()
+
+
+def _hashed(number: int) -> int:
+    """Hash a number (Knuth's multiplicative hash), 0 to 0."""
+    return (number * 2_654_435_761 % 2**32) >> 16
+
 
 _UNIT_DIMS = 'unit_dims={"encoder.*": 1}'
 

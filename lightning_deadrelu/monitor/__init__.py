@@ -1,0 +1,1 @@
+"""What happens at each batch, step and window, whoever the loop belongs to; imports no Lightning."""

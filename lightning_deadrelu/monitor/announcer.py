@@ -1,0 +1,78 @@
+"""What is said on the terminal while a model trains, each thing once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from lightning_deadrelu.explain.finding import Finding
+from lightning_deadrelu.explain.postmortem import DeathEvent
+from lightning_deadrelu.monitor.host import Host
+from lightning_deadrelu.monitor.settings import Settings
+from lightning_deadrelu.repair.policy import Event
+from lightning_deadrelu.statistics import LivenessReport
+
+
+@dataclass
+class Said:
+    """What was said already.
+
+    Args:
+        crossed: The sites that crossed the threshold.
+        copies: Whether it was that averaged copies of the weights are left alone.
+    """
+
+    crossed: set[str] = field(default_factory=set)
+    copies: bool = False
+
+
+class Announcer:
+    """Say what needs an act or is worth knowing.
+
+    Args:
+        settings: What the user asked for.
+        host: The loop.
+    """
+
+    def __init__(self, settings: Settings, host: Host) -> None:
+        self._settings, self._host = settings, host
+        self.said = Said()
+        """What was said already, also in the run that is gone on with."""
+
+    def tell_event(self, event: Event) -> None:
+        """Say what was done to a site."""
+        if event.action == "refused":
+            self._host.warn(f"{event}. `monitor.attribution` shows what is known of all sites.")
+        else:
+            self._host.info(str(event))
+        if event.action == "edited" and self._host.averages and not self.said.copies:
+            self.said.copies = True
+            self._host.warn(f"averaged copies of the weights ({self._host.averages}) are left alone.")
+
+    def tell_crossed(self, report: LivenessReport) -> list[str]:
+        """Say which sites have crossed the threshold for the first time in the run, and name them."""
+        threshold, said = self._settings.threshold, self.said.crossed
+        crossed = [site for site in report.headline if site.dead_fraction > threshold and site.name not in said]
+        said.update(site.name for site in crossed)
+        if crossed:
+            sites = ", ".join(f"`{site.name}` ({int(site.dead.sum())} of {site.units} units)" for site in crossed)
+            self._host.warn(
+                f"more than {threshold:.0%} dead at step {report.step}: {sites}. They fired on no sample for"
+                f" {self._settings.min_samples} samples or more, and get no gradient."
+            )
+        return [site.name for site in crossed]
+
+    def tell_deaths(self, deaths: Sequence[DeathEvent]) -> None:
+        """Say when and why many units died at once."""
+        for death in deaths:
+            if death.is_large:
+                self._host.info(f"{death}.")
+
+    def tell_findings(self, findings: Sequence[Finding], error: Exception | None) -> None:
+        """Say what the check-up found, or that it failed."""
+        if error:
+            self._host.warn(f"the check-up failed; watching goes on. {error!r}")
+        elif findings:
+            self._host.warn("\n- ".join(["the check-up found", *map(str, findings)]))
+        else:
+            self._host.info("the check-up found nothing that kills units.")

@@ -1,0 +1,435 @@
+"""What happens at each batch, step and window's end, in any loop: observe, judge, explain, repair, tell."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_deadrelu.attribution import Attributions
+from lightning_deadrelu.checkpoint import FORMAT, decode, encode
+from lightning_deadrelu.explain.checkup import CheckRun
+from lightning_deadrelu.guarded import Guard, unless_failed
+from lightning_deadrelu.model.sharding import split_layer
+from lightning_deadrelu.model.trainable import Gradients
+from lightning_deadrelu.monitor.announcer import Announcer
+from lightning_deadrelu.monitor.host import Host, Misuse
+from lightning_deadrelu.monitor.merge import Counted, Merger
+from lightning_deadrelu.monitor.settings import Settings
+from lightning_deadrelu.monitor.state import MonitorState, Progress, RunState, Window, exchange_as_in
+from lightning_deadrelu.monitor.verdicts import Verdict, Verdicts
+from lightning_deadrelu.observe.gradient_evidence import GradientEvidence
+from lightning_deadrelu.observe.watch import Watch
+from lightning_deadrelu.repair.activation_swap import rectifiers
+from lightning_deadrelu.repair.repair import Diverged, Patient, Repair
+from lightning_deadrelu.report.run_report import RunReport
+from lightning_deadrelu.statistics import LivenessReport
+
+
+class Monitor:
+    """Watch the rectifiers of a model while a loop trains it.
+
+    The loop calls :meth:`start`; for each batch :meth:`begin_batch`, :meth:`before_backward`, :meth:`before_step` and
+    :meth:`end_batch`; then :meth:`last_verdict` and :meth:`conclude`, or after an error :meth:`abort`; and :meth:`stop`
+    whatever happened. All ranks have to do so at the same batches.
+
+    Args:
+        settings: What the user asked for.
+        host: The loop.
+    """
+
+    def __init__(self, settings: Settings, host: Host) -> None:
+        self.settings, self._host = settings, host
+        self.guard = Guard(self.pause, self._say_failure, but=(Misuse, Diverged))
+        """Keeps the first failure, after which nothing is watched."""
+        self._announcer = Announcer(settings, host)
+        self.repair = _repair_of(settings, self._announcer)
+        """Carries remedies out."""
+        self.watch = _watch_of(settings, host)
+        """Counts what the rectifiers do."""
+        self.repair.losses = self.repair.losses.to(self.watch.liveness.magnitude)
+        self.evidence = GradientEvidence(host.warn) if settings.gradient_evidence else None
+        """Asks gradients who lives; None unless that is wanted."""
+        self._gradients = Gradients()
+        self.verdicts = Verdicts(settings, host, self.watch, self.evidence, self._gradients)
+        """Judges, explains, and keeps the history."""
+        self._merger = Merger(host, self.watch, self.repair, self.verdicts.recorder, self.evidence, self.guard)
+        self._checkup = CheckRun() if settings.checkup else None  # until the first observed batch is done
+        self.progress = Progress()
+        """How far the run has come."""
+        self.report: LivenessReport | None = None
+        """The latest verdict; None before the first."""
+        self.running = False
+        """Whether training has begun, and not ended."""
+
+    def _say_failure(self, text: str) -> None:
+        warnings.warn(f"{self.settings.name}: {text}", stacklevel=4)
+
+    @property
+    def _joint(self) -> bool:
+        return self.running and self._host.is_joint
+
+    @property
+    def _patient(self) -> Patient:
+        host = self._host
+        return Patient(self.watch, host.model, host.optimizers, host.called, self._joint, self._gradients)
+
+    # -- from start to end -------------------------------------------------------------------------------
+
+    def start(self, saved: Mapping[str, Any] | None = None) -> None:
+        """Begin to train, or go on.
+
+        Args:
+            saved: The :meth:`state` in the checkpoint that the weights are from, if they are.
+        """
+        self.running = True
+        self._start()
+        if saved is not None:
+            self._restore(saved)
+        if self.settings.rungs:
+            self.repair.refusal = self._host.unrepairable or _why_split(self._host)
+        if self.repair.refusal:
+            self._host.warn(
+                f"{self.repair.refusal}; watching goes on. Set `remedy=None`, or train with `strategy='ddp'`."
+            )
+        self._host.show_score(self.progress.score)  # who waits for the key must not crash
+
+    @unless_failed
+    def _start(self) -> None:
+        self.repair.start(self._host.model)
+
+    def pause(self) -> None:
+        """Take out of the model what observes it or is there for one batch; harmless when there is nothing."""
+        self.repair.terms.end()
+        self.watch.probe.disarm()
+        self.watch.valid = None
+
+    def skip_rest(self) -> None:
+        """Give up the batch that is under way: one that is skipped does not end."""
+        self.pause()
+        self.progress.observing = False
+
+    def stop(self) -> None:
+        """Take everything out of the model for good; harmless when it has been done."""
+        self.pause()
+        with self.guard():
+            self.repair.stop(self.progress.step)
+        self.running = False
+
+    def abort(self) -> None:
+        """End because of an error; what belongs into a checkpoint that is saved now stays."""
+        self.pause()
+        self.running = False
+        with self.guard():
+            self._write_report()
+
+    def conclude(self) -> None:
+        """End, and say what became of all units."""
+        self.stop()
+        if self._host.is_first_rank and self.report is not None and self.report.sites:
+            with self.guard():
+                self._host.conclude(self.run_report)
+                self._write_report()
+
+    def _write_report(self) -> None:
+        if self._host.is_first_rank and self.settings.report_dir and self.report:
+            from lightning_deadrelu.report.html_page import write
+
+            write(self.run_report, self.settings.report_dir)
+
+    @property
+    def attribution(self) -> Attributions | None:
+        """Which parameters feed and read each site; None where that is not traced, or nothing has run yet."""
+        return self.watch.attributions if self.watch.sites and self.repair.traces else None
+
+    @property
+    def run_report(self) -> RunReport:
+        """All that is known of the run so far, in one object."""
+        return RunReport(
+            report=self.report or LivenessReport(()),
+            history=self.verdicts.raster,
+            events=tuple(self.repair.events),
+            attribution=self.attribution or {},
+            deaths=self.verdicts.recorder.deaths,
+            findings=self.progress.findings,
+            name=self.settings.name,
+        )
+
+    # -- a training batch --------------------------------------------------------------------------------
+
+    def begin_batch(self, batch: Any, *, first: bool = True, trains: bool = True) -> None:
+        """Observe a batch if it is its turn; to be called before its forward.
+
+        Args:
+            batch: The batch, for the mask.
+            first: Whether it starts anew; False where it adds to the gradients of the batch before.
+            trains: Whether weights are going to change by it.
+        """
+        self.pause()
+        if first:
+            self.progress.observing = trains and self.settings.is_due(self.progress.batches)
+        self._begin_batch(batch, first)
+
+    @unless_failed
+    def _begin_batch(self, batch: Any, first: bool) -> None:
+        self.repair.begin(self._patient, self.progress.observing)
+        if self.evidence:
+            self.evidence.begin(self.watch, self._host.model, self.progress.observing, first)
+        if self.progress.observing:
+            self.watch.valid = self._valid(batch)
+            self.watch.liveness.observation = self.progress.window.observations
+            if self._checkup:
+                self._checkup.begin(self.watch)
+            self.watch.probe.arm()
+
+    def _valid(self, batch: Any) -> Tensor | None:
+        """Ask the mask; one that fails is refused at the first batch, and later costs the watch alone."""
+        try:
+            return self.settings.valid(batch)
+        except Exception as error:
+            if self.progress.batches:
+                raise
+            raise self._host.refusal(f"`DeadReLUMonitor(mask=...)`: {error!r}") from error
+
+    @unless_failed
+    def before_backward(self) -> None:
+        """Note that the forward is done; to be called before each backward."""
+        if self._host.steps_once:  # later closures see the batch at other weights
+            self.watch.probe.pause()
+        if self.evidence:
+            self.evidence.note_start()
+
+    @unless_failed
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Look at the gradients; to be called before each step of an optimizer."""
+        observing = self.progress.observing
+        self._gradients.note(optimizer)
+        if observing and self._checkup:
+            self._checkup.before_step(self._host.model, optimizer)
+        self.verdicts.recorder.before_step(optimizer, self._host.model, self.watch.sites)
+        if self.evidence:
+            begun = self.progress.window.observations + observing
+            self.evidence.step(optimizer, begun, self._host.steps_once)
+
+    def end_batch(self, loss: Any, batch: Any, step: int, *, last: bool = True) -> LivenessReport | None:
+        """End a batch, and with the last observation of a window the window.
+
+        Args:
+            loss: The loss that the training step returned.
+            batch: The batch.
+            step: Its number, as loggers count.
+            last: Whether it is the last of those whose gradients add up.
+
+        Returns:
+            The verdict, where a window has ended.
+        """
+        progress = self.progress
+        self.pause()
+        progress.step = step
+        with self.guard():
+            self.repair.end(self._patient, last)  # also after a failure: terms in flight go on
+        self._note_batch(loss, batch, last)
+        progress.batches += last
+        if not last or not progress.observing:
+            return None
+        self._close_observation()
+        return self._close_window() if progress.window.observations == self.settings.window else None
+
+    @unless_failed
+    def _note_batch(self, loss: Any, batch: Any, last: bool) -> None:
+        if self.progress.observing:
+            self.repair.note_loss(loss)
+        self.verdicts.recorder.after_batch(loss, batch, self.progress.step if last else None)
+
+    def _close_observation(self) -> None:
+        """End an observation; also after a failure, as other ranks do."""
+        progress = self.progress
+        progress.observing = False
+        progress.window.close_observation(progress.step)
+        if self.watch.probe.failure:
+            self.guard.fail(self.watch.probe.failure)
+        self._note_observation()
+        self._conclude_checkup()
+        if not self._merger.ended:
+            with self.guard():
+                self.repair.confirm(self._patient, progress.step, self.guard.failure is not None)
+
+    @unless_failed
+    def _note_observation(self) -> None:
+        self.watch.liveness.observation = self.progress.window.observations
+        self.verdicts.recorder.observed(self.progress.step)
+        if not self._joint and self.watch.sites:
+            self.verdicts.match_patterns()
+
+    @unless_failed
+    def _conclude_checkup(self) -> None:
+        checkup, host, self._checkup = self._checkup, self._host, None
+        if checkup:
+            self.progress.findings = checkup.conclude(
+                self.watch, host.model, host.optimizers, clipped=host.clips, scheduled=host.schedules
+            )
+            self.progress.checked = True
+            self._announcer.tell_findings(self.progress.findings, checkup.error)
+
+    # -- a verdict ---------------------------------------------------------------------------------------
+
+    def provisional_verdict(self) -> LivenessReport | None:
+        """Judge a window that goes on; the next verdict tells what has changed since."""
+        counted = self._counted()
+        return None if counted is None else self._look(counted)
+
+    @unless_failed
+    def _look(self, counted: Counted) -> LivenessReport:
+        verdict = self._show_open(counted)
+        window = self.progress.window
+        window.told, window.told_edits = self.verdicts.told(verdict), _total(self.repair.edited)
+        return verdict.news
+
+    def last_verdict(self) -> LivenessReport | None:
+        """Judge what was observed since the last verdict, at the end of training; a run that goes on judges it anew."""
+        counted = self._counted() if self.progress.window.unjudged else None
+        return None if counted is None else self._look_last(counted)
+
+    @unless_failed
+    def _look_last(self, counted: Counted) -> LivenessReport:
+        return self._show_open(counted).news
+
+    def _show_open(self, counted: Counted) -> Verdict:
+        verdict = self.verdicts.judge(counted, self.progress.window, self.progress.step)
+        self.verdicts.keep_open(verdict, counted, self.repair.edited)
+        self._publish(verdict.news, closed=False)
+        return verdict
+
+    def _close_window(self) -> LivenessReport | None:
+        counted = self._counted()
+        report = None if counted is None else self._close(counted)
+        if self.settings.rungs and not self._merger.all_are_well(self._joint):
+            self.repair.forget(self._patient)
+        self._open_window()
+        return report
+
+    @unless_failed
+    def _close(self, counted: Counted) -> LivenessReport:
+        verdict = self.verdicts.judge(counted, self.progress.window, self.progress.step)
+        deaths = self.verdicts.close(verdict, counted, self.repair.edited)
+        self._announcer.tell_deaths(deaths)
+        self.repair.decide(self._patient, verdict.whole, counted.losses)
+        self._publish(verdict.news, closed=True)
+        self.repair.edited = {}
+        return verdict.news
+
+    def _open_window(self) -> None:
+        self.progress.window = Window()
+        self.watch.liveness.reset()
+
+    def _counted(self) -> Counted | None:
+        """Merge the window for a verdict; whether or not it comes about, all ranks go on in step."""
+        self.progress.judged, self.progress.window.unjudged = True, False
+        with self.guard():
+            return self._merger.merged(self._joint)
+        return None
+
+    def _publish(self, report: LivenessReport, *, closed: bool) -> None:
+        self.report, self.progress.score = report, report.dead_fraction
+        self._host.show_score(self.progress.score)
+        self._host.publish(
+            self.run_report,
+            edited=_total(self.repair.edited) - self.progress.window.told_edits,
+            at_risk=self.verdicts.history.at_risk_fraction,
+            crossed=self._announcer.tell_crossed(report),
+            closed=closed,
+        )
+
+    # -- to be continued ---------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Return plain values and tensors; while they train, all ranks have to ask for them together."""
+        saved = encode(MonitorState.of(self._host.model))  # also after a failure: without them weights mean nothing
+        with self.guard():
+            counted = self._merger.merged(self._joint)
+            saved["run"] = None if counted is None else encode(self._run_state(counted))
+        return dict(saved)
+
+    def _run_state(self, counted: Counted) -> RunState:
+        return RunState(
+            progress=self.progress,
+            selection=self.settings.selection,
+            sites=list(self.watch.sites),
+            totals=counted.totals,
+            units=self.verdicts.units,
+            never_trained=self._gradients.save(self._host.model),
+            evidence=self.evidence.state_dict(self.watch) if self.evidence else None,
+            repair=self.repair.state_dict(),
+            history=self.verdicts.history.state_dict(),
+            recorder=self.verdicts.recorder.state,
+            said=self._announcer.said,
+        )
+
+    @unless_failed
+    def _restore(self, saved: Mapping[str, Any]) -> None:
+        exchange_as_in(saved, self._host.model)
+        self.watch.substitutes = rectifiers(self._host.model)
+        if saved.get("format") != FORMAT:
+            self._host.warn("the checkpoint is of another version of the monitor; all ages start at zero.")
+        elif (run := decode(MonitorState, saved).run) is None:
+            self._host.warn("the monitor had failed when the checkpoint was saved; all ages start at zero.")
+        else:
+            self._restore_run(run)
+            self._restore_units(run)
+
+    def _restore_run(self, run: RunState) -> None:
+        self.progress, self._announcer.said = run.progress, run.said
+        self._checkup = None if run.progress.checked else self._checkup
+        self._gradients.load(run.never_trained, self._host.model, self._host.optimizers)
+        self.repair.load_state_dict(run.repair, self._patient)
+        self.verdicts.history.load_state_dict(run.history)
+
+    def _restore_units(self, run: RunState) -> None:
+        if run.selection != self.settings.selection:  # the sites are others, and so are their numbers
+            self._open_window()
+            self.repair.forget(self._patient)
+            self._host.warn("other sites are selected than in the checkpoint, so all ages start at zero.")
+            return
+        self.watch.adopt(run.sites)
+        if self.evidence and run.evidence:
+            self.evidence.load_state_dict(run.evidence, self.watch.sites)
+        self.verdicts.units = run.units
+        self.verdicts.recorder.restore(run.recorder)
+        if run.totals.samples.shape[-1] != self.settings.window:  # the open window has another length: start anew
+            self._open_window()
+        elif self._host.is_first_rank:  # it holds the counts of all ranks
+            self.watch.liveness.load(run.totals)
+
+
+def _repair_of(settings: Settings, announcer: Announcer) -> Repair:
+    rungs, traces = settings.rungs, settings.gradient_evidence
+    return Repair(rungs, settings.threshold, settings.min_samples, announcer.tell_event, traces)
+
+
+def _watch_of(settings: Settings, host: Host) -> Watch:
+    watch = Watch(
+        host.model,
+        include=settings.include,
+        exclude=settings.exclude,
+        rules=settings.rules,
+        window=settings.window,
+        unit_dims=settings.unit_dims,
+        keep_fused=True,
+        device=host.device,
+        blind=_why_split(host),
+    )
+    watch.substitutes = rectifiers(host.model)
+    return watch
+
+
+def _why_split(host: Host) -> str:
+    """Say why the units of the model cannot be told from one rank to the other; empty if they can."""
+    name = split_layer(host.model)
+    return f"tensor parallelism splits `{name}`, so that each rank has other units" if name else ""
+
+
+def _total(edited: Mapping[str, Sequence[int]]) -> int:
+    return sum(map(len, edited.values()))

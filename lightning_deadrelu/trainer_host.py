@@ -1,0 +1,130 @@
+"""Lightning's Trainer, as a monitor sees it; all that Lightning keeps to itself is read here."""
+# ruff: noqa: D102 - what each member means is told by Host
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
+
+from lightning_deadrelu.monitor.host import Misuse
+from lightning_deadrelu.monitor.settings import Settings
+from lightning_deadrelu.observe import ranks
+from lightning_deadrelu.report.loggers import Reporter
+from lightning_deadrelu.report.run_report import RunReport
+
+_SHARDED = frozenset({"FSDPStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy"})
+_AVERAGING = frozenset({"WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging"})
+
+
+class Misconfiguration(Misuse, MisconfigurationException):
+    """What Lightning's users expect of an argument that cannot work."""
+
+
+class TrainerHost:
+    """A Trainer, with the properties that :class:`~lightning_deadrelu.monitor.host.Host` describes.
+
+    Args:
+        trainer: The Trainer.
+        settings: What the user asked for.
+    """
+
+    def __init__(self, trainer: Trainer, settings: Settings) -> None:
+        self._trainer, self._name = trainer, settings.name
+        self._reporter = Reporter(settings.name, alerts=settings.alerts)
+        self._reporter.prepare(trainer.loggers, trainer.is_global_zero)
+
+    @property
+    def model(self) -> LightningModule:
+        return self._trainer.lightning_module
+
+    @property
+    def called(self) -> nn.Module:
+        return self._trainer.strategy.model or self.model
+
+    @property
+    def optimizers(self) -> Sequence[torch.optim.Optimizer]:
+        return self._trainer.optimizers
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def is_joint(self) -> bool:
+        return ranks.is_joint(self._trainer.world_size) and self._trainer.state.status != "interrupted"
+
+    @property
+    def is_first_rank(self) -> bool:
+        return self._trainer.is_global_zero
+
+    @property
+    def steps_once(self) -> bool:
+        return self.model.automatic_optimization
+
+    @property
+    def clips(self) -> bool:
+        return bool(self._trainer.gradient_clip_val) or not self.model.automatic_optimization
+
+    @property
+    def schedules(self) -> bool:
+        return bool(self._trainer.lr_scheduler_configs)
+
+    @property
+    def averages(self) -> str:
+        return next((found for one in self._trainer.callbacks if (found := _known(one, _AVERAGING))), "")
+
+    @property
+    def unrepairable(self) -> str:
+        sharded = _known(self._trainer.strategy, _SHARDED)
+        return sharded and f"`{sharded}` shards parameters or keeps other copies of them, which no remedy edits"
+
+    def refusal(self, text: str) -> Misuse:
+        return Misconfiguration(text)
+
+    def warn(self, text: str) -> None:
+        rank_zero_warn(f"{self._name}: {text}")
+
+    def info(self, text: str) -> None:
+        rank_zero_info(f"{self._name}: {text}")
+
+    def show_score(self, dead_fraction: float) -> None:
+        self._trainer.callback_metrics[f"{self._name}/dead_fraction"] = torch.tensor(dead_fraction)
+
+    def publish(self, run: RunReport, *, edited: int, at_risk: float, crossed: Sequence[str], closed: bool) -> None:
+        loggers, first = self._trainer.loggers, self.is_first_rank
+        if run.report.sites:
+            self._reporter(run.report, loggers, first, edited, at_risk)
+            if closed:
+                self._reporter.media(run, loggers, first)
+        self._reporter.alert(crossed, run.report, loggers, first)
+
+    def conclude(self, run: RunReport) -> None:
+        from lightning_deadrelu.report import summary
+
+        self._reporter.media(run, self._trainer.loggers, final=True)
+        if not self._trainer.fast_dev_run:
+            self.info(summary(run))
+
+
+def _known(value: object, names: AbstractSet[str]) -> str:
+    """Name the class of an object, or the base of it, that is among some; empty if none is."""
+    return next((kind.__name__ for kind in type(value).__mro__ if kind.__name__ in names), "")
+
+
+# -- what Lightning keeps to itself ------------------------------------------------------------------------
+
+
+def logging_step(trainer: Trainer) -> int:
+    """Count steps as Lightning's own monitors do, so that the curves share an x-axis."""
+    return int(getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step))
+
+
+def trains(trainer: Trainer) -> bool:
+    """Whether batches train: StochasticWeightAveraging ends with an epoch that only measures BatchNorm statistics."""
+    return not getattr(trainer.fit_loop, "_skip_backward", False)
