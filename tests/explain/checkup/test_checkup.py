@@ -16,6 +16,9 @@ from two_ranks import ddp_trainer, on_two_ranks
 
 from lightning_deadrelu import DeadReLUMonitor, checkup, decay_groups
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*the Trainer has no logger", "ignore:.*get no gradient", "ignore:.*the check-up found"
+)
 ROWS = 64
 
 
@@ -371,7 +374,6 @@ def planted(kind):
 
 
 @pytest.mark.parametrize(("kind", "lr"), [("negative", 0.01), ("large", 0.01), ("healthy", 0.1), ("healthy", 1e-3)])
-@pytest.mark.filterwarnings("ignore")
 def test_the_monitor_finds_what_the_function_finds(kind, lr):
     torch.manual_seed(1)
     model = planted(kind)
@@ -396,7 +398,6 @@ def test_double_precision_is_looked_at_too():
     assert found(torch.float64) == found(torch.float32) != []
 
 
-@pytest.mark.filterwarnings("default")
 def test_it_is_told_once_and_changes_nothing():
     def run(**options):
         torch.manual_seed(2)
@@ -415,7 +416,6 @@ def test_it_is_told_once_and_changes_nothing():
     assert watchers() == []
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_it_is_on_the_page_and_in_json(tmp_path):
     monitor = DeadReLUMonitor(checkup=True, report_dir=str(tmp_path), **EVERYTHING)
     fit(Trained(planted("negative")), loader(4), monitor)
@@ -426,14 +426,13 @@ def test_it_is_on_the_page_and_in_json(tmp_path):
     assert "<code>negative_bias</code>" in page
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_two_optimizers_by_hand():
     monitor = DeadReLUMonitor(checkup=True, **EVERYTHING)
     fit(Adversaries(), Loader([data(width=4)] * 2), monitor)
     assert [finding.cause for finding in monitor.findings] == ["generator_relu"]
 
 
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("ignore:.*configure_optimizers. returned .None.")
 def test_a_compiled_model_and_one_without_optimizers():
     model = Trained(planted("negative"), lr=1e-3)
     model.net = torch.compile(model.net, backend="eager")
@@ -450,7 +449,6 @@ def test_a_compiled_model_and_one_without_optimizers():
     assert [finding.cause for finding in monitor.findings] == ["negative_bias"]
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_a_failure_costs_the_checkup_alone(monkeypatch):
     from lightning_deadrelu.explain.checkup import CheckRun
 

@@ -17,7 +17,7 @@ from lightning_deadrelu.explain.postmortem.dying_units import DyingUnits, Weight
 from lightning_deadrelu.explain.postmortem.explain import explain
 from lightning_deadrelu.explain.postmortem.step_log import Rows
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = pytest.mark.filterwarnings("ignore:.*the Trainer has no logger", "ignore:.*get no gradient")
 WATCH = {"every_n_steps": 4, "window": 5, "min_samples": 20}
 
 
@@ -154,6 +154,7 @@ def test_the_waves_are_told(tmp_path, capsys):
     assert "died between steps 40 and 44" in page
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_resumed_run_tells_the_same(tmp_path):
     whole, resumed = (DeadReLUMonitor(**WATCH) for _ in range(2))
     keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=46, save_top_k=-1, auto_insert_metric_name=False)

@@ -12,7 +12,7 @@ from lightning_deadrelu import DeadReLUMonitor
 from lightning_deadrelu.checkpoint import decode, encode
 from lightning_deadrelu.explain.postmortem.step_log import StepLog, StepLogState
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = pytest.mark.filterwarnings("ignore:.*the Trainer has no logger", "ignore:.*get no gradient")
 
 
 def norm(gradients):
@@ -191,6 +191,7 @@ class Sparse(Net):
         return super().training_step(batch + rows.mean(), batch_idx)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("kind", ["nested", "float8"])
 def test_odd_inputs_are_passed_over(kind):
     ones = torch.ones(3, 3)

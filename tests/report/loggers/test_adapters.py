@@ -27,7 +27,7 @@ from lightning_deadrelu.report.raster import Raster
 from lightning_deadrelu.report.run_report import RunReport
 
 TESTS = Path(__file__).parents[2]
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = pytest.mark.filterwarnings("ignore:.*the Trainer has no logger", "ignore:.*get no gradient")
 
 
 def loggers_of(package, folder):
@@ -163,7 +163,8 @@ def test_files_beside_csv(everywhere):
     read = list(csv.DictReader((beside / "sites.csv").read_text().splitlines()))
     expected = [{key: "" if value is None else str(value) for key, value in row.items()} for row in table_of(reports)]
     assert read == expected
-    assert Image.open(beside / "raster_net.1.png").width > 400
+    with Image.open(beside / "raster_net.1.png") as picture:
+        assert picture.width > 400
 
 
 # -- when, and how much --------------------------------------------------------------------------------------

@@ -108,7 +108,7 @@ def wandb_logger(kind, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:There is a wandb run already in progress", "ignore")
+@pytest.mark.filterwarnings("ignore:There is a wandb run already in progress")
 @pytest.mark.parametrize("kind", ["own", "given", "found"])
 def test_wandb(kind, tmp_path):
     import wandb
@@ -164,7 +164,6 @@ def test_csv(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
 def test_mlflow(tmp_path):
     pytest.importorskip("mlflow")
     logger = MLFlowLogger(tracking_uri=f"sqlite:///{tmp_path}/runs.db", artifact_location=str(tmp_path / "artifacts"))
