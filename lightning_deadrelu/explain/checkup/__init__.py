@@ -53,13 +53,13 @@ def checkup(
         ['negative_bias']
     """
     trained = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
-    watch, examination = Watch(model), CheckRun()
-    examination.begin(watch)
-    run(watch, model, batch, forward, lambda output: examination.measure(model, *_gradients(model, output)))
+    watch, check_run = Watch(model), CheckRun()
+    check_run.begin(watch)
+    run(watch, model, batch, forward, lambda output: check_run.measure(model, *_gradients(model, output)))
     fresh = not any(optimizer.state for optimizer in trained)
-    findings = examination.conclude(watch, model, trained, clipped=clipped, scheduled=scheduled, fresh=fresh)
-    if examination.error:
-        raise RuntimeError("The check-up itself failed; the model ran through.") from examination.error
+    findings = check_run.conclude(watch, model, trained, clipped=clipped, scheduled=scheduled, fresh=fresh)
+    if check_run.error:
+        raise RuntimeError("The check-up itself failed; the model ran through.") from check_run.error
     return findings
 
 

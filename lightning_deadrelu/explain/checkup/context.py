@@ -1,4 +1,4 @@
-"""What a check-up knows of a model, its optimizers and one batch. Pure."""
+"""The facts that the rules of a check-up read: of a model, its optimizers and one batch. Pure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_deadrelu.model.sites import clean
 from lightning_deadrelu.statistics import LivenessReport, SiteReport
 
 
-class Measured(NamedTuple):
+class ParameterStats(NamedTuple):
     """Figures of one parameter before the first step.
 
     Args:
@@ -55,19 +55,28 @@ class Group(NamedTuple):
     weight_decay: float = 0.0
     decoupled: bool = False
 
+    @property
+    def memory(self) -> float:
+        """Steps for which a gradient is felt, 1 / (1 - momentum); at most 1,000, as for a momentum of 1."""
+        return 1 / (1 - min(self.momentum, 0.999))
 
-class Entry(NamedTuple):
+
+class FirstLayerInput(NamedTuple):
     """The first layer that ran, and what it was given.
 
     Args:
         path: The layer's path.
         rows: How many rows or positions there were.
         off_centre: ``|mean|^2 / E|x|^2`` of its input, from 0 to 1.
+        distinct: How many of the rows are different.
+        indicators: The share of features that are 0 or 1 among those that vary.
     """
 
     path: str
     rows: int
     off_centre: float
+    distinct: int
+    indicators: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +89,10 @@ class CheckContext:
         modules: The modules, by path.
         shapes: The shapes of all parameters, by name.
         groups: How each trained parameter is trained, by name; empty without optimizers.
-        measured: Figures, by parameter.
+        stats: Figures, by parameter.
         order: The parameters in the order of their first use.
         readers: By weight, the functions that read what it puts out, where no layer does.
-        entry: The first layer, if it was given raw numbers.
+        first_input: What the first layer was given, if it was given raw numbers.
         fresh: Whether no step was ever made.
         clipped: Whether gradients are clipped.
         scheduled: Whether there is a learning-rate schedule.
@@ -94,10 +103,10 @@ class CheckContext:
     modules: Mapping[str, nn.Module] = field(repr=False)
     shapes: Mapping[str, tuple[int, ...]]
     groups: Mapping[str, Group]
-    measured: Mapping[str, Measured]
+    stats: Mapping[str, ParameterStats]
     order: Sequence[str] = ()
     readers: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    entry: Entry | None = None
+    first_input: FirstLayerInput | None = None
     fresh: bool = True
     clipped: bool = False
     scheduled: bool = False
@@ -134,14 +143,14 @@ class CheckContext:
 
         That of Adam is the learning rate, whatever the gradient; that of SGD goes on for 1 / (1 - momentum) steps.
         """
-        group, known = self.groups.get(name), self.measured.get(name)
+        group, known = self.groups.get(name), self.stats.get(name)
         if group is None or known is None or not known.rms:
             return math.nan
         if group.kind == "adam":
             return group.lr / known.rms
         if group.kind != "sgd" or self.clipped:
             return math.nan
-        return group.lr / (1 - min(group.momentum, 0.999)) * known.gradient / (known.rms * math.sqrt(known.entries))
+        return group.lr * group.memory * known.gradient / (known.rms * math.sqrt(known.entries))
 
     def layer(self, name: str) -> nn.Module | None:
         """Find the module that owns a parameter."""

@@ -1,4 +1,4 @@
-"""Collect what a check-up needs while one batch runs, without changing anything."""
+"""Run a check-up: collect what its rules need while one batch runs, without changing anything."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_deadrelu.explain.checkup.context import CheckContext, Entry, Measured, groups_of
+from lightning_deadrelu.explain.centring import indicator_share
+from lightning_deadrelu.explain.checkup.context import CheckContext, FirstLayerInput, ParameterStats, groups_of
 from lightning_deadrelu.explain.checkup.initialization import bad_init, narrow_and_deep, negative_bias, uncentred_inputs
 from lightning_deadrelu.explain.checkup.optimization import bias_decay, high_learning_rate, no_clipping, no_schedule
 from lightning_deadrelu.explain.checkup.structure import attention_relu, batchnorm_order, generator_relu, relu_output
 from lightning_deadrelu.explain.finding import Finding, ranked
+from lightning_deadrelu.guarded import guarded
 from lightning_deadrelu.model.sites import clean
 from lightning_deadrelu.model.trainable import trainable_sites
 from lightning_deadrelu.observe.watch import Watch
@@ -38,12 +40,14 @@ RULES: tuple[Callable[[CheckContext], list[Finding]], ...] = (
 )
 """What is looked for; of equally sure findings the first comes first."""
 
+_DISTINCT = 1024  # rows of which it is counted how many differ
+
 MIN_SAMPLES = 29
 """A unit that is silent on so many samples of the batch fires, at 95 %, on less than 10 % of them."""
 
 _LINEAR: tuple[type[nn.Module], ...] = (nn.Linear, nn.modules.conv._ConvNd)
-_ENTRIES: tuple[type[nn.Module], ...] = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.GroupNorm)
-_ENTRIES += (*_LINEAR, nn.RNNBase, nn.modules.batchnorm._NormBase)
+_FIRST_LAYERS: tuple[type[nn.Module], ...] = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.GroupNorm)
+_FIRST_LAYERS += (*_LINEAR, nn.RNNBase, nn.modules.batchnorm._NormBase)
 
 
 class CheckRun:
@@ -63,31 +67,31 @@ class CheckRun:
     """
 
     def __init__(self) -> None:
-        self._measured: dict[str, Measured] = {}
-        self._entry: tuple[str, Tensor] | None = None
+        self._stats: dict[str, ParameterStats] = {}
+        self._first_input: tuple[str, Tensor] | None = None
         self._fresh = True
         self._handles: list[RemovableHandle] = []
         self.error: Exception | None = None
         """Why there are no findings."""
 
     @contextmanager
-    def _kept(self) -> Iterator[None]:
-        try:
-            with torch._C.DisableTorchFunction(), torch.no_grad():  # a probe must not see what is done here
-                yield
-        except Exception as error:
-            self.error = self.error or error
+    def _guarded(self) -> Iterator[None]:
+        with guarded(self._fail), torch._C.DisableTorchFunction(), torch.no_grad():  # no probe must see what is done
+            yield
+
+    def _fail(self, error: Exception) -> None:
+        self.error = self.error or error
 
     def begin(self, watch: Watch) -> None:
         """Follow the next batch, and look at what its first layer is given."""
         watch.trace()
-        layers = {clean(n): m for n, m in watch.probe.model.named_modules() if isinstance(m, _ENTRIES)}
+        layers = {clean(n): m for n, m in watch.probe.model.named_modules() if isinstance(m, _FIRST_LAYERS)}
         self._handles = [watch.probe.subscribe_input(name, partial(self._enter, name, m)) for name, m in layers.items()]
 
     def _enter(self, path: str, layer: nn.Module, x: Tensor) -> None:
-        if self._entry is None:
-            with self._kept():
-                self._entry = path, _moments(layer, x)
+        if self._first_input is None:
+            with self._guarded():
+                self._first_input = path, _moments(layer, x)
 
     def measure(
         self, model: nn.Module, parameters: Iterable[Tensor], gradients: Mapping[int, Tensor | None] | None = None
@@ -100,11 +104,11 @@ class CheckRun:
             gradients: By ``id`` of the parameter; by default what ``.grad`` holds.
         """
         asked = {id(parameter) for parameter in parameters}
-        with self._kept():
+        with self._guarded():
             for name, parameter in model.named_parameters(remove_duplicate=False):
-                if id(parameter) in asked and clean(name) not in self._measured and _is_plain(parameter):
+                if id(parameter) in asked and clean(name) not in self._stats and _is_plain(parameter):
                     gradient = parameter.grad if gradients is None else gradients.get(id(parameter))
-                    self._measured[clean(name)] = _measured(parameter, gradient)
+                    self._stats[clean(name)] = _stats_of(parameter, gradient)
 
     def before_step(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Measure what an optimizer is about to change."""
@@ -136,33 +140,34 @@ class CheckRun:
         held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
         self.measure(model, (parameter for parameter in model.parameters() if id(parameter) not in held))
         found: list[Finding] = []
-        with self._kept():
+        with self._guarded():
             report = _verdict(watch, model, optimizers)
             attributions, tracer = watch.attributions, watch.tracer
             shapes = {clean(name): tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-            scene = CheckContext(
+            context = CheckContext(
                 report=report,
                 attributions=attributions,
                 modules={clean(name): module for name, module in model.named_modules()},
                 shapes=shapes,
                 groups=groups_of(model, optimizers),
-                measured=self._measured,
+                stats=self._stats,
                 order=tracer.order,
                 readers={name: tracer.other_readers(name) for name in tracer.order if name in shapes},
-                entry=self._entered(),
+                first_input=self._read_first_input(),
                 fresh=fresh and self._fresh,
                 clipped=clipped,
                 scheduled=scheduled,
             )
             for rule in RULES:
-                found += rule(scene)
+                found += rule(context)
         return ranked(found)
 
-    def _entered(self) -> Entry | None:
-        if self._entry is None or not self._entry[1].numel():
+    def _read_first_input(self) -> FirstLayerInput | None:
+        if self._first_input is None or not self._first_input[1].numel():
             return None
-        rows, mean, square = self._entry[1].tolist()
-        return Entry(self._entry[0], int(rows), mean / square if square else 0.0)
+        rows, mean, square, distinct, indicators = self._first_input[1].tolist()
+        off_centre = mean / square if square else 0.0
+        return FirstLayerInput(self._first_input[0], int(rows), off_centre, int(distinct), indicators)
 
 
 def _verdict(watch: Watch, model: nn.Module, optimizers: Sequence[Optimizer]) -> LivenessReport:
@@ -172,7 +177,11 @@ def _verdict(watch: Watch, model: nn.Module, optimizers: Sequence[Optimizer]) ->
 
 
 def _moments(layer: nn.Module, x: Tensor) -> Tensor:
-    """Return rows, ``|mean|^2`` and ``E|x|^2`` of what a layer is given; nothing where it is not plain numbers."""
+    """Measure what a layer is given; nothing where it is not plain numbers.
+
+    Returns:
+        The number of rows, ``|mean|^2``, ``E|x|^2``, how many rows differ, and the share of indicators.
+    """
     convolves = isinstance(layer, nn.modules.conv._ConvNd)
     if not isinstance(layer, _LINEAR) or not x.is_floating_point() or (convolves and x.ndim != layer.weight.ndim):
         return torch.empty(0)
@@ -180,7 +189,10 @@ def _moments(layer: nn.Module, x: Tensor) -> Tensor:
     if len(rows) < MIN_SAMPLES:
         return torch.empty(0)
     rows = rows.float()
-    return torch.stack([rows.new_tensor(len(rows)), rows.mean(0).square().sum(), rows.square().mean(0).sum()])
+    distinct = len(torch.unique(rows[:_DISTINCT], dim=0))  # more than that is many
+    counts = rows.new_tensor([len(rows), distinct])
+    moments = torch.stack([rows.mean(0).square().sum(), rows.square().mean(0).sum()])
+    return torch.cat([counts[:1], moments, counts[1:], indicator_share(rows).reshape(1)])
 
 
 def _is_plain(parameter: Tensor) -> bool:
@@ -193,9 +205,9 @@ def _norm(x: Tensor) -> float:
     return float(torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)))
 
 
-def _measured(parameter: Tensor, gradient: Tensor | None) -> Measured:
+def _stats_of(parameter: Tensor, gradient: Tensor | None) -> ParameterStats:
     norm = _norm(parameter)
     known = gradient is not None and gradient.layout is torch.strided and not hasattr(gradient, "device_mesh")
     slope = _norm(gradient) if known and gradient is not None else math.nan
     negative = float((parameter < 0).float().mean()) if parameter.ndim < 2 else 0.0
-    return Measured(parameter.numel(), norm / math.sqrt(parameter.numel()), negative, slope)
+    return ParameterStats(parameter.numel(), norm / math.sqrt(parameter.numel()), negative, slope)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from lightning_deadrelu.explain.checkup.context import CheckContext, Measured, code, listed
+from lightning_deadrelu.explain.centring import INDICATORS
+from lightning_deadrelu.explain.checkup.context import CheckContext, ParameterStats, code, listed
 from lightning_deadrelu.explain.finding import Confidence, Finding
 from lightning_deadrelu.statistics import SiteReport
 from lightning_deadrelu.statistics.born_dead import born_dead_bounds
@@ -18,6 +19,7 @@ _LARGE, _SMALL = 2.0, 0.2  # times He's standard deviation
 _PYTORCH = 1 / math.sqrt(6)
 _NARROW, _DEEP = 10, 3  # units; layers of at most so many
 _XAVIER_FROM = 100  # entries that tell Xavier's value from others
+_STANDARDISE = "x = (x - mean) / std, with the mean and the standard deviation of the training set"
 _TRANSPOSED = nn.modules.conv._ConvTransposeNd
 
 
@@ -48,7 +50,7 @@ def _badly_drawn(context: CheckContext, sites: Sequence[SiteReport], words: str,
     return Finding(
         cause="bad_init",
         where=names[0],
-        measured=f"before a ReLU, weights have a standard deviation of {context.measured[names[0]].rms:.3g}, where He's"
+        measured=f"before a ReLU, weights have a standard deviation of {context.stats[names[0]].rms:.3g}, where He's"
         f" is {he:.3g}: {words}{more}",
         confidence=confidence,
         edit="init_for_relu_(model, batch)",
@@ -59,14 +61,14 @@ def _badly_drawn(context: CheckContext, sites: Sequence[SiteReport], words: str,
 def _of_he(context: CheckContext, site: SiteReport) -> tuple[float, float, float]:
     """Divide the measured standard deviation by He's: at least, at most, and as measured."""
     name = context.weights(site)[0]
-    known = context.measured.get(name)
+    known = context.stats.get(name)
     if known is None or isinstance(context.layer(name), (_TRANSPOSED, nn.Embedding)):
         return 0.0, math.inf, math.nan
     ratio, error = known.rms / math.sqrt(2 / _fan_in(context, name)), _error(known)
     return ratio * (1 - error), ratio * (1 + error), ratio
 
 
-def _error(known: Measured) -> float:
+def _error(known: ParameterStats) -> float:
     return MARGIN / math.sqrt(2 * known.entries)  # of a normal law's standard deviation, relative to it
 
 
@@ -77,15 +79,15 @@ def _fan_in(context: CheckContext, name: str) -> int:
 def _is_xavier(context: CheckContext, site: SiteReport) -> bool:
     """Whether a standard deviation agrees with Xavier's."""
     name, ratio = context.weights(site)[0], _of_he(context, site)[2]
-    if not ratio > 0 or context.measured[name].entries < _XAVIER_FROM:
+    if not ratio > 0 or context.stats[name].entries < _XAVIER_FROM:
         return False
     out, into = context.shapes[name][:2]
-    return abs(ratio / math.sqrt(into / (into + out)) - 1) < _error(context.measured[name])
+    return abs(ratio / math.sqrt(into / (into + out)) - 1) < _error(context.stats[name])
 
 
 def _rules_out(context: CheckContext, sites: Sequence[SiteReport], other: float) -> bool:
     """Whether not all of some sites can have been drawn with another standard deviation, in units of He's."""
-    errors = [_error(context.measured[context.weights(site)[0]]) for site in sites]
+    errors = [_error(context.stats[context.weights(site)[0]]) for site in sites]
     return any(abs(_of_he(context, s)[2] / other - 1) > 2 * error for s, error in zip(sites, errors, strict=True))
 
 
@@ -109,7 +111,7 @@ def negative_bias(context: CheckContext) -> list[Finding]:
     if not sites:
         return []
     worst = max(sites, key=lambda site: site.dead_fraction)
-    name, negative = context.bias(worst), context.measured[context.bias(worst)]
+    name, negative = context.bias(worst), context.stats[context.bias(worst)]
     return [
         Finding(
             cause="negative_bias",
@@ -126,7 +128,7 @@ def negative_bias(context: CheckContext) -> list[Finding]:
 
 def _is_negative(context: CheckContext, site: SiteReport) -> bool:
     """Whether so many biases are negative that a symmetric law would not bring it about in 10,000 draws."""
-    known = context.measured.get(context.bias(site))
+    known = context.stats.get(context.bias(site))
     return known is not None and known.negative >= 0.9 and known.entries >= 18
 
 
@@ -166,22 +168,25 @@ def _narrow(
 
 
 def uncentred_inputs(context: CheckContext) -> list[Finding]:
-    """Find inputs far from centred, where the first layer's units are dead or always on."""
-    entry = context.entry
-    fed = [s for s in context.sites if entry and f"{entry.path}.weight".lstrip(".") in context.weights(s)]
-    if not entry or len(fed) != 1 or entry.off_centre < 0.5:
+    """Find inputs far from centred, where more of the first layer's units are dead or always on than chance makes."""
+    given = context.first_input
+    fed = [s for s in context.sites if given and f"{given.path}.weight".lstrip(".") in context.weights(s)]
+    if not given or len(fed) != 1 or given.off_centre < 0.5:
         return []
     dead, on = fed[0].dead_fraction, float(fed[0].always_on.double().mean())
-    if min(dead, on) < 0.05 or dead + on < 0.3:
+    by_chance = 2 / (given.distinct + 1)  # of units that rank n distinct one-hot rows and a bias at random
+    if min(dead, on) < 0.05 or dead + on < max(0.3, 2 * by_chance):
         return []
+    indicate = given.indicators >= INDICATORS
+    sure: Confidence = "certain" if dead + on >= 0.5 and given.off_centre >= 0.9 else "likely"
     return [
         Finding(
             cause="uncentred_inputs",
-            where=entry.path,
-            measured=f"its inputs have |mean|^2 / E|x|^2 = {entry.off_centre:.2f} over {entry.rows} rows, and of the"
+            where=given.path,
+            measured=f"its inputs have |mean|^2 / E|x|^2 = {given.off_centre:.2f} over {given.rows} rows, and of the"
             f" {fed[0].units} units of `{fed[0].name}` {dead:.0%} are dead and {on:.0%} are always on",
-            confidence="certain" if dead + on >= 0.5 and entry.off_centre >= 0.9 else "likely",
-            edit="x = (x - mean) / std, with the mean and the standard deviation of the training set",
+            confidence="possible" if indicate else sure,
+            edit="x = x - mean, with the mean of the training set" if indicate else _STANDARDISE,
             source="LeCun et al. 1998, Efficient BackProp; P(silent on n centred inputs) = 2^-n",
         )
     ]

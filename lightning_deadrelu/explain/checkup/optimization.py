@@ -48,7 +48,7 @@ def _decays(group: Group) -> bool:
 
 def _half_life(group: Group) -> float:
     """Count the steps in which a parameter without other gradients halves; unknown for Adam's L2."""
-    rate = group.peak * group.weight_decay / (1 - min(group.momentum, 0.999))
+    rate = group.peak * group.weight_decay * group.memory
     unknown = rate == 0 or not (group.decoupled or group.kind == "sgd")
     return math.inf if unknown else math.log(2) / rate
 
@@ -77,7 +77,7 @@ def no_clipping(context: CheckContext) -> list[Finding]:
     name, step = _largest(context)
     if context.clipped or step <= _GRADIENT_STEP or context.groups[name].kind != "sgd" or _is_high(context, name, step):
         return []
-    group, gradient = context.groups[name], context.measured[name].gradient
+    group, gradient = context.groups[name], context.stats[name].gradient
     if gradient < _LARGE_GRADIENT:
         return []
     return [
@@ -131,4 +131,4 @@ def _said(group: Group) -> str:
 
 
 def _after(group: Group) -> str:
-    return f"after {1 / (1 - group.momentum):.0f} such steps" if group.momentum else "after one step"
+    return f"after {group.memory:.0f} such steps" if group.momentum else "after one step"

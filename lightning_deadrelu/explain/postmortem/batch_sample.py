@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_deadrelu.explain.centring import INDICATORS, indicator_share, mean_over_deviation
 from lightning_deadrelu.explain.postmortem.subsample import coprime, is_dense
 
 INPUTS = 3
@@ -110,10 +111,13 @@ def _runs(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def off_centre(batch: Any) -> Tensor | None:
-    """Divide the size of the inputs' mean by that of their deviation from it; None without an input of two rows.
+    """Divide the size of the inputs' mean by that of their deviation from it.
 
     Args:
         batch: A batch; its first float tensor is the input, with samples along dim 0.
+
+    Returns:
+        Shape ``()``; NaN for indicators (one-hot features), and None without an input of two rows.
 
     Example:
         >>> off_centre(torch.tensor([[3.0, -3.0], [5.0, -5.0]]))
@@ -122,7 +126,6 @@ def off_centre(batch: Any) -> Tensor | None:
     x = next((x for x in floats_of(batch) if x.ndim > 1 and len(x) > 1), None)
     if x is None:
         return None
-    x = x.float()
-    mean = x.mean(0)
-    deviation = (x - mean).square().mean(0).sum().sqrt()
-    return mean.square().sum().sqrt() / deviation
+    rows = x.float()
+    ratio = mean_over_deviation(rows)
+    return torch.where(indicator_share(rows) < INDICATORS, ratio, torch.nan)

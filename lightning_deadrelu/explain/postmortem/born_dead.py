@@ -1,14 +1,17 @@
-"""Why units were born dead."""
+"""Name why units were born dead: biases, weights, inputs, narrow layers. Pure."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lightning_deadrelu.explain.postmortem.causes import Cause
 from lightning_deadrelu.explain.postmortem.dying_units import DyingUnits, median
+from lightning_deadrelu.statistics.born_dead import born_dead_bounds
 
 _OFF_CENTRE = 1.2  # raw images in 0 to 1 have 1.5 to 2, normalised ones 0
 _LEAN, _ERRORS = 0.3, 5.0  # of the weights' size; and in standard errors
 _SMALL, _LARGE = 0.1, 3.0  # times He's size; PyTorch's own draws have 0.4
-_NARROW, _DEEP = 16, 5
+_DEEP, _CHANCE = 5, 0.05  # layers; that one of them is born dead
 _ROWS = 10  # of a unit's weights, taken for independent
 
 
@@ -55,10 +58,19 @@ def uncentred(dying: DyingUnits, off_centre: float) -> Cause | None:
     return Cause("uncentred_inputs", measured, "likely", edit, "LeCun et al. 1998, Efficient BackProp, section 4.3")
 
 
-def narrow(dying: DyingUnits, sites: int) -> Cause | None:
-    """Blame few units in many layers."""
-    if dying.size > _NARROW or sites < _DEEP:
+def narrow(dying: DyingUnits, widths: Sequence[int]) -> Cause | None:
+    """Blame few units in many layers, where the chance that some layer is silent at a given input is no small one.
+
+    Args:
+        dying: The units.
+        widths: Units of each layer of the net.
+    """
+    alike = [width for width in widths if width <= dying.size]
+    chance = born_dead_bounds(alike)[1] if len(alike) >= _DEEP else 0.0
+    if chance < _CHANCE:
         return None
-    measured = f"{sites} layers with no more than {dying.size} units: all of one are dead with chance 2^-{dying.size}"
-    source = "Lu et al. 2019, arXiv 1903.06733, theorem 3.2"
+    measured = (
+        f"one of {len(alike)} layers of at most {dying.size} units is silent at an input with a chance of {chance:.0%}"
+    )
+    source = "1 - prod(1 - 2^-N), Lu et al. 2020, arXiv 1903.06733"
     return Cause("narrow_and_deep", measured, "likely", "randomized_asymmetric_init_(model)", source)

@@ -25,7 +25,7 @@ _EARLY = 100  # steps
 
 
 def explain(
-    dying: Sequence[DyingUnits], rows: Rows, *, off_centre: float = math.nan, sites: int = 1
+    dying: Sequence[DyingUnits], rows: Rows, *, off_centre: float = math.nan, widths: Sequence[int] = ()
 ) -> tuple[DeathEvent, ...]:
     """Group the newly dead into events, and name what came just before each.
 
@@ -33,7 +33,7 @@ def explain(
         dying: The newly dead, by site, in the order of execution.
         rows: What was logged at each step.
         off_centre: Size of the inputs' mean over that of their deviation.
-        sites: How many sites there are.
+        widths: Units of each site of the net.
 
     Returns:
         The events; of the same kind, cause and time they are one, over all sites.
@@ -45,7 +45,7 @@ def explain(
         leaked = decayed(one) & ~born & ~upstream
         sunk = drifted(one.peaks) & ~born & ~upstream & ~leaked
         deaths += [_upstream(one.of(part)) for part in (upstream & one.born, upstream & ~one.born) if part.any()]
-        deaths += [_born(one.of(born), off_centre, sites)] if born.any() else []
+        deaths += [_born(one.of(born), off_centre, widths)] if born.any() else []
         deaths += [_decay(one.of(leaked))] if leaked.any() else []
         deaths += [_drift(one.of(sunk), rows)] if sunk.any() else []
         rest = one.of(~(upstream | born | sunk | leaked))
@@ -110,7 +110,7 @@ def _shock(dying: DyingUnits, rows: Rows, off_centre: float) -> DeathEvent:
     return _event("shock", dying, cause)
 
 
-def _born(dying: DyingUnits, off_centre: float, sites: int) -> DeathEvent:
+def _born(dying: DyingUnits, off_centre: float, widths: Sequence[int]) -> DeathEvent:
     few = UNKNOWN._replace(measured="they have fired on no sample since the first step")
     if len(dying.units) < max(UNITS, 2 * SHARE * dying.size):
         return _event("born dead", dying, few, moved=False)
@@ -118,7 +118,7 @@ def _born(dying: DyingUnits, off_centre: float, sites: int) -> DeathEvent:
         negative_bias(dying),
         uncentred(dying, off_centre),
         bad_init(dying),
-        narrow(dying, sites),
+        narrow(dying, widths),
     )
     plain = Cause(
         "born_dead", few.measured, "possible", 'DeadReLUMonitor(remedy="reset")', "Lu et al. 2019, arXiv 1903.06733"

@@ -14,7 +14,7 @@ from lightning_deadrelu.explain.postmortem.subsample import Stride, entries_of, 
 
 # PyTorch parts work on 32,768 entries or more among the threads of a CPU, which costs more than the work
 _ENTRIES, _READ = 256, 4_096  # of one gradient and of all: to read 10 million takes 4 % of a step on a CPU
-_PARAMETERS = 24  # each takes about 2 microseconds of Python at every step
+_PARAMETERS = 16  # each takes about 2 microseconds of Python at every step
 _LOOK = 64  # steps, after which it is looked again which parameters have gradients; and at the 1st, 2nd, 4th, ...
 
 
@@ -22,7 +22,7 @@ class GradientSample:
     """Read the same entries of an optimizer's gradients at each step, whatever the number of its parameters.
 
     Which parameters are read is settled at the first steps, and looked into again at every 64th: an even choice of at
-    most 24 of those that ever had a gradient. Of each, at most 256 evenly strided entries are read; each stands for
+    most 16 of those that ever had a gradient. Of each, at most 256 evenly strided entries are read; each stands for
     its neighbours. A gradient that is missing at a step, or sparse, counts as zero. Under FSDP it is the local shard's.
 
     Example:

@@ -164,7 +164,7 @@ class IncomingWeights:
         torch.where(fired.to(before.device), before, alive, out=alive)
         for place, source in zip(places, sources, strict=True):
             if source.bias is not None:
-                before[place].copy_(source.bias.detach())
+                before[place].copy_(source.bias.detach().flatten())
         self._squares.append((step, weights[1, 0].tolist()))
 
     @property
@@ -180,7 +180,7 @@ class IncomingWeights:
 
 
 def _bias(source: Incoming, units: int) -> Tensor:
-    return torch.full((units,), math.nan) if source.bias is None else source.bias.detach().float()
+    return torch.full((units,), math.nan) if source.bias is None else source.bias.detach().flatten().float()
 
 
 def _moments(source: Incoming) -> Tensor:
@@ -217,7 +217,7 @@ def _incoming(site: Site, named: Mapping[str, Tensor]) -> Incoming:
         biases = [name for name in biases if name.rpartition(".")[0] in norms]
     others = [p for name, p in known.items() if name not in rows and p.ndim > 1]
     weights = _weights_of(site.units, others) or [rows[name] for name in scales]
-    bias = rows[biases[0]].flatten() if len(biases) == 1 else None
+    bias = rows[biases[0]] if len(biases) == 1 else None
     return Incoming(site.units, bias, weights[0] if len(weights) == 1 else None, bool(norms))
 
 

@@ -193,7 +193,8 @@ class FlightRecorder:
                 dying = self._dying(report, totals, readings, layout, peaks, incoming_of(layout.sites, model))
                 units = [one._replace(**trained(incoming, optimizers, self.steps.travelled)) for one, incoming in dying]
                 centre, rows = float(readings.off_centre), self.steps.read(readings.steps)
-                deaths = explain(units, rows, off_centre=centre, sites=len(report.headline))
+                widths = [site.units for site in report.headline]
+                deaths = explain(units, rows, off_centre=centre, widths=widths)
         return deaths
 
     def _dying(

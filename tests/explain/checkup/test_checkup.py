@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from toys import EVERYTHING, Loader, Net, assert_same, batches, fit, mlp, watchers
 from two_ranks import ddp_trainer, on_two_ranks
 
-from lightning_deadrelu import DeadReLUMonitor, checkup, decay_groups
+from lightning_deadrelu import DeadReLUMonitor, checkup, decay_groups, find_dead_units
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*the Trainer has no logger", "ignore:.*get no gradient", "ignore:.*the check-up found"
@@ -149,6 +149,30 @@ def test_inputs_far_from_centred_count_only_where_units_suffer(convolves):
 
 
 # -- where rectifiers stand ------------------------------------------------------------------------------
+
+
+def one_hot(shares, rows=256, copies=1):
+    """Draw independent categories of these shares, one-hot, side by side."""
+    generator = torch.Generator().manual_seed(1)
+    drawn = [torch.multinomial(torch.tensor(shares), rows, True, generator=generator) for _ in range(copies)]
+    return torch.cat([F.one_hot(kinds, len(shares)).float() for kinds in drawn], 1)
+
+
+@pytest.mark.parametrize("shares", [(0.9, 0.1), (0.8, 0.1, 0.1), (0.7, 0.1, 0.1, 0.1)])
+def test_one_hot_features_of_a_few_kinds_are_silent_by_chance(shares):
+    x = one_hot(shares)
+    model = deep(inputs=len(shares), widths=(200, 64))
+    site = find_dead_units(model, [x], min_samples=29).sites[0]
+    assert site.dead_fraction + float(site.always_on.double().mean()) > 0.3  # 2 / (kinds + 1), centred or not
+    assert "uncentred_inputs" not in causes(model, batch=x)
+
+
+def test_what_mends_indicators_divides_by_no_deviation():
+    x = one_hot((0.97, 0.01, 0.01, 0.01), copies=12)
+    model = deep(inputs=48, widths=(400, 64))
+    (finding,) = [one for one in checkup(model, [], x) if one.cause == "uncentred_inputs"]
+    assert finding.confidence == "possible"
+    assert "std" not in finding.edit
 
 
 def test_a_batchnorm_behind_the_rectifier():
@@ -296,6 +320,17 @@ def test_a_high_learning_rate_of_sgd_beside_its_gradient():
     assert causes(model, sgd(model, max(lr, 0.11)), forward=loss) == ["high_learning_rate"]
     assert causes(model, sgd(model, 0.11), forward=square) == []
     assert causes(model, sgd(model, 5.0)) == []  # without a loss nothing is known of the gradient
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.999, 0.9999, 1.0])
+def test_a_momentum_of_one_is_no_division_by_zero(momentum):
+    model = deep()
+    (finding,) = [
+        one
+        for one in checkup(model, sgd(model, lr=0.3, momentum=momentum), data(), forward=square)
+        if one.cause == "high_learning_rate"
+    ]
+    assert f"after {min(1 / (1 - momentum + 1e-9), 1000):.0f} such steps" in finding.measured
 
 
 def test_a_large_gradient_that_is_not_clipped():
@@ -452,7 +487,7 @@ def test_a_compiled_model_and_one_without_optimizers():
 def test_a_failure_costs_the_checkup_alone(monkeypatch):
     from lightning_deadrelu.explain.checkup import CheckRun
 
-    monkeypatch.setattr(CheckRun, "_entered", lambda self: 1 / 0)
+    monkeypatch.setattr(CheckRun, "_read_first_input", lambda self: 1 / 0)
     monitor = DeadReLUMonitor(checkup=True, **EVERYTHING)
     with pytest.warns(UserWarning, match="the check-up failed; watching goes on"):
         fit(Trained(mlp()), batches(4), monitor)

@@ -58,3 +58,12 @@ def test_off_centre_sees_each_feature():
     assert off_centre(x) < 0.1
     assert off_centre(x + torch.tensor([5.0, -5.0, 0.0])) == pytest.approx((50 / 3) ** 0.5, rel=0.05)
     assert off_centre([torch.arange(3)]) is None
+
+
+def test_one_hot_features_are_not_taken_for_uncentred():
+    kinds = torch.multinomial(torch.tensor([0.9, 0.05, 0.05]), 400, replacement=True)
+    one_hot = torch.nn.functional.one_hot(kinds).float()
+    both = torch.cat([one_hot, one_hot, torch.rand(400, 1) + 5], 1)  # beside a number
+    assert off_centre(one_hot).isnan()
+    assert off_centre(both).isnan()
+    assert off_centre(torch.rand(400, 3) + 5) > 5

@@ -297,3 +297,64 @@ def test_a_large_wave_outlasts_any_number_of_small_ones():
     for event in [large, *small]:
         events = largest([*events, event], 100)
     assert events == [large, *small[-99:]]
+
+
+@pytest.mark.parametrize(("width", "layers"), [(2, 5), (4, 12), (6, 5), (8, 20), (10, 12), (16, 5), (16, 40), (64, 8)])
+def test_narrow_layers_are_blamed_only_where_their_chance_of_dying_is_no_small_one(width, layers):
+    alive = 1.0
+    for _ in range(layers):
+        alive *= 1 - 0.5**width
+    born = torch.ones(width, dtype=torch.bool)
+    (event,) = explain([dying(units=width, size=width, born=born)], rows(), widths=[width] * layers)
+    assert (event.cause == "narrow_and_deep") == (1 - alive >= 0.05 and width >= 3)
+    if event.finding and event.cause == "narrow_and_deep":
+        assert f"a chance of {1 - alive:.0%}" in event.measured
+
+
+def test_wide_layers_beside_narrow_ones_add_no_chance():
+    born = torch.ones(4, dtype=torch.bool)
+    (event,) = explain([dying(units=4, size=4, born=born)], rows(), widths=[4] * 6 + [256] * 6)
+    assert event.measured == "one of 6 layers of at most 4 units is silent at an input with a chance of 32%"
+
+
+# -- layers that are bare parameters ---------------------------------------------------------------------
+
+
+class Bare(LightningModule):
+    """A layer without a module of its own, whose output is pushed down."""
+
+    def __init__(self, form, lr):
+        super().__init__()
+        self.form, self.lr = form, lr
+        torch.manual_seed(0)
+        weight = torch.randn(8, 32) * 0.5
+        self.kernel = nn.Parameter({"linear": weight.T, "conv": weight.T[:, :, None]}.get(form, weight).contiguous())
+        shape = {"row": (1, 32), "conv": (32,)}.get(form, (32,))
+        self.b = nn.Parameter(torch.zeros(shape))
+
+    def hidden(self, x):
+        if self.form == "linear":
+            return nn.functional.linear(x, self.kernel, self.b)
+        if self.form == "einsum":
+            return torch.einsum("ni,io->no", x, self.kernel) + self.b
+        if self.form == "conv":
+            return nn.functional.conv1d(x[:, :, None], self.kernel, self.b).flatten(1)
+        return x @ self.kernel + self.b
+
+    def forward(self, x):
+        return self.hidden(x).relu()
+
+    def training_step(self, batch, batch_idx):
+        return self(batch).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=self.lr)
+
+
+@pytest.mark.parametrize("form", ["matmul", "row", "einsum", "linear", "conv"])
+def test_the_learning_rate_is_found_where_a_layer_is_a_bare_parameter(form):
+    options = {"every_n_steps": 1, "window": 4}
+    too_high, usual = (deaths(Bare(form, lr), inputs(20), **options) for lr in (1.0, 1e-3))
+    measured = [event.measured for event in too_high if event.cause == "high_learning_rate"]
+    assert any("of the size of the weights, at a learning rate of 1" in one for one in measured)
+    assert "high_learning_rate" not in {event.cause for event in usual}

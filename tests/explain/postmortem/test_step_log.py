@@ -1,11 +1,16 @@
 """The ring of vital signs: against a slow loop, through a real Trainer, and where there is little to note."""
 
+import gc
 import math
+import pickle
+import sys
+import weakref
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from toys import EVERYTHING, Loader, Net, batches, fit, inner, mlp, tensors
 
 from lightning_deadrelu import DeadReLUMonitor
@@ -224,3 +229,79 @@ def test_optimizers_on_several_devices():
     first, second = log.read(log.ring).column("gradient").tolist()
     assert first == pytest.approx(math.sqrt(8))
     assert math.isnan(second)
+
+
+# -- what a step costs, without noise -----------------------------------------------------------------------
+
+VIEWS = {"alias", "as_strided", "detach", "expand", "reshape", "slice", "unsqueeze", "view"}
+
+
+class Dispatched(TorchDispatchMode):
+    """Lists the operations that are no views."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        self.names += [name] if name not in VIEWS else []
+        return function(*args, **(kwargs or {}))
+
+
+def logged(layers, steps=5):
+    """Log some steps, and return a function that logs one more."""
+    net = nn.ModuleList(nn.Linear(8, 8) for _ in range(layers))
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer, batch = torch.optim.Adam(net.parameters()), [torch.ones(64, 3, 32, 32), torch.zeros(64)]
+    log, loss = StepLog(), torch.tensor(1.0)
+
+    def step():
+        log.note_gradients(optimizer)
+        log.note_batch(loss, batch)
+        log.close_step(0)
+
+    for _ in range(steps):
+        step()
+    return step
+
+
+@pytest.mark.parametrize("layers", [3, 300])
+def test_a_step_takes_two_operations(layers):
+    step = logged(layers)
+    with Dispatched() as dispatched:
+        step()
+    assert dispatched.names == ["cat", "cat"]
+
+
+def calls_of(step):
+    count = 0
+
+    def note(frame, event, argument):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
+        step()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def test_no_python_runs_for_each_parameter():
+    few, many = (calls_of(logged(layers)) for layers in (8, 800))  # 16 and 1,600 parameters
+    assert few == many < 400
+
+
+def test_an_optimizer_is_held_no_longer_than_it_lives():
+    layer, log = nn.Linear(3, 2), StepLog()
+    layer(torch.ones(1, 3)).sum().backward()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    log.note_gradients(optimizer)
+    gone = [weakref.ref(layer.weight), weakref.ref(optimizer)]
+    del layer, optimizer
+    gc.collect()
+    assert [one() for one in gone] == [None, None]
+    assert pickle.loads(pickle.dumps(log)).ring.shape == log.ring.shape
