@@ -117,6 +117,7 @@ def test_both_packages(package):
     assert [step for step, _ in log.verdicts()] == [3, 7, 11]
 
 
+@pytest.mark.slow
 def test_a_compiled_module():
     torch.compiler.reset()
     model, monitor = Net(), DeadReLUMonitor(every_n_steps=2, window=2, min_samples=1)

@@ -77,7 +77,9 @@ def everything_after(build, options, *callbacks):
 
 
 @pytest.mark.parametrize("settings", [EVERYTHING, {}], ids=["every step", "defaults"])
-@pytest.mark.parametrize("case", IDENTITY)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow if case == "lbfgs" else ()) for case in IDENTITY]
+)
 def test_watching_changes_no_bit(case, settings):
     build, options = IDENTITY[case]
     monitor = DeadReLUMonitor(**settings)
