@@ -8,6 +8,7 @@ import families
 import pytest
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
 from models import BasicBlock, net
 from torch import nn
 from torch.nn import functional as F
@@ -508,3 +509,22 @@ def test_two_ranks():
     first, second = on_two_ranks(on_ranks)
     assert first == second
     assert first[0] == ["negative_bias"]
+
+
+@pytest.mark.filterwarnings("ignore:.*has no logger", "ignore:.*check-up found", "ignore:.*more than 10% dead")
+@pytest.mark.filterwarnings("ignore:.*Checkpoint directory", "ignore:.*LeafSpec")
+def test_findings_outlast_a_checkpoint_and_are_not_looked_for_again(tmp_path):
+    def trained(steps, ckpt=None):
+        torch.manual_seed(0)
+        net = deep()
+        nn.init.constant_(net[0].bias, -8.0)  # gone from the findings once it was trained
+        monitor = DeadReLUMonitor(checkup=True, every_n_steps=1, window=4, min_samples=1)
+        keep = ModelCheckpoint(tmp_path, filename="last", every_n_train_steps=4)
+        fit(
+            Net(net), Loader([data(step) for step in range(steps)]), monitor, keep, enable_checkpointing=True, ckpt=ckpt
+        )
+        return monitor.findings
+
+    first = trained(4)
+    assert "negative_bias" in [finding.cause for finding in first]
+    assert trained(8, ckpt=tmp_path / "last.ckpt") == first
