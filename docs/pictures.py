@@ -20,12 +20,12 @@ from urllib.request import urlopen
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning_deadrelu.report.loggers.images import card_of
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_deadrelu import DeadReLUMonitor
-from lightning_deadrelu.report.loggers.images import card_of
 
 DOCS = Path(__file__).parent
 WINDOWS = 60

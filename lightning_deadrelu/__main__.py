@@ -21,7 +21,8 @@ from torch import nn
 from lightning_deadrelu.observe.audit import find_dead_units
 from lightning_deadrelu.repair.activation_swap import restore_activations
 from lightning_deadrelu.report import RunReport, summary
-from lightning_deadrelu.report import html_page as page
+from lightning_deadrelu.report.html_page import to_html
+from lightning_deadrelu.report.json_export import to_json
 from lightning_deadrelu.statistics import LivenessReport
 
 _EPILOG = """
@@ -108,7 +109,7 @@ def audit(options: argparse.Namespace) -> LivenessReport:
 
 
 def _write(report: LivenessReport, options: argparse.Namespace) -> None:
-    for path, content in ((options.json, page.to_json), (options.html, page.to_html)):
+    for path, content in ((options.json, to_json), (options.html, to_html)):
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(content(RunReport(report)), encoding="utf-8")

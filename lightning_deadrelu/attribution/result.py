@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from lightning_deadrelu.model.slices import Slice
+from lightning_deadrelu.render.table import Column, text_table
 
 
 class Outlet(NamedTuple):
@@ -62,6 +63,9 @@ class Attributions(Mapping[str, Attribution]):
         >>> known = Attributions({"act": Attribution(no_incoming="its parameters are sharded")})
         >>> known["act"].no_incoming, len(known)
         ('its parameters are sharded', 1)
+        >>> print(known)
+        layer  fed by  bias that counts  read by  refused because
+        act    -       -                 -        fed: its parameters are sharded
     """
 
     def __init__(self, known: Mapping[str, Attribution], used: Iterable[str] = ()) -> None:
@@ -83,6 +87,18 @@ class Attributions(Mapping[str, Attribution]):
         return f"{type(self).__name__}({', '.join(self._known)})"
 
     def __str__(self) -> str:
-        from lightning_deadrelu.report import attribution_table
+        return text_table(_COLUMNS, [_row(name, known) for name, known in self.items()])
 
-        return attribution_table(self)
+
+_COLUMNS = tuple(
+    Column(title, title, text=True) for title in ("layer", "fed by", "bias that counts", "read by", "refused because")
+)
+
+
+def _row(name: str, known: Attribution) -> dict[str, str]:
+    refused = {"fed": known.no_incoming, "read": known.no_outgoing, "outlet": known.no_outlet}
+    reasons = "; ".join(f"{what}: {why}" for what, why in refused.items() if why)
+    fed, read = (", ".join(dict.fromkeys(one.name for one in parts)) for parts in (known.incoming, known.outgoing))
+    bias = known.bias.name if known.bias else ""
+    cells = {"fed by": fed, "bias that counts": bias, "read by": read, "refused because": reasons}
+    return {"layer": name} | {title: cell or "-" for title, cell in cells.items()}

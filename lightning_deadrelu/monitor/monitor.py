@@ -363,7 +363,7 @@ class Monitor:
             never_trained=self._gradients.save(self._host.model),
             evidence=self.evidence.state_dict(self.watch) if self.evidence else None,
             repair=self.repair.state_dict(),
-            history=self.verdicts.history.state_dict(),
+            history=self.verdicts.history.state,
             recorder=self.verdicts.recorder.state,
             said=self._announcer.said,
         )
@@ -385,7 +385,7 @@ class Monitor:
         self._checkup = None if run.progress.checked else self._checkup
         self._gradients.load(run.never_trained, self._host.model, self._host.optimizers)
         self.repair.load_state_dict(run.repair, self._patient)
-        self.verdicts.history.load_state_dict(run.history)
+        self.verdicts.history.restore(run.history)
 
     def _restore_units(self, run: RunState) -> None:
         if run.selection != self.settings.selection:  # the sites are others, and so are their numbers

@@ -1,1 +1,1 @@
-"""."""
+"""Rows, shares and pixels as text, HTML and figures; knows no report."""

@@ -1,7 +1,7 @@
-"""Reports as tables and pictures; the only package that draws with matplotlib and rich, imported when used."""
+"""What people and programs read of a run: sentences, tables, figures, pages, files, and what loggers get."""
 
-from lightning_deadrelu.report.figures import plot, plot_run
+from lightning_deadrelu.report.figures import plot_run
 from lightning_deadrelu.report.run_report import RunReport
-from lightning_deadrelu.report.tables import attribution_table, headline, html_table, summary, table
+from lightning_deadrelu.report.tables import summary
 
-__all__ = ["RunReport", "attribution_table", "headline", "html_table", "plot", "plot_run", "summary", "table"]
+__all__ = ["RunReport", "plot_run", "summary"]

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
-from lightning_deadrelu.report.raster import Raster
+from torch import Tensor
+
+from lightning_deadrelu.report.raster import Raster, RasterState
 from lightning_deadrelu.statistics import LivenessReport
 from lightning_deadrelu.statistics.forecast import Peaks, at_risk_fraction
+
+
+@dataclass(frozen=True, eq=False)
+class RunHistoryState:
+    """What a checkpoint holds of a run's history."""
+
+    raster: RasterState
+    peaks: dict[str, Tensor]
+    at_risk_fraction: float
 
 
 class RunHistory:
     """The history of all units over the windows of a run, and a forecast of who is about to fall silent.
 
     Example:
-        >>> record = RunHistory()
-        >>> record.close(LivenessReport((), step=9), {})
-        >>> record.raster.steps, record.at_risk_fraction
+        >>> history = RunHistory()
+        >>> history.close(LivenessReport((), step=9), {})
+        >>> history.raster.steps, history.at_risk_fraction
         ((9,), 0.0)
     """
 
@@ -48,13 +59,13 @@ class RunHistory:
         raster.add(report, edited)
         return raster
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return plain values and tensors."""
-        peaks = self._peaks.state
-        return {"raster": self.raster.state_dict(), "peaks": peaks, "at_risk_fraction": self.at_risk_fraction}
+    @property
+    def state(self) -> RunHistoryState:
+        """What :meth:`restore` goes on from."""
+        return RunHistoryState(self.raster.state, self._peaks.state, self.at_risk_fraction)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what was saved."""
-        self.raster.load_state_dict(state["raster"])
-        self._peaks.restore(state["peaks"])
-        self.at_risk_fraction = state["at_risk_fraction"]
+    def restore(self, state: RunHistoryState) -> None:
+        """Go on from a state."""
+        self.raster.restore(state.raster)
+        self._peaks.restore(state.peaks)
+        self.at_risk_fraction = state.at_risk_fraction

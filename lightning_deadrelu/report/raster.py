@@ -6,7 +6,6 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from types import MappingProxyType
 from typing import Any
 
@@ -16,74 +15,13 @@ from torch import Tensor
 
 from lightning_deadrelu.report.metrics import EVENTS, headline_metrics, site_metrics
 from lightning_deadrelu.statistics import LivenessReport, SiteReport
+from lightning_deadrelu.statistics.unit_state import State, states_of
 
 MOST_ROWS, MOST_COLUMNS = 256, 512
+Picture = np.ndarray[Any, np.dtype[np.uint8]]
+"""Red, green and blue, shape ``(height, width, 3)``."""
+
 _GOLDEN = (math.sqrt(5) - 1) / 2
-
-
-class State(IntEnum):
-    """What a unit was in a window, in the order of what is worth telling: where windows merge, the later one wins."""
-
-    NOT_JUDGED = 0
-    ALIVE = 1
-    ALWAYS_ON = 2
-    RARE = 3
-    DORMANT = 4
-    FROZEN = 5
-    NOT_FINITE = 6
-    DEAD = 7
-    REMEDIED = 8
-
-    @property
-    def label(self) -> str:
-        """The name in words.
-
-        Example:
-            >>> State.ALWAYS_ON.label
-            'always on'
-        """
-        return self.name.lower().replace("_", " ")
-
-    @property
-    def colour(self) -> str:
-        """The colour as ``#rrggbb``, of Okabe and Ito's, which colour-blind readers can tell apart."""
-        return _COLOURS[self]
-
-
-_COLOURS = {
-    State.NOT_JUDGED: "#8C8C8C",
-    State.ALIVE: "#BBD6E4",
-    State.ALWAYS_ON: "#0072B2",
-    State.RARE: "#E69F00",
-    State.DORMANT: "#009E73",
-    State.FROZEN: "#CC79A7",
-    State.NOT_FINITE: "#F0E442",
-    State.DEAD: "#D55E00",
-    State.REMEDIED: "#000000",
-}
-
-_STATES = (("always_on", State.ALWAYS_ON), ("rare", State.RARE), ("frozen", State.FROZEN))
-_SMOOTH_STATES = (("dormant", State.DORMANT),)
-
-
-def states_of(site: SiteReport, rows: Tensor | None = None) -> Tensor:
-    """Name the state of each unit, shape ``(units,)``, uint8; a unit is in the most telling state that fits.
-
-    Args:
-        site: The verdict.
-        rows: Numbers of the units that are asked for; None for all.
-    """
-
-    def shown(mask: Tensor) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        return mask.numpy() if rows is None else mask.numpy()[rows.numpy()]
-
-    states = np.full(site.units if rows is None else len(rows), State.ALIVE, np.uint8)
-    for name, state in _SMOOTH_STATES if site.smooth else _STATES:
-        states[shown(getattr(site, name))] = state
-    states[not site.samples if site.smooth else ~shown(site.judged)] = State.NOT_JUDGED
-    states[shown(site.nonfinite)] = State.NOT_FINITE
-    states[shown(site.dead)] = State.DEAD
-    return torch.from_numpy(states)
 
 
 def rows_of(units: int) -> Tensor:
@@ -128,9 +66,44 @@ class SiteRaster:
     steps: tuple[int, ...]
 
     @property
-    def remedied_columns(self) -> list[int]:
-        """The columns in which a shown unit was edited."""
-        return (self.states == State.REMEDIED).any(0).nonzero().flatten().tolist()
+    def staircase(self) -> Tensor:
+        """The states with the rows in the order of their first deaths, the earliest below, shape ``(rows, windows)``.
+
+        So what is dead at the bottom is as high as the share of the units that have died.
+
+        Example:
+            >>> states = torch.tensor([[State.DEAD, State.DEAD], [State.ALIVE, State.ALIVE], [State.ALIVE, State.DEAD]])
+            >>> SiteRaster("act", "relu", 3, torch.arange(3), states, (9, 19)).staircase.tolist()
+            [[1, 1], [1, 7], [7, 7]]
+        """
+        windows = self.states.shape[1]
+        dead = self.states >= State.DEAD
+        first = torch.where(dead, torch.arange(windows), windows).amin(1) if windows else torch.zeros(len(self.rows))
+        order = np.lexsort((-self.states.sum(1).numpy(), -dead.sum(1).numpy(), first.numpy()))
+        return self.states[torch.from_numpy(order[::-1].copy())]
+
+
+@dataclass(frozen=True, eq=False)
+class RasterState:
+    """What a checkpoint holds of a raster.
+
+    Args:
+        windows: Windows added so far.
+        stride: Windows in each column.
+        steps: The step of the last window in each column.
+        sites: Name, kind and number of units of each site.
+        states: Of all rows one after another, compressed, uint8.
+        curves: Names of the curves of the model, and of those of the sites.
+        values: Of all these curves one after another, as the bytes of float64, compressed, uint8.
+    """
+
+    windows: int
+    stride: int
+    steps: list[int]
+    sites: list[tuple[str, str, int]]
+    states: Tensor
+    curves: tuple[list[str], list[str]]
+    values: Tensor
 
 
 @dataclass(eq=False)
@@ -157,7 +130,7 @@ class Raster:
 
     A site has at most 256 rows (see :func:`rows_of`) and 512 columns. Once the columns are full, neighbours merge
     two by two and from then on each column takes twice as many windows, so that the axis stays even. In a merged
-    column the most telling state counts, in the order of :class:`State`: remedied, dead, not finite, frozen,
+    column the most telling state counts, in the order of :class:`State`: repaired, dead, not finite, frozen,
     dormant, rare, always on, alive, not judged. Curves merge alike: what counts events adds up, of all else the
     later value stays. A site that appears late is "not judged" before.
 
@@ -235,7 +208,7 @@ class Raster:
         track.kind = site.kind
         states = states_of(site, track.rows)
         if edited:
-            states[torch.isin(track.rows, torch.tensor(list(edited)))] = State.REMEDIED
+            states[torch.isin(track.rows, torch.tensor(list(edited)))] = State.REPAIRED
         column = track.columns[len(self._steps) - 1]
         torch.maximum(column, states, out=column)
 
@@ -255,41 +228,37 @@ class Raster:
             for key, curve in curves.items():
                 curve[:] = [_later(key, *pair) for pair in zip(curve[::2], curve[1::2], strict=True)]
 
-    # -- to be continued ---------------------------------------------------------------------------------
+    # -- resume ------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return plain values and tensors, compressed, from which :meth:`load_state_dict` goes on."""
+    @property
+    def state(self) -> RasterState:
+        """What :meth:`restore` goes on from; states and curves are compressed."""
         used = len(self._steps)
-        sites = [[name, track.kind, track.units] for name, track in self._tracks.items()]
+        sites = [(name, track.kind, track.units) for name, track in self._tracks.items()]
         states = [track.columns[:used].T.flatten() for track in self._tracks.values()]  # runs along time pack well
-        curves = [list(self._curves), list(self._site_curves)]
         values = [*self._curves.values(), *self._site_curves.values()]
-        return {
-            "windows": self._windows,
-            "stride": self._stride,
-            "steps": list(self._steps),
-            "sites": sites,
-            "states": _packed(torch.cat(states) if states else torch.zeros(0, dtype=torch.uint8)),
-            "curves": curves,
-            "values": _packed(torch.tensor(values, dtype=torch.float64).flatten().view(torch.uint8)),
-        }
+        return RasterState(
+            self._windows,
+            self._stride,
+            list(self._steps),
+            sites,
+            _packed(torch.cat(states) if states else torch.zeros(0, dtype=torch.uint8)),
+            (list(self._curves), list(self._site_curves)),
+            _packed(torch.tensor(values, dtype=torch.float64).flatten().view(torch.uint8)),
+        )
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` returned.
-
-        Args:
-            state: It.
-        """
-        self._windows, self._stride, self._steps = state["windows"], state["stride"], list(state["steps"])
-        used, at, states = len(self._steps), 0, _unpacked(state["states"])
+    def restore(self, state: RasterState) -> None:
+        """Go on from a state."""
+        self._windows, self._stride, self._steps = state.windows, state.stride, list(state.steps)
+        used, at, states = len(self._steps), 0, _unpacked(state.states)
         self._tracks = {}
-        for name, kind, units in state["sites"]:
+        for name, kind, units in state.sites:
             track = self._tracks[name] = _Track.of(kind, units)
             size = used * len(track.rows)
             track.columns[:used] = states[at : at + size].view(len(track.rows), used).T
             at += size
-        values = iter(_unpacked(state["values"]).view(torch.float64).view(-1, max(used, 1)).tolist())
-        self._curves, self._site_curves = ({key: next(values) for key in keys} for keys in state["curves"])
+        values = iter(_unpacked(state.values).view(torch.float64).view(-1, max(used, 1)).tolist())
+        self._curves, self._site_curves = ({key: next(values) for key in keys} for keys in state.curves)
 
 
 def _later(key: str, before: float, after: float) -> float:
@@ -312,10 +281,8 @@ def _unpacked(packed: Tensor) -> Tensor:
 # -- pictures --------------------------------------------------------------------------------------------
 
 
-def image_of(site: SiteRaster, least: tuple[int, int] = (192, 512)) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Paint a site's history, units down and windows across.
-
-    Few units or windows become larger patches; a thin white line parts rows that are tall enough.
+def image_of(site: SiteRaster, least: tuple[int, int] = (1, 1)) -> Picture:
+    """Paint a site's history as a staircase, units down and windows across; few become larger patches.
 
     Args:
         site: The history.
@@ -329,20 +296,11 @@ def image_of(site: SiteRaster, least: tuple[int, int] = (192, 512)) -> np.ndarra
         >>> image_of(SiteRaster("act", "relu", 1, torch.tensor([0]), states, (9, 19)), least=(2, 4)).shape
         (2, 4, 3)
     """
-    palette = np.array([_rgb(state.colour) for state in State], dtype=np.uint8)
-    picture: np.ndarray[Any, np.dtype[np.uint8]] = palette[site.states.numpy()]
-    height, width = (max(want // max(have, 1), 1) for want, have in zip(least, picture.shape[:2], strict=True))
-    picture = picture.repeat(height, 0).repeat(width, 1)
-    if height >= 8:
-        picture[height - 1 : -1 : height] = 255
-    return picture
+    palette = np.array([tuple(bytes.fromhex(state.colour[1:])) for state in State], dtype=np.uint8)
+    return enlarged(palette[site.staircase.numpy()], least)
 
 
-def _rgb(colour: str) -> tuple[int, ...]:
-    """Split a colour.
-
-    Example:
-        >>> _rgb("#D55E00")
-        (213, 94, 0)
-    """
-    return tuple(bytes.fromhex(colour[1:]))
+def enlarged(picture: Picture, least: tuple[int, int]) -> Picture:
+    """Repeat rows and columns by whole numbers, up to at least a height and a width."""
+    height, width = (math.ceil(want / max(have, 1)) for want, have in zip(least, picture.shape[:2], strict=True))
+    return picture.repeat(height, 0).repeat(width, 1)

@@ -30,6 +30,7 @@ class RunReport:
         deaths: When units died, and why.
         findings: What the check-up found.
         name: The monitor's name, the prefix of its metrics.
+        about: What else the head of a page tells, such as the model's class and the monitor's settings.
 
     Example:
         >>> RunReport(LivenessReport(())).conclusion
@@ -43,6 +44,7 @@ class RunReport:
     deaths: tuple[DeathEvent, ...] = ()
     findings: tuple[Finding, ...] = ()
     name: str = "dead_relu"
+    about: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def sites(self) -> tuple[SiteSummary, ...]:
@@ -52,7 +54,7 @@ class RunReport:
     @cached_property
     def conclusion(self) -> str:
         """How the model fares, since when, and what was done, in one sentence."""
-        return conclude(self.report, self.history, self.events, self.sites)
+        return conclude(self.report, self.history, self.sites)
 
     @cached_property
     def refused(self) -> dict[str, dict[str, str]]:

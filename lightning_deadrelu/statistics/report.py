@@ -238,16 +238,16 @@ class LivenessReport:
         Args:
             ax: Where to draw; a new figure by default.
         """
-        from lightning_deadrelu.report import plot
+        from lightning_deadrelu.statistics.report_table import plot_report
 
-        return plot(self, ax)
+        return plot_report(self, ax)
 
     def __str__(self) -> str:
-        from lightning_deadrelu.report import table
+        from lightning_deadrelu.statistics.report_table import report_text
 
-        return table(self)
+        return report_text(self)
 
     def _repr_html_(self) -> str:
-        from lightning_deadrelu.report import html_table
+        from lightning_deadrelu.statistics.report_table import report_html
 
-        return html_table(self)
+        return report_html(self)

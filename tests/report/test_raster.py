@@ -6,18 +6,21 @@ import numpy as np
 import pytest
 import torch
 from histories import report, run, site
+from hypothesis import given
+from hypothesis import strategies as st
 
+from lightning_deadrelu.checkpoint import decode, encode
 from lightning_deadrelu.report.metrics import EVENTS, headline_metrics, metrics_of, site_metrics
 from lightning_deadrelu.report.raster import (
     MOST_COLUMNS,
     MOST_ROWS,
     Raster,
+    RasterState,
     SiteRaster,
-    State,
     image_of,
     rows_of,
-    states_of,
 )
+from lightning_deadrelu.statistics.unit_state import State, state_shares, states_of
 
 
 def test_each_unit_is_in_the_most_telling_state():
@@ -32,6 +35,7 @@ def test_smooth_sites_are_dormant_or_alive_and_without_data_not_judged():
     one = replace(site(3, dormant=[1], judged=[], rare=[0]), smooth=True)
     assert states_of(one).tolist() == [State.ALIVE, State.DORMANT, State.ALIVE]
     assert states_of(replace(one, samples=0)).tolist() == [State.NOT_JUDGED] * 3
+    assert state_shares(replace(one, samples=0))[State.NOT_JUDGED] == 1  # in bars as in rasters
 
 
 def test_a_column_per_window():
@@ -44,12 +48,11 @@ def test_a_column_per_window():
     assert raster.curves["dead_fraction"] == raster.site_curves["act"] == (0.0, 1 / 8, 2 / 8)
 
 
-def test_remedied_units_are_marked_once():
+def test_repaired_units_are_marked_once():
     raster = run(Raster(), [0])
     raster.add(report(site(dead=[0]), step=19), edited={"act": (0, 3)})
     raster.add(report(site(), step=29))
-    assert raster.sites["act"].states[0].tolist() == [State.DEAD, State.REMEDIED, State.ALIVE]
-    assert raster.sites["act"].remedied_columns == [1]
+    assert raster.sites["act"].states[0].tolist() == [State.DEAD, State.REPAIRED, State.ALIVE]
     assert raster.curves["remedied_units"] == (0.0, 2.0, 0.0)
 
 
@@ -101,7 +104,7 @@ def test_halving_equals_merging_the_whole_history(count):
         states.append(states_of(new))
         steps.append(step)
         for unit in edited.get("act", ()):
-            states[-1][unit] = State.REMEDIED
+            states[-1][unit] = State.REPAIRED
         rows.append(headline_metrics(report(new), len(edited)))
     assert len(raster.steps) <= MOST_COLUMNS
     assert raster.windows == count
@@ -123,9 +126,9 @@ def test_resume_is_continuation(count, tmp_path):
     first = run(Raster(), *[[number % 8] for number in range(count)])
     if count:
         run(first, [0], name="late", units=300)
-    torch.save(first.state_dict(), tmp_path / "state")
+    torch.save(encode(first.state), tmp_path / "state")
     second = Raster()
-    second.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+    second.restore(decode(RasterState, torch.load(tmp_path / "state", weights_only=True)))
     assert as_values(first) == as_values(second)
     assert as_values(run(first, *[[1], [2]] * 300)) == as_values(run(second, *[[1], [2]] * 300))
 
@@ -154,24 +157,27 @@ def test_bounded_in_memory_and_file():
         turned = replace(sites[0], dead=torch.rand(4096, generator=generator) < 0.3)
         raster.add(report(turned, *sites[1:], step=step))
     assert all(one.states.shape == (256, 512) for one in raster.sites.values())
-    state = raster.state_dict()
-    assert state["states"].numel() + state["values"].numel() < 1_000_000
+    assert raster.state.states.numel() + raster.state.values.numel() < 1_000_000
 
 
-def test_the_picture_shows_each_unit_and_window_at_its_place():
-    raster = run(Raster(), [], [0], [0, 1], units=3)
-    picture = image_of(raster.sites["act"])
-    assert picture.dtype == np.uint8
-    assert picture.shape == (192, 510, 3)
+def test_the_picture_is_a_staircase_of_what_each_unit_was():
+    raster = run(Raster(), [], [0], [0, 2], units=3)
+    picture = image_of(raster.sites["act"], (6, 7))
     alive, dead = (list(bytes.fromhex(state.colour[1:])) for state in (State.ALIVE, State.DEAD))
-    assert [picture[32, column].tolist() for column in (85, 255, 425)] == [alive, dead, dead]
-    assert [picture[96, column].tolist() for column in (85, 255, 425)] == [alive, alive, dead]
-    assert picture[63, 5].tolist() == [255, 255, 255]
+    assert picture.dtype == np.uint8
+    assert picture.shape == (6, 9, 3)
+    patches = picture[::2, ::3].tolist()
+    assert patches == [[alive, alive, alive], [alive, alive, dead], [alive, dead, dead]]
+    assert (picture == picture[::2, ::3].repeat(2, 0).repeat(3, 1)).all()
 
 
-def test_a_full_picture_is_painted_one_to_one():
-    full = SiteRaster("a", "relu", 256, torch.arange(256), torch.zeros(256, 512, dtype=torch.uint8), tuple(range(512)))
-    assert image_of(full).shape == (256, 512, 3)
+@given(st.lists(st.lists(st.sampled_from([State.ALIVE, State.DEAD, State.RARE]), min_size=4, max_size=4), min_size=1))
+def test_a_staircase_has_the_same_rows_in_the_order_of_first_deaths(rows):
+    states = torch.tensor(rows, dtype=torch.uint8)
+    stairs = SiteRaster("a", "relu", len(rows), torch.arange(len(rows)), states, (1, 2, 3, 4)).staircase.tolist()
+    assert sorted(stairs) == sorted(states.tolist())
+    first = [row.index(State.DEAD) if State.DEAD in row else 4 for row in stairs]
+    assert first == sorted(first, reverse=True)
 
 
 def test_curves_hold_what_is_logged():

@@ -1,7 +1,6 @@
 """Reports to loggers; the only package that knows loggers.
 
-``reporter`` says when and to whom, ``trackers`` how each logger takes pictures and tables, ``media`` what is
-shown, ``pictures`` draws it.
+``reporter`` says when and to whom, ``adapters`` how each logger takes pictures and tables, ``media`` what is shown.
 """
 
 from lightning_deadrelu.report.loggers.reporter import Reporter

@@ -11,183 +11,260 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
 
-from lightning_deadrelu.report.loggers.images import Picture
-from lightning_deadrelu.report.loggers.media import Media
+from lightning_deadrelu.guarded import guarded
+from lightning_deadrelu.render.table import Column, markdown_table
+from lightning_deadrelu.report.loggers.media import LEGEND, Media
+from lightning_deadrelu.report.raster import Picture
 
 _BINS = np.linspace(0, 1, 65)
+_SECTIONS = ("", "_sites", "_dormant", "_rates")
+_MARKDOWN = (
+    Column("site", "layer"),
+    Column("units", "units"),
+    Column("dead", "dead"),
+    Column("dead_fraction", "share", percent=1),
+    Column("rare", "rare"),
+    Column("always_on", "always on"),
+)
 
 
-def kind_of(logger: object) -> str:
-    """Name the class that says how to serve a logger; empty if none does.
-
-    Example:
-        >>> class WandbLogger: ...
-        >>> class Mine(WandbLogger): ...
-        >>> kind_of(Mine()), kind_of("a string")
-        ('WandbLogger', '')
-    """
-    return next((kind.__name__ for kind in type(logger).__mro__ if kind.__name__ in TRACKERS), "")
-
-
-def names_of(logger: object, keys: Iterable[str]) -> dict[str, str]:
-    """Map names that a tracker takes to keys: no two alike, and the key itself where it may stay.
+class Adapter:
+    """Serve one logger with scalars, which any logger takes; what fails is not tried again.
 
     Args:
-        logger: The tracker.
-        keys: What is to be named.
+        logger: The logger.
+        name: Prefix of the keys.
     """
-    illegal = _ILLEGAL.get(kind_of(logger))
-    names: dict[str, str] = {}
-    for key in keys:
-        name = illegal.sub("_", key) if illegal else key
-        while name in names:
-            name += "_"
-        names[name] = key
-    return names
+
+    illegal: ClassVar[re.Pattern[str] | None] = None
+    """What the tracker does not take in names."""
+    takes_media: ClassVar[bool] = False
+    takes_alerts: ClassVar[bool] = False
+
+    def __init__(self, logger: Any, name: str) -> None:
+        self.logger, self.name = logger, name
+        self._broken: set[str] = set()
+
+    def attempt(self, what: str, act: Callable[[], None], warn: Callable[[str], None]) -> None:
+        """Do something, unless it failed before; a failure is warned of, and leaves the logger out of the like.
+
+        Args:
+            what: ``"metrics"``, without which nothing else is tried, or ``"media"`` or ``"alert"``.
+            act: What to do.
+            warn: Called with what went wrong.
+        """
+
+        def fail(error: Exception) -> None:
+            self._broken.add(what)
+            warn(f"{self.name}: {type(self.logger).__name__} took no {what} and is left out: {error!r}")
+
+        if not self._broken & {"metrics", what}:
+            with guarded(fail):
+                act()
+
+    def prepare(self) -> None:
+        """Do what has to be done once, before the first scalars; on rank 0 alone."""
+
+    def log(self, metrics: Mapping[str, float], step: int, is_global_zero: bool = True) -> None:
+        """Log scalars in one call.
+
+        Args:
+            metrics: Values by key.
+            step: The x-axis.
+            is_global_zero: Whether this is rank 0.
+        """
+        names = self.names_of(metrics)
+        if is_global_zero:
+            self.map_names(names)
+        self.logger.log_metrics(metrics={name: metrics[key] for name, key in names.items()}, step=step)
+
+    def map_names(self, names: Mapping[str, str]) -> None:
+        """Tell the tracker which key is behind which name; on rank 0 alone."""
+
+    def show(self, media: Media) -> None:
+        """Send pictures, tables and firing rates; on rank 0 alone."""
+        raise NotImplementedError
+
+    def alert(self, title: str, text: str) -> None:
+        """Send an alert; on rank 0 alone."""
+        raise NotImplementedError
+
+    def names_of(self, keys: Iterable[str]) -> dict[str, str]:
+        """Map names that the tracker takes to keys: no two alike, and the key itself where it may stay.
+
+        Args:
+            keys: What is to be named.
+        """
+        names: dict[str, str] = {}
+        for key in keys:
+            name = self.illegal.sub("_", key) if self.illegal else key
+            while name in names:
+                name += "_"
+            names[name] = key
+        return names
+
+    def _by_site(self, section: str, sites: Mapping[str, Any]) -> dict[str, Any]:
+        """Name what belongs to sites ``<section>/<site>``, as the tracker takes it."""
+        keys = {f"{self.name}_{section}/{site}": value for site, value in sites.items()}
+        return {name: keys[key] for name, key in self.names_of(keys).items()}
+
+    def _pictures(self, media: Media) -> dict[str, Picture]:
+        overview = {} if media.overview is None else {f"{self.name}_overview/sites": media.overview}
+        return self._by_site("raster", media.rasters) | overview
+
+    def _prefixed(self, key: str) -> str:
+        """Put the logger's own prefix before a key, as it does itself with scalars."""
+        prefix = getattr(self.logger, "_prefix", "")
+        return f"{prefix}-{key}" if prefix else key
 
 
-# W&B reads dots as nesting; MLflow's logger would drop what MLflow refuses, and two keys could become one
-_ILLEGAL = {"WandbLogger": re.compile(r"\."), "MLFlowLogger": re.compile(r"[^a-zA-Z0-9_/. -]")}
+class WandbAdapter(Adapter):
+    """Weights & Biases: all media of a window are one row of the history."""
 
+    illegal = re.compile(r"\.")  # it reads dots as nesting
+    takes_media = takes_alerts = True
+    _mapped: Mapping[str, str] | None = None
 
-def _legal(logger: object, section: str, sites: Mapping[str, Any]) -> dict[str, Any]:
-    """Name what belongs to sites ``<section>/<site>``, as the logger takes it."""
-    keys = {f"{section}/{site}": value for site, value in sites.items()}
-    return {name: keys[key] for name, key in names_of(logger, keys).items()}
+    def prepare(self) -> None:
+        """Make ``trainer/global_step`` the x-axis, also of runs that the logger did not start."""
+        for section in _SECTIONS:
+            self.logger.experiment.define_metric(f"{self.name}{section}/*", step_metric="trainer/global_step")
 
+    def map_names(self, names: Mapping[str, str]) -> None:
+        """Put the names of sites into the run's configuration."""
+        sites = {name: key.split("/", 1)[1] for name, key in names.items() if not key.startswith(f"{self.name}/")}
+        if sites != self._mapped:
+            self.logger.experiment.config.update({f"{self.name}_sites": sites}, allow_val_change=True)
+            self._mapped = sites
 
-def _prefixed(logger: Any, key: str) -> str:
-    """Put the logger's own prefix before a key, as it does itself with scalars."""
-    prefix = getattr(logger, "_prefix", "")
-    return f"{prefix}-{key}" if prefix else key
+    def show(self, media: Media) -> None:
+        """Send a table, histograms and pictures, and the summary of the run."""
+        import wandb
 
+        table = wandb.Table(columns=[*media.columns], data=[list(row.values()) for row in media.rows])
+        row: dict[str, Any] = {f"{self.name}_table/sites": table}
+        for key, rates in self._by_site("rates", media.rates).items():
+            row[key] = wandb.Histogram(np_histogram=_histogram(rates))
+        for key, picture in self._pictures(media).items():
+            row[key] = wandb.Image(picture, caption=_caption(media) if key.endswith("_overview/sites") else None)
+        self.logger.log_metrics(metrics=row, step=media.step)
+        summary = {f"{self.name}_summary/{key}": value for key, value in media.summary.items()}
+        self.logger.experiment.summary.update(summary)
 
-# -- Weights & Biases ------------------------------------------------------------------------------------
-
-
-def _to_wandb(logger: Any, media: Media, name: str) -> None:
-    """All in one call, so that it is one row of the history."""
-    import wandb
-
-    row: dict[str, Any] = {f"{name}_table/sites": _wandb_table(wandb, media)}
-    for key, rates in _legal(logger, f"{name}_rates", media.rates).items():
-        row[key] = wandb.Histogram(np_histogram=_histogram(rates))
-    for key, card in _legal(logger, f"{name}_raster", media.cards).items():
-        row[key] = wandb.Image(card)
-    if media.overview is not None:
-        row[f"{name}_overview/sites"] = wandb.Image(media.overview, caption=_caption(media))
-    logger.log_metrics(metrics=row, step=media.step)
-    logger.experiment.summary.update({f"{name}_summary/{key}": value for key, value in media.summary.items()})
-
-
-def _wandb_table(wandb: Any, media: Media) -> Any:
-    return wandb.Table(columns=media.columns, data=[list(row.values()) for row in media.rows])
+    def alert(self, title: str, text: str) -> None:
+        """Send an alert."""
+        self.logger.experiment.alert(title=title, text=text, level="WARN")
 
 
 def _histogram(rates: Tensor) -> tuple[Any, Any]:
     return np.histogram(rates.clamp(0, 1).numpy(), bins=_BINS)
 
 
-def _caption(media: Media) -> str | None:
-    return f"{media.left_out:,} sites with fewer dead units have no raster of their own" if media.left_out else None
+def _caption(media: Media) -> str:
+    more = f" {media.left_out:,} layers with fewer dead units have no raster of their own." if media.left_out else ""
+    return LEGEND + more
 
 
-# -- TensorBoard -----------------------------------------------------------------------------------------
+class TensorBoardAdapter(Adapter):
+    """TensorBoard, with a tab that overlays the curves of all sites."""
+
+    takes_media = True
+    _laid_out = False
+
+    def show(self, media: Media) -> None:
+        """Send histograms, pictures and a table."""
+        writer, step = self.logger.experiment, media.step
+        if not self._laid_out:
+            self._lay_out(writer)
+        for site, rates in media.rates.items():
+            tag = self._prefixed(f"{self.name}_rates/{site}")
+            writer.add_histogram(tag, rates.clamp(0, 1).numpy(), step, bins=_BINS.tolist())
+        for key, picture in self._pictures(media).items():
+            writer.add_image(self._prefixed(key), picture, step, dataformats="HWC")
+        text = f"{markdown_table(_MARKDOWN, media.rows)}\n\n{LEGEND}"
+        writer.add_text(self._prefixed(f"{self.name}_table/sites"), text, step)
+        writer.flush()
+
+    def _lay_out(self, writer: Any) -> None:
+        """Fill the tab of custom scalars; a run has one layout, and one that the user wrote before stays."""
+        self._laid_out = True
+        own = re.escape(self._prefixed(self.name))
+        shares = "|".join(("dead", "rare", "always_on", "frozen"))
+        charts = {"dead share of each layer": ["Multiline", [f"^{own}_sites/.*"]]}
+        charts["whole model"] = ["Multiline", [f"^{own}/({shares})_fraction$"]]
+        charts["units"] = ["Multiline", [f"^{own}/.*_units$"]]
+        writer.add_custom_scalars({"Dead ReLU": charts})
 
 
-def _to_tensorboard(logger: Any, media: Media, name: str) -> None:
-    writer, step = logger.experiment, media.step
-    for site, rates in media.rates.items():
-        tag = _prefixed(logger, f"{name}_rates/{site}")
-        writer.add_histogram(tag, rates.clamp(0, 1).numpy(), step, bins=_BINS.tolist())
-    for site, card in media.cards.items():
-        writer.add_image(_prefixed(logger, f"{name}_raster/{site}"), card, step, dataformats="HWC")
-    if media.overview is not None:
-        writer.add_image(_prefixed(logger, f"{name}_overview/sites"), media.overview, step, dataformats="HWC")
-    writer.add_text(_prefixed(logger, f"{name}_table/sites"), _markdown(media), step)
-    writer.flush()
+class MLFlowAdapter(Adapter):
+    """MLflow, whose logger would drop the names that MLflow refuses."""
+
+    illegal = re.compile(r"[^a-zA-Z0-9_/. -]")
+    takes_media = True
+
+    def show(self, media: Media) -> None:
+        """Send pictures, and a table that grows."""
+        client, run = self.logger.experiment, self.logger.run_id
+        for key, picture in self._pictures(media).items():
+            client.log_image(run, picture, key=self._prefixed(key), step=media.step)
+        if find_spec("pandas"):  # it appends to what is there
+            columns = {key: [row[key] for row in media.rows] for key in media.columns}
+            client.log_table(run, {"step": [media.step] * len(media.rows), **columns}, f"{self.name}/sites.json")
+        else:
+            content = {"step": media.step, "sites": list(media.rows)}
+            client.log_dict(run, content, f"{self.name}/sites_{media.step}.json")
 
 
-def _markdown(media: Media) -> str:
-    head = [media.columns, ["---"] * len(media.columns)]
-    body = [[_short(cell) for cell in row.values()] for row in media.rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [*head, *body])
+class CSVAdapter(Adapter):
+    """Files beside ``metrics.csv``: the latest pictures, and a table that grows."""
+
+    takes_media = True
+
+    def show(self, media: Media) -> None:
+        """Write them, unless the folder is a remote store, of which plain files know nothing."""
+        from PIL import Image
+
+        if "://" in str(self.logger.log_dir):
+            return
+        folder = Path(self.logger.log_dir) / self.name
+        folder.mkdir(parents=True, exist_ok=True)
+        pictures = {f"raster_{re.sub(r'[^a-zA-Z0-9_.-]', '_', site)}": one for site, one in media.rasters.items()}
+        for name, picture in (pictures | ({} if media.overview is None else {"overview": media.overview})).items():
+            Image.fromarray(picture).save(folder / f"{name}.png")
+        file = folder / "sites.csv"
+        fresh = not file.exists()
+        with file.open("a", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, ["step", *media.columns])
+            if fresh:
+                writer.writeheader()
+            writer.writerows({"step": media.step, **row} for row in media.rows)
 
 
-def _short(cell: object) -> str:
-    return "-" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+_ADAPTERS: Mapping[str, type[Adapter]] = {
+    "WandbLogger": WandbAdapter,
+    "TensorBoardLogger": TensorBoardAdapter,
+    "MLFlowLogger": MLFlowAdapter,
+    "CSVLogger": CSVAdapter,
+}
 
 
-def lay_out(logger: Any, name: str) -> None:
-    """Give TensorBoard's tab of custom scalars one chart that overlays the sites, and one of the headlines.
-
-    A run has one layout; where the user wrote one before, that stays.
+def adapter_of(logger: object, name: str = "dead_relu") -> Adapter:
+    """Choose how to serve a logger, by the names of its class and of those it descends from.
 
     Args:
-        logger: A TensorBoard logger.
+        logger: The logger.
         name: Prefix of the keys.
+
+    Example:
+        >>> class WandbLogger: ...
+        >>> class Mine(WandbLogger): ...
+        >>> type(adapter_of(Mine())).__name__, adapter_of("a string").takes_media
+        ('WandbAdapter', False)
     """
-    own = re.escape(_prefixed(logger, name))
-    shares = "|".join(("dead", "rare", "always_on", "frozen"))
-    charts = {"dead fraction of each site": ["Multiline", [f"^{own}_sites/.*"]]}
-    charts["whole model"] = ["Multiline", [f"^{own}/({shares})_fraction$"]]
-    charts["units"] = ["Multiline", [f"^{own}/.*_units$"]]
-    logger.experiment.add_custom_scalars({"Dead ReLU": charts})
-
-
-# -- MLflow ----------------------------------------------------------------------------------------------
-
-
-def _to_mlflow(logger: Any, media: Media, name: str) -> None:
-    client, run = logger.experiment, logger.run_id
-    pictures = _legal(logger, f"{name}_raster", media.cards)
-    if media.overview is not None:
-        pictures[f"{name}_overview/sites"] = media.overview
-    for key, picture in pictures.items():
-        client.log_image(run, picture, key=_prefixed(logger, key), step=media.step)
-    if find_spec("pandas"):  # it appends to what is there
-        columns = {key: [row[key] for row in media.rows] for key in media.columns}
-        client.log_table(run, {"step": [media.step] * len(media.rows), **columns}, f"{name}/sites.json")
-    else:
-        client.log_dict(run, {"step": media.step, "sites": list(media.rows)}, f"{name}/sites_{media.step}.json")
-
-
-# -- CSV -------------------------------------------------------------------------------------------------
-
-
-def _to_files(logger: Any, media: Media, name: str) -> None:
-    """Beside ``metrics.csv``: the latest pictures, and a table that grows."""
-    if "://" in str(logger.log_dir):  # a remote store, of which plain files know nothing
-        return
-    folder = Path(logger.log_dir) / name
-    folder.mkdir(parents=True, exist_ok=True)
-    for site, card in media.cards.items():
-        _save(card, folder / f"raster_{re.sub(r'[^a-zA-Z0-9_.-]', '_', site)}.png")
-    if media.overview is not None:
-        _save(media.overview, folder / "overview.png")
-    file = folder / "sites.csv"
-    fresh = not file.exists()
-    with file.open("a", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, ["step", *media.columns])
-        if fresh:
-            writer.writeheader()
-        writer.writerows({"step": media.step, **row} for row in media.rows)
-
-
-def _save(picture: Picture, path: Path) -> None:
-    from PIL import Image
-
-    Image.fromarray(picture).save(path)
-
-
-TRACKERS: Mapping[str, Callable[[Any, Media, str], None]] = {
-    "WandbLogger": _to_wandb,
-    "TensorBoardLogger": _to_tensorboard,
-    "MLFlowLogger": _to_mlflow,
-    "CSVLogger": _to_files,
-}
+    kinds = (_ADAPTERS.get(kind.__name__) for kind in type(logger).__mro__)
+    return next(filter(None, kinds), Adapter)(logger, name)

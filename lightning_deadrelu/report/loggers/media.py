@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor
 
-from lightning_deadrelu.report.loggers.images import Picture, can_draw, card_of, overview_of
-from lightning_deadrelu.report.raster import Raster
+from lightning_deadrelu.render.scale import shades_of
+from lightning_deadrelu.render.table import Cell
+from lightning_deadrelu.report.raster import Picture, enlarged, image_of
 from lightning_deadrelu.report.run_report import RunReport
-from lightning_deadrelu.statistics import LivenessReport, SiteReport
+from lightning_deadrelu.report.site_summary import worst_first
+from lightning_deadrelu.statistics.report_table import row_of
 
 MOST_SITES = 32
-_QUANTILES = {"peak_10": 0.1, "peak_50": 0.5, "peak_90": 0.9}
-Cell = str | int | float | None
+LEGEND = (
+    "Rasters: a row for each unit, the first to die at the bottom; a column for each window. Orange is dead, black"
+    " repaired, pale blue alive, amber rare, dark blue always on, grey not judged. Overview: a row for each layer, the"
+    " first on top; the darker, the larger its dead share."
+)
+
+_COLUMNS = ["site", "kind", "units", "dead", "dead_fraction", "rare", "always_on", "dormant", "born_dead", "died"]
+_COLUMNS += ["revived", "peak_10", "peak_50", "peak_90", "samples", "rate_bound"]
+_LEAST = (192, 512)  # pixels, so that a tracker need not smooth what it enlarges
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,8 +35,8 @@ class Media:
         step: Of the verdict.
         rows: The table, a row for each site in the order of execution.
         rates: Firing rates of the sites shown, by name.
-        overview: All sites in one picture; None without Pillow.
-        cards: The history of the sites shown, by name; none without Pillow.
+        rasters: The history of the sites shown, by name, without any text; shape ``(height, width, 3)``.
+        overview: The dead share of all sites; None without a history.
         summary: The run in a few numbers.
         left_out: Sites that are not shown, because others have more dead units.
     """
@@ -36,8 +44,8 @@ class Media:
     step: int
     rows: Sequence[Mapping[str, Cell]]
     rates: Mapping[str, Tensor]
+    rasters: Mapping[str, Picture] = field(default_factory=dict)
     overview: Picture | None = None
-    cards: Mapping[str, Picture] = field(default_factory=dict)
     summary: Mapping[str, Cell] = field(default_factory=dict)
     left_out: int = 0
 
@@ -73,60 +81,32 @@ def media_of(run: RunReport) -> Media:
         run: What to show.
 
     Example:
+        >>> from lightning_deadrelu.statistics import LivenessReport
         >>> media_of(RunReport(LivenessReport((), step=3))).step
         3
     """
-    report, raster, name = run.report, run.history, run.name
-    shown = _worst(report.sites)
-    media = Media(report.step, [row_of(site) for site in report.sites], {site.name: site.firing_rate for site in shown})
-    overview, cards, histories = None, {}, raster.sites
-    if can_draw() and histories:
-        title = f"{name}: {report.dead_units:,} of {report.units:,} units are dead ({report.dead_fraction:.1%})"
-        overview = overview_of(raster.site_curves, raster.steps, title)
-        cards = {site.name: card_of(histories[site.name], site) for site in shown if site.name in histories}
-    left_out = len(report.sites) - len(shown)
-    return Media(media.step, media.rows, media.rates, overview, cards, summary_of(report, raster), left_out)
+    chosen = {summary.site.name for summary in worst_first(run.sites)[:MOST_SITES]}
+    shown = [summary.site for summary in run.sites if summary.site.name in chosen]
+    histories, curves = run.history.sites, run.history.site_curves
+    table = [row_of(summary.site) for summary in run.sites]
+    return Media(
+        run.report.step,
+        [{key: row[key] for key in _COLUMNS} for row in table],
+        {site.name: site.firing_rate for site in shown},
+        {site.name: image_of(histories[site.name], _LEAST) for site in shown if site.name in histories},
+        enlarged(shades_of(np.array(list(curves.values()))), _LEAST) if curves else None,
+        summary_of(run),
+        len(run.sites) - len(shown),
+    )
 
 
-def _worst(sites: Sequence[SiteReport]) -> list[SiteReport]:
-    """Choose the sites with most dead units, and put them back into the order of execution."""
-    worst = sorted(range(len(sites)), key=lambda i: -int(sites[i].dead.sum()))[:MOST_SITES]
-    return [sites[i] for i in sorted(worst)]
-
-
-def row_of(site: SiteReport) -> dict[str, Cell]:
-    """Put a site into a row of the table: counts of units, quantiles of their peaks, and the evidence.
-
-    Dead units are either born dead or have died since the start; ``revived`` counts this window. ``rate_bound``
-    is the highest of the dead units.
-
-    Args:
-        site: The verdict.
-    """
-    dead, born = int(site.dead.sum()), int(site.born_dead.sum())
-    row: dict[str, Cell] = {"site": site.name, "kind": site.kind, "units": site.units, "dead": dead}
-    row |= {"dead_fraction": site.dead_fraction, "rare": int(site.rare.sum()), "always_on": int(site.always_on.sum())}
-    row |= {"dormant": int(site.dormant.sum()), "born_dead": born, "died": dead - born}
-    row |= {"revived": int(site.revived.sum()), **_peaks(site), "samples": site.samples}
-    bound = site.rate_bound[site.dead]
-    return row | {"rate_bound": float(bound.max()) if len(bound) else None}
-
-
-def _peaks(site: SiteReport) -> dict[str, Cell]:
-    finite = site.peak[site.peak.isfinite()].double()
-    if not len(finite):
-        return dict.fromkeys(_QUANTILES)
-    return {key: float(torch.quantile(finite, share)) for key, share in _QUANTILES.items()}
-
-
-def summary_of(report: LivenessReport, raster: Raster) -> dict[str, Cell]:
+def summary_of(run: RunReport) -> dict[str, Cell]:
     """Sum a run up: how it stands, how bad it was, and what came of it.
 
     Args:
-        report: The latest verdict.
-        raster: The history.
+        run: The run.
     """
-    curves: dict[str, Any] = dict(raster.curves)
+    report, curves = run.report, run.history.curves
     worst = max(report.headline, key=lambda site: site.dead_fraction, default=None)
     summary: dict[str, Cell] = {"dead_fraction": report.dead_fraction, "dead_units": report.dead_units}
     summary["highest_dead_fraction"] = max([report.dead_fraction, *curves.get("dead_fraction", ())])
