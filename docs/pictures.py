@@ -20,7 +20,6 @@ from urllib.request import urlopen
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning_deadrelu.report.loggers.images import card_of
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -66,18 +65,6 @@ def train(folder: Path) -> DeadReLUMonitor:
     return monitor
 
 
-def save_raster(monitor: DeadReLUMonitor, path: Path) -> None:
-    """Stack the cards of all sites."""
-    assert monitor.report is not None
-    cards = [
-        Image.fromarray(card_of(site, monitor.report[name])) for name, site in monitor.run_report.history.sites.items()
-    ]
-    sheet = Image.new("RGB", (max(card.width for card in cards), sum(card.height for card in cards)), "white")
-    for index, card in enumerate(cards):
-        sheet.paste(card, (0, sum(before.height for before in cards[:index])))
-    sheet.quantize(64).save(path, optimize=True)
-
-
 def save_screen(folder: Path, path: Path, tab: str, height: int = 1000) -> None:
     """Photograph a page of TensorBoard in a headless Chromium."""
     with socket.socket() as free:
@@ -120,7 +107,7 @@ def main() -> None:
     """Make both."""
     with tempfile.TemporaryDirectory() as temporary:
         monitor = train(Path(temporary))
-        save_raster(monitor, DOCS / "raster.png")
+        monitor.plot()[0].savefig(DOCS / "raster.png")
         if shutil.which("chromium"):
             save_screen(Path(temporary), DOCS / "tensorboard.png", "images")
 

@@ -189,7 +189,7 @@ sys.modules |= {"wandb": None, "matplotlib": None}
 import lightning_deadrelu
 net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU())
 report = lightning_deadrelu.find_dead_units(net, [torch.rand(300, 2)])
-assert "units are dead" in str(report)
+assert str(report).count("dead") == 2, str(report)
 try:
     report.plot()
 except ModuleNotFoundError as error:
