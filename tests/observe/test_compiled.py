@@ -509,6 +509,7 @@ def test_what_ddp_splits_is_observed_in_some_way(monkeypatch):
 # -- what must not be lost, nor lose -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [None, 5])
 def test_the_users_limit_of_graphs_is_for_the_users_graphs(limit):
     def train_on_five_sizes(*watching):

@@ -55,7 +55,10 @@ def _from_package(stack: list[inspect.FrameInfo]) -> bool:
 @pytest.mark.filterwarnings("ignore:dead_relu")
 @pytest.mark.parametrize(
     ("every_n_steps", "remedy", "gradients"),
-    [(1, None, False), (2, None, True), (1, "reset", True)],
+    [
+        (1, None, False),
+        *(pytest.param(*given, marks=pytest.mark.slow) for given in ((2, None, True), (1, "reset", True))),
+    ],
 )
 def test_nothing_is_read_on_the_host_between_windows(every_n_steps, remedy, gradients):
     net, batches = Net(), [torch.randn(3, 1, 6, 6)] * 25

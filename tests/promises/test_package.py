@@ -180,6 +180,7 @@ def test_import_loads_no_plotting_and_no_tracker():
     assert run(f"{before} print(*[name for name in heavy if name in set(sys.modules) - before])").strip() == ""
 
 
+@pytest.mark.slow
 def test_works_without_wandb_and_matplotlib():
     code = """
 import sys, torch, torchmetrics  # the latter would not come without the matplotlib that its metadata promise

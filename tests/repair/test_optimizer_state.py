@@ -154,6 +154,7 @@ def steps_of(optimizer, one, gradient, count):
     return torch.stack(taken)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.AdamW])
 def test_adam_does_not_kick(make, amsgrad):

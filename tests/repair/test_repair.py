@@ -242,6 +242,7 @@ class Taking(Net):
         return self.net(task.expand(8, 2)).pow(2).mean()
 
 
+@pytest.mark.slow
 def test_observation_does_not_beat_with_the_rhythm_of_the_training():
     torch.manual_seed(0)
     model = Taking()
@@ -614,6 +615,7 @@ def test_activation_checkpointing(remedy):
     assert "edited" in actions(monitor)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remedy", ["reset", "leaky", "gelu"])
 def test_a_compiled_model_is_repaired(remedy):
     torch.manual_seed(0)
