@@ -98,7 +98,7 @@ def _units(
     found["always_on"] &= known
     units = {key: torch.from_numpy(values) for key, values in found.items()}
     units["fired_ever"] = before.fired + totals.fired
-    units["peak"] = totals.peak.to(totals.magnitude.dtype, copy=True)
+    units["peak"] = totals.peak.clone()
     return units, UnitHistory(
         age=units["age"],
         ever=torch.from_numpy(ever | shown),
@@ -128,7 +128,7 @@ def _by_site(
         part = {key: values[place] for key, values in flat.items()}
         part["known"][:], part["hard"][:] = known, known and not site.smooth
         _compare(part, elements[index])
-        part["seen"][:] = np.where(part["fired"] > 0, so_far, before.seen[place].numpy())
+        np.maximum(before.seen[place].numpy(), (part["fired"] > 0) * so_far, out=part["seen"])
         _dormancy(part["dormancy"], magnitude[place], max(elements[index], 1))
         behind, proved = totals.last_fired[place].int().add_(1), totals.proved[place].int()  # observations until then
         torch.index_select(after[index], 0, behind.maximum(proved), out=torch.from_numpy(part["age"]))

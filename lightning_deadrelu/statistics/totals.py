@@ -94,14 +94,14 @@ class Totals:
         """
         ran = self.elements.sum(0).nonzero()
         latest = self.elements[:, ran[-1, 0]].tolist() if len(ran) else [0] * len(layout)
-        found, peak, trough = torch.zeros_like(self.fired, dtype=torch.bool), self.latest_peak, -self.latest_depth
+        found = torch.zeros_like(self.fired, dtype=torch.bool)
         for number, (site, place) in enumerate(zip(layout, layout.places, strict=True)):
             if latest[number] < 2:
                 continue
-            found[place] = peak[place] == trough[place]
+            torch.eq(self.latest_peak[place] + self.latest_depth[place], 0, out=found[place])
             if math.isfinite(site.cap):
                 always = self.magnitude[place] >= _AT_THE_CAP * site.cap * float(self.elements[number].sum())
-                found[place] |= (trough[place] >= site.cap) & always
+                found[place] |= (-self.latest_depth[place] >= site.cap) & always
         return found
 
     def to_host(self) -> Totals:
