@@ -156,6 +156,7 @@ class Monitor:
             deaths=self.verdicts.recorder.deaths,
             findings=self.progress.findings,
             name=self.settings.name,
+            about={"model": type(self._host.model).__name__, "settings": self.settings.changed},
         )
 
     # -- a training batch --------------------------------------------------------------------------------

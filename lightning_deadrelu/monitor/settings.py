@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from os import PathLike
 from typing import Any
 
@@ -86,6 +86,12 @@ class Settings:
         if self.gradient_evidence and self.mask is not None:
             why = "with a `mask`, gradients of padding cannot be told from those of data"
             self._argument("gradient_evidence").refuse(why, "gradient_evidence=False")
+
+    @property
+    def changed(self) -> str:
+        """What differs from the defaults, as it was written."""
+        given = ((f.name, getattr(self, f.name), f.default) for f in fields(self))
+        return ", ".join(f"{name}={value!r}" for name, value, default in given if value != default) or "defaults"
 
     @property
     def rungs(self) -> tuple[Remedy, ...]:

@@ -13,7 +13,7 @@ _SHADES = ((226, 237, 243), (251, 224, 189), (244, 178, 106), (213, 94, 0), (94,
 
 
 def round_ticks(low: float, high: float, most: int = 8) -> list[float]:
-    """Choose round numbers in a range: multiples of 1, 2 or 5 times a power of ten.
+    """Choose round numbers in a range: multiples of 1, 2 or 5 times a power of ten; whole ones between whole ones.
 
     Args:
         low: Where the range begins.
@@ -27,7 +27,8 @@ def round_ticks(low: float, high: float, most: int = 8) -> list[float]:
     if high <= low:
         return [low]
     power = 10.0 ** math.floor(math.log10((high - low) / most))
-    step = next(step for step in (power, 2 * power, 5 * power, 10 * power) if (high - low) / step <= most - 1)
+    step = next(power * each for each in (1, 2, 5, 10, 20) if (high - low) / (power * each) <= most - 1)
+    step = max(step, 1.0) if isinstance(low, int) and isinstance(high, int) else step
     ticks = [step * number for number in range(math.ceil(low / step), math.floor(high / step + 1e-9) + 1)]
     return [round(tick) if step >= 1 else tick for tick in ticks]
 

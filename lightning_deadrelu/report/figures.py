@@ -47,6 +47,8 @@ def plot_run(run: RunReport) -> tuple[Figure, tuple[Axes, ...]]:
     """
     history = run.history
     sites = [history.sites[one.site.name] for one in worst_first(run.sites)[:_MOST_RASTERS]]
+    every = [one.site.name for one in run.sites]
+    names = dict(zip(every, shortened_names(every, 60), strict=True))
     deep = len(run.sites) > _MOST_RASTERS
     heights = [2.6, *[1.6] * deep, *[1.0] * len(sites)]
     figure, grid = pyplot().subplots(
@@ -58,7 +60,7 @@ def plot_run(run: RunReport) -> tuple[Figure, tuple[Axes, ...]]:
     if deep:
         _draw_depth(axes[1], history)
     for ax, site in zip(axes[1 + deep :], sites, strict=True):
-        _draw_raster(ax, site, run.report[site.name])
+        _draw_raster(ax, names[site.name], site, run.report[site.name])
     for ax in axes:
         label_steps(ax, history.steps, last=ax is axes[-1])
     figure.suptitle(textwrap.fill(run.conclusion.replace("`", ""), 96), x=0.01, ha="left", fontsize="medium")
@@ -90,8 +92,7 @@ def _draw_depth(ax: Axes, history: Raster) -> None:
     ax.set_yticks([0, len(curves) - 1], ["first", "last"], fontsize="small")
 
 
-def _draw_raster(ax: Axes, site: SiteRaster, verdict: SiteReport) -> None:
-    (name,) = shortened_names([site.name], 60)
+def _draw_raster(ax: Axes, name: str, site: SiteRaster, verdict: SiteReport) -> None:
     share = f"{verdict.dead_fraction:.0%} dead" if not verdict.smooth else site.kind
     draw_pixels(ax, image_of(site), f"{name}: {site.units:,} units, {share}")
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from PIL import Image
 from torch import nn
 
 from lightning_deadrelu import LivenessReport, find_dead_units
+from lightning_deadrelu.explain.finding import Finding
+from lightning_deadrelu.explain.postmortem import DeathEvent
 from lightning_deadrelu.report import html_page as page
 from lightning_deadrelu.report.json_export import to_json
 from lightning_deadrelu.report.raster import image_of
@@ -80,6 +83,30 @@ def test_the_page_tells_all(runs):
     assert "it has not run" in words
     assert "299 silent samples" in words
     assert runs[3].conclusion.replace("`", "") in "".join(Page(page.to_html(runs[3])).words)
+
+
+def test_the_head_tells_runs_apart(runs):
+    words = " ".join(Page(page.to_html(replace(runs[3], name="mine", about={"model": "Net<1>"}))).words)
+    assert "mine: dead ReLU report" in words
+    assert "Net<1>" in words
+    assert torch.__version__ in words
+
+
+def test_deaths_stand_by_their_cause_and_those_without_one_in_a_line(runs):
+    finding = Finding(
+        cause="gradient_spike", where="a", measured="it rose", confidence="likely", edit="clip <it>", source="Pascanu"
+    )
+    named = [
+        DeathEvent("shock", "gradient_spike", ("a",), (n,), n, n + 1, "as gradients rose", finding=finding)
+        for n in range(1, 7)
+    ]
+    others = [DeathEvent("drift", "unknown", ("b",), (n,), n, n + 9, "having sunk") for n in (2, 3)]
+    read = Page(page.to_html(replace(runs[1], deaths=(*others, *named), findings=(finding,))))
+    words = " ".join(read.words)
+    assert words.count("clip <it>") == 2  # of the check-up, and of all deaths of this cause
+    assert "it rose" in words
+    assert "2 more of this cause" in words
+    assert "5 units more died of no cause that could be named" in words
 
 
 def test_odd_names_are_escaped():

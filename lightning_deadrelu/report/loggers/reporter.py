@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_deadrelu.guarded import guarded
 from lightning_deadrelu.report.loggers.adapters import Adapter, adapter_of
-from lightning_deadrelu.report.loggers.media import Media, is_due, media_of
+from lightning_deadrelu.report.loggers.media import is_due, media_of
 from lightning_deadrelu.report.metrics import metrics_of
 from lightning_deadrelu.report.run_report import RunReport
 from lightning_deadrelu.statistics import LivenessReport
@@ -96,11 +96,14 @@ class Reporter:
         if not (takers and due and is_global_zero and run.report.sites) or run.report.step == self._drawn:
             return
         self._drawn = run.report.step
-        made: list[Media] = []
-        with guarded(lambda error: rank_zero_warn(f"{self._name}: pictures could not be made: {error!r}")):
-            made.append(media_of(run))
-        for adapter in takers if made else ():
-            adapter.attempt("media", partial(adapter.show, made[0]), rank_zero_warn)
+        with guarded(self._draw_no_more):
+            media = media_of(run)
+            for adapter in takers:
+                adapter.attempt("media", partial(adapter.show, media), rank_zero_warn)
+
+    def _draw_no_more(self, error: Exception) -> None:
+        self._every = 0
+        rank_zero_warn(f"{self._name}: pictures could not be made, and are left out: {error!r}")
 
     def alert(
         self, sites: Sequence[str], report: LivenessReport, loggers: Iterable[Logger], is_global_zero: bool = True
