@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 from lightning_deadrelu.explain.postmortem import DeathEvent
@@ -91,8 +90,7 @@ class Verdicts:
 
     def told(self, verdict: Verdict) -> UnitHistory:
         """Return what is known from the windows before, and who is dead by a verdict on a window that goes on."""
-        after = verdict.after
-        return replace(self.units.extended(self._watch.layout), dead=after.dead, revived=after.revived)
+        return self.units.told(verdict.after)
 
     def keep_open(self, verdict: Verdict, counted: Counted, edited: Mapping[str, Sequence[int]]) -> None:
         """Explain and show a window that goes on, until it is judged anew."""
