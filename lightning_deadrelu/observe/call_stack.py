@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -66,10 +69,14 @@ class CallStack(list[ModuleCall]):
         return self.pop() if self.back_to(module) else None
 
 
+@lru_cache(maxsize=64)
+def _code_of(function: Callable[..., Any]) -> Any:
+    return getattr(inspect.unwrap(function), "__code__", None)
+
+
 def in_forward(model: nn.Module) -> bool:
     """Whether the model's own forward is running: a hinge in ``training_step`` is a loss, not a layer."""
-    code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
-    frame = inspect.currentframe()
+    code, frame = _code_of(type(model).forward), inspect.currentframe()
     while frame is not None:
         if frame.f_code is code:
             return True

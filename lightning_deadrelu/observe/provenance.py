@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -57,10 +58,13 @@ class Provenance(NamedTuple):
 
 STEADY = ANY_CONVOLUTION | NORMS | {"linear"}
 """Functions for which the provenance of all operands, known or not, and the output's shape settle the output's."""
+SHAPING = CONTRACTIONS | PERMUTES | RESHAPES | GATHERS | JOINS
+"""Functions that may move units about although the shape stays."""
 _WEIGHTED = LAYERS | ANY_CONVOLUTION
 _REGROUPINGS = RESHAPES | JOINS | {"pad"}
 
 
+@lru_cache(maxsize=4096)
 def parameter(name: str) -> Provenance:
     """Start a lineage at a parameter.
 

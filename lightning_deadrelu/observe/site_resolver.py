@@ -45,6 +45,22 @@ class SiteCall(NamedTuple):
     dims: tuple[int, ...]
 
 
+class _Place(NamedTuple):
+    """Where a rectifier is called, and on what.
+
+    Args:
+        owner: Path of the innermost module.
+        functional: Whether a function was called, and no module that is a rectifier.
+        source: The parameters that feed it, or its number.
+        inside: Whether it counts only while the model's own forward runs: outside it is a loss, and no layer.
+    """
+
+    owner: str
+    functional: bool
+    source: tuple[str, ...]
+    inside: bool
+
+
 class SiteResolver:
     """Follow tensors from parameters to rectifiers, and give equal calls the same site.
 
@@ -68,14 +84,14 @@ class SiteResolver:
         """The model's modules with their paths, by ``id``."""
         self.unwatched: dict[str, str] = {}
         """Why, by name, a rectifier that ran is not watched."""
-        self._sources: dict[tuple[Any, ...], tuple[str, ...]] = {}
-        self._site_calls: dict[tuple[Any, ...], SiteCall] = {}
+        self._places: dict[tuple[Any, ...], _Place] = {}
+        self._site_calls: dict[tuple[Any, ...], tuple[SiteCall, _Place]] = {}
         self._widths: dict[tuple[Any, ...], set[int]] = {}
 
     def look_at_model(self) -> None:
         """List modules and parameters; what is exchanged later goes by its module until the next look."""
         self.origins.look_at(self._model)
-        self._sources.clear()
+        self._places.clear()
         self._site_calls.clear()
         self.modules = {id(module): (module, clean(name)) for name, module in self._model.named_modules()}
 
@@ -149,15 +165,20 @@ class SiteResolver:
         key = (*self.stack.paths, known, call.rectifier, None if values is None else values.shape)
         found = None if out is None else self._site_calls.get(key)
         if found is None:
-            found = self._settle(key, call.rectifier, known, values if out is not None else None)
-        return None if found is None or values is None or out is None else (found, values, out)
+            site_call = self._settle(key, call.rectifier, known, values if out is not None else None)
+        else:
+            site_call = found[0] if self._holds(found[1]) else None
+        return None if site_call is None or values is None or out is None else (site_call, values, out)
+
+    def _holds(self, place: _Place) -> bool:
+        return not place.inside or self._runs(self._model)
 
     def _settle(self, key: Any, rectifier: Rectifier, known: Provenance, values: Tensor | None) -> SiteCall | None:
         """Tell the site of a call and its unit dimensions, once for all calls alike; None if it is not watched."""
         place = self._place(known)
         if place is None:
             return None
-        owner, functional, source = place
+        owner, functional, source, _ = place
         name = base_name(owner, functional, rectifier.kind)
         if values is None:
             self.unwatched.setdefault(name, "its input is not a plain tensor (nested, sparse, or under `vmap`)")
@@ -176,8 +197,8 @@ class SiteResolver:
         traced = not source[0].startswith("#")
         site = Site(owner, functional, rectifier.kind, source, units, rectifier.smooth, rectifier.cap, traced)
         found = SiteCall(site, rectifier, dims)
-        if key[:-2] in self._sources:  # else the next call alike may be another site
-            self._site_calls[key] = found
+        if key[:-2] in self._places:  # else the next call alike may be another site
+            self._site_calls[key] = found, place
         return found
 
     def _is_steady(self, place: tuple[Any, ...], units: int) -> bool:
@@ -194,23 +215,22 @@ class SiteResolver:
         fits = known.dims is not None and all(-dim <= x.ndim for dim in known.dims)
         return (known.dims or guess_dims(x.ndim)) if fits else None
 
-    def _place(self, known: Provenance) -> tuple[str, bool, tuple[str, ...]] | None:
+    def _place(self, known: Provenance) -> _Place | None:
         """Tell the owner of this call and what tells it from the owner's other calls; None if it is no site."""
         stack, owner = self.stack, self.stack.path
-        functional = not (stack and (is_rectifier_module(stack[-1].module) or owner in self.substituted))
         key = (*stack.paths, known)
-        if key in self._sources:
-            return owner, functional, self._sources[key]
+        if (place := self._places.get(key)) is not None:
+            return place if self._holds(place) else None
+        functional = not (stack and (is_rectifier_module(stack[-1].module) or owner in self.substituted))
         own = next((names for call in reversed(stack) if call.path and (names := call.owned(known.producers))), ())
-        if functional and not own and not (known.producers and self._runs(self._model)):
+        place = _Place(owner, functional, (*(own or sorted(known.producers)), *_details(known)), functional and not own)
+        if place.inside and not (known.producers and self._holds(place)):
             return None
         home = next((call for call in reversed(stack) if call.has_weights()), None)
         if not known.producers or (home and home.is_passed_by(known)):
-            return owner, functional, (home.number(owner) if home else "#0",)
-        source = (*(own or sorted(known.producers)), *_details(known))
-        if own:  # else it depends on which forward is running
-            self._sources[key] = source
-        return owner, functional, source
+            return place._replace(source=(home.number(owner) if home else "#0",))
+        self._places[key] = place
+        return place
 
 
 def _details(known: Provenance) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_deadrelu.model.torch_calls import Call, ParameterNames, TensorTable, makes_zeros, version_of
-from lightning_deadrelu.observe.provenance import STEADY, Provenance, follow, parameter
+from lightning_deadrelu.observe.provenance import SHAPING, STEADY, Provenance, follow, parameter
 
 
 class TensorOrigins:
@@ -77,13 +77,15 @@ class TensorOrigins:
         return any(value is zeros and version_of(value) == version for zeros, version in self._zero_buffers)
 
     def follow(self, call: Call, known: list[Provenance | None]) -> Provenance | None:
-        """Follow a call; the layers that make up most of a model once for all calls alike.
+        """Follow a call; layers, and functions of each element, once for all calls alike.
 
         Args:
             call: What was called.
             known: The provenance of its operands, in order.
         """
-        if call.name not in STEADY or call.output.is_nested:
+        if not any(known):
+            return None
+        if call.output.is_nested or not _is_steady(call, known):
             return self._followed(call, known)
         key = (call.name, call.output.shape, *known)
         if key not in self._derived:
@@ -93,7 +95,18 @@ class TensorOrigins:
     def _followed(self, call: Call, known: list[Provenance | None]) -> Provenance | None:
         pairs = [(tensor, own) for tensor, own in zip(call.operands, known, strict=True) if own is not None]
         try:
-            return follow(call, pairs) if pairs else None
+            return follow(call, pairs)
         except Exception as error:
             self.error = self.error or error
             return None
+
+
+def _is_steady(call: Call, known: list[Provenance | None]) -> bool:
+    """Tell whether what is known of the operands, and the output's shape, settle what is known of the output."""
+    if call.name in STEADY:
+        return True
+    if call.name in SHAPING:
+        return False
+    shape = call.output.shape
+    alike = [x.shape == shape for x, own in zip(call.operands, known, strict=True) if own and not own.weight]
+    return bool(alike and shape) and all(alike)
