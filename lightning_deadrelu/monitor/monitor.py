@@ -115,6 +115,7 @@ class Monitor:
     def stop(self) -> None:
         """Take everything out of the model for good; harmless when it has been done."""
         self.pause()
+        self.watch.close()
         with self.guard():
             self.repair.stop(self.progress.step)
         self.running = False
@@ -122,6 +123,7 @@ class Monitor:
     def abort(self) -> None:
         """End because of an error; what belongs into a checkpoint that is saved now stays."""
         self.pause()
+        self.watch.close()
         self.running = False
         with self.guard():
             self._write_report()

@@ -12,6 +12,7 @@ from lightning_deadrelu.monitor.host import Host
 from lightning_deadrelu.monitor.merge import Counted
 from lightning_deadrelu.monitor.settings import Settings
 from lightning_deadrelu.monitor.state import Window
+from lightning_deadrelu.observe import ranks
 from lightning_deadrelu.observe.gradient_evidence import GradientEvidence
 from lightning_deadrelu.observe.watch import Watch
 from lightning_deadrelu.report.history import RunHistory
@@ -117,7 +118,7 @@ class Verdicts:
             return
         self._matched = True
         try:
-            self._watch.check_patterns()
+            self._watch.check_patterns(ranks.gather(self._watch.ran) if self._host.is_joint else ())
         except ValueError as error:
             raise self._host.refusal(f"DeadReLUMonitor: {error}") from error
         if not any(site.units for site in self._watch.sites):

@@ -55,7 +55,7 @@ def find_dead_units(
         raise ValueError(f"`min_samples={min_samples}`: a verdict needs at least 1 sample. Try `min_samples=299`.")
     watch = Watch(model, include=include, exclude=exclude, rules=Rules(min_samples))
     seen = False
-    with _as_found(model), torch.no_grad(), watch.probe:
+    with _as_found(model), torch.no_grad(), watch:
         for batch in batches:
             seen = True
             (forward or _forward)(model, _to_device(batch, model))
@@ -110,7 +110,7 @@ def run(
         RuntimeError: If the watch itself failed.
     """
     with _as_found(model), torch.enable_grad():
-        with watch.probe:
+        with watch:
             output = (forward or _forward)(model, _to_device(batch, model))
         then(output)
     if watch.probe.failure:

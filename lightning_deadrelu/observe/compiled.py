@@ -12,14 +12,14 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from types import CodeType
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
 from torch import Tensor, nn
 
 from lightning_deadrelu.model.rectifiers import Rectifier
 from lightning_deadrelu.model.sites import Site
 from lightning_deadrelu.observe.compiled_graph import Additions, Found, Unreadable, find_calls
+from lightning_deadrelu.observe.compiled_limits import Room
 from lightning_deadrelu.observe.probe import Probe
 from lightning_deadrelu.observe.torch_modes import recomputes
 from lightning_deadrelu.statistics import Counts
@@ -41,6 +41,27 @@ class Seen(NamedTuple):
     dims: tuple[int, ...]
 
 
+class Counter(Protocol):
+    """Knows sites by their numbers, and takes what is counted of them."""
+
+    probe: Probe
+
+    def number_of(self, seen: Seen) -> int | None:
+        """Number a site that was met before, and in the same way; -1 if it is left out, None if it is not known."""
+
+    def name_of(self, number: int) -> str:
+        """Name a site."""
+
+    def add_counts(self, number: int, counts: Counts) -> None:
+        """Take counts of a site."""
+
+    def needs_eager_code(self) -> bool:
+        """Tell whether more is asked of the present batch than to be counted."""
+
+    def has_seen_all(self) -> bool:
+        """Tell whether all rectifiers have run: one that has not may be in no compiled code, and run unseen."""
+
+
 class Compiled:
     """Take the counts of compiled regions while a watch observes them.
 
@@ -48,25 +69,11 @@ class Compiled:
     have the same compiler, later ones run compiled.
 
     Args:
-        probe: What watches eager code.
-        index: Tells a site's number; None for one that is not known.
-        add: Takes counts of a site, by its number.
-        name: Names a site, by its number.
-        blocked: Tells whether something needs eager code at present.
-        complete: Tells whether all rectifiers have run: one that has not may be in no compiled code, and run unseen.
+        counter: Takes the counts.
     """
 
-    def __init__(
-        self,
-        probe: Probe,
-        index: Callable[[Seen], int | None],
-        add: Callable[[int, Counts], None],
-        name: Callable[[int], str],
-        blocked: Callable[[], bool],
-        complete: Callable[[], bool],
-    ) -> None:
-        self.probe, self._complete = probe, complete
-        self._index, self._add, self._name, self._blocked = index, add, name, blocked
+    def __init__(self, counter: Counter) -> None:
+        self._counter = counter
         self.refusal = ""
         """Why observed batches run eagerly for good; empty if they need not."""
         self._backends: list[Any] | None = []  # of the regions of the present eager batch; None if some call is outside
@@ -81,10 +88,10 @@ class Compiled:
     def begin(self) -> Observing | None:
         """Start a batch, and tell with which backend; None to run it eagerly."""
         self._met, self._backends = set(), []
-        self.counting = self._backend is not None and not self.refusal and not self._blocked()
+        self.counting = self._backend is not None and not self.refusal and not self._counter.needs_eager_code()
         if not self.counting:
             return None
-        _make_room()
+        Room.open_for(self)
         Observing.current = weakref.ref(self)
         return self._backend
 
@@ -122,10 +129,10 @@ class Compiled:
         backends = self._backends or []
         if not backends or any(other != backends[0] for other in backends):
             self.refuse("some sites are not in compiled code, or others than that of the rest")
-        elif self._complete():
+        elif self._counter.has_seen_all():
             self._backend = Observing(backends[0])
         if lost := self._doubted & self._met:
-            names = ", ".join(f"`{self._name(place)}`" for place in sorted(lost))
+            names = ", ".join(f"`{self._counter.name_of(place)}`" for place in sorted(lost))
             warnings.warn(
                 f"An observed batch ran compiled and nothing was counted of {names}, which did run before and after."
                 " Observed batches run eagerly from now on. If the compiler gave up (see `TORCH_LOGS=recompiles`),"
@@ -137,9 +144,14 @@ class Compiled:
     def _check(self) -> None:
         """Hold what was counted against what ran in the last eager batch."""
         if missing := self._expected - self._met:
-            self.refuse(f"nothing was counted of {', '.join(self._name(place) for place in sorted(missing))}")
+            names = ", ".join(map(self._counter.name_of, sorted(missing)))
+            self.refuse(f"nothing was counted of {names}")
             self._doubted = missing if self._proven else set()
         self._proven = True
+
+    def close(self) -> None:
+        """Leave the compiler as its user has set it, and without graphs of ours, once nobody else counts in any."""
+        Room.close_for(self)
 
     def forget(self) -> None:
         """Learn anew from the next eager batch, because sites have other numbers."""
@@ -155,15 +167,17 @@ class Compiled:
         Raises:
             Unreadable: If some cannot be told, or are of no known site.
         """
-        calls = find_calls(graph, inputs, self.probe, _home())
-        unknown = [call.site for call in calls if self._index(Seen(*call[:3])) is None]
+        calls = find_calls(graph, inputs, self._counter.probe, _home())
+        unknown = [call.site for call in calls if self._counter.number_of(Seen(*call[:3])) is None]
         if unknown:
             raise Unreadable(f"eagerly, there was no site {unknown[0]}")
-        return [call for call in calls if (place := self._index(Seen(*call[:3]))) is not None and place >= 0]
+        return [
+            call for call in calls if (place := self._counter.number_of(Seen(*call[:3]))) is not None and place >= 0
+        ]
 
     def names(self, inputs: Sequence[Any]) -> tuple[str | None, ...]:
         """Name the parameters among a region's inputs."""
-        return tuple(self.probe.name(value) for value in inputs)
+        return tuple(self._counter.probe.name(value) for value in inputs)
 
     def take(self, calls: Sequence[Seen], sizes: Sequence[Any], fired: Tensor, rest: Tensor) -> None:
         """Add what a graph has counted."""
@@ -173,12 +187,12 @@ class Compiled:
         columns = [column.split(units) for column in rest.clone().view(3, -1)]  # a CUDA graph reuses its outputs
         counted = zip(fired.clone().split(units), *columns, sizes[::2], sizes[1::2], strict=True)
         for call, counts in zip(calls, counted, strict=True):
-            place = self._index(call)
+            place = self._counter.number_of(call)
             if place is None:
                 self.refuse(f"eagerly, there was no site {call.site}")
             elif place >= 0:
                 self._met.add(place)
-                self._add(place, Counts(*counts))
+                self._counter.add_counts(place, Counts(*counts))
 
 
 class Observing:
@@ -204,7 +218,7 @@ class Observing:
         """Compile a graph that counts; the graph as it is where that fails."""
         watch = _watching()
         try:
-            _note_graph()
+            Room.note_graph()
             calls = watch.plan(graph, inputs) if watch else []
             if not watch or not calls:
                 return self.backend(graph, inputs)
@@ -221,35 +235,6 @@ class Observing:
         if watch:
             watch.refuse(f"{type(error).__name__}: {error}")
         return self.backend(graph, inputs)
-
-
-_graphs: weakref.WeakKeyDictionary[CodeType, int] = weakref.WeakKeyDictionary()  # made by us, by the code they are of
-_room = {"recompile_limit": (0, 0), "accumulated_recompile_limit": (0, 0)}  # each limit as we left it, and our share
-
-
-def _note_graph() -> None:
-    """Remember that the code being compiled has one graph more than its user asked for."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    code = InstructionTranslator.current_tx().output.root_tx.f_code
-    _graphs[code] = _graphs.get(code, 0) + 1
-    _make_room()
-
-
-def _make_room() -> None:
-    """Let each code have our graphs, and one to come, beside those that its user's limit allows.
-
-    At the limit a model with ``fullgraph=True`` fails. The graphs stay when the watch ends, and so does the room.
-    """
-    from torch._dynamo import config
-
-    share = max(_graphs.values(), default=0) + 1
-    for name, (left, ours) in _room.items():
-        limit = getattr(config, name, None)  # other versions of the compiler call it otherwise
-        if limit is not None:
-            users = limit - ours if limit == left else limit  # it may have been set anew
-            setattr(config, name, users + share)
-            _room[name] = users + share, share
 
 
 def _watching() -> Compiled | None:

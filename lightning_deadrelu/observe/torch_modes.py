@@ -24,7 +24,7 @@ class EagerCompiler:
     """
 
     _before: ClassVar[AbstractContextManager[None] | None] = None
-    _paused: ClassVar[dict[int, Callable[[], None]]] = {}
+    _paused: ClassVar[dict[EagerCompiler, Callable[[], None]]] = {}
 
     def __init__(self) -> None:
         self._silence: Any = None
@@ -36,7 +36,7 @@ class EagerCompiler:
             backend: Compiles in place of every region's own, as long as nobody else is paused.
             displaced: Called when somebody else is.
         """
-        if "torch._dynamo" not in sys.modules or id(self) in self._paused:
+        if "torch._dynamo" not in sys.modules or self in self._paused:
             return False
         alone = not self._paused
         for others in self._paused.values():
@@ -46,18 +46,19 @@ class EagerCompiler:
         change = torch.compiler.set_stance(**chosen)
         if alone:
             EagerCompiler._before = change
-        self._paused[id(self)] = displaced
+        self._paused[self] = displaced
         # that our hooks see `OptimizedModule` too does no harm: it is not among the model's modules
-        # put in by hand, because the official way would let every warning of the program show once more
+        # put in by hand, because the official way would let every warning of the program show once more; to go once
+        # torch no longer warns of global hooks on each call of a compiled module (2.13 still does)
         self._silence = ("ignore", _GLOBAL_HOOKS, Warning, None, 0)
         warnings.filters.insert(0, self._silence)
         return forced is not None
 
     def resume(self) -> None:
         """Go back to what was before."""
-        if id(self) not in self._paused:
+        if self not in self._paused:
             return
-        del self._paused[id(self)]
+        del self._paused[self]
         if not self._paused and self._before is not None:
             self._before.__exit__(None, None, None)
             EagerCompiler._before = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,20 @@ from lightning_deadrelu.observe.subscribers import RectifierTaker, subscribed
 from lightning_deadrelu.statistics import Counts, Rules, UnitLiveness, count
 
 NOT_TRACED = "it has not run while its layers were traced"
+
+
+class Ran(NamedTuple):
+    """What has run under a watch, for patterns to name.
+
+    Args:
+        names: Of the sites, and of rectifiers that are not watched.
+        late: Paths of the modules that have not run.
+        kinds: Of the sites.
+    """
+
+    names: tuple[str, ...]
+    late: tuple[str, ...]
+    kinds: tuple[str, ...]
 
 
 class Watch:
@@ -65,9 +80,7 @@ class Watch:
         self.device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
         self.liveness = self._new_liveness()
         self.probe = Probe(model, self._take, unit_dims, keep_fused)
-        self.compiled = Compiled(
-            self.probe, self._index, self._add_counts, self._name, self._needs_values, self._is_complete
-        )
+        self.compiled = Compiled(self)
         self.probe.compiled = self.compiled
         self._tracer = Tracer(self.probe.model)
         self.valid: Tensor | None = None
@@ -126,24 +139,38 @@ class Watch:
         """Have each counted call of a rectifier handed on too, until the handle is removed."""
         return subscribed(self._takers, taker)
 
-    def _needs_values(self) -> bool:
-        """Whether more is asked of the present batch than to be counted."""
+    def __enter__(self) -> Watch:
+        self.probe.arm()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop to look for good: no hook, mode, graph or raised limit of ours is left. What was counted stays."""
+        self.probe.disarm()
+        self.compiled.close()
+
+    def needs_eager_code(self) -> bool:
+        """See :class:`~lightning_deadrelu.observe.compiled.Counter`."""
         busy = self.probe.is_subscribed or self.probe.substitutes or self.offsets or self._takers
         return bool(busy) or self.valid is not None
 
-    def _index(self, seen: Seen) -> int | None:
-        """Number a site that was met before, and in the same way; -1 if it is left out."""
+    def number_of(self, seen: Seen) -> int | None:
+        """See :class:`~lightning_deadrelu.observe.compiled.Counter`."""
         place = self._places.get(seen.site, self._places.get(seen.site._replace(units=0)))
         if place is None or not self.sites[place].units:
             return None if place is None else -1
         known = (self.dims.get(place), self.hinges.get(place))
         return place if known == (seen.dims, seen.rectifier.hinge) else None
 
-    def _add_counts(self, place: int, counts: Counts) -> None:
-        self.liveness.add(place, counts)
+    def add_counts(self, number: int, counts: Counts) -> None:
+        """See :class:`~lightning_deadrelu.observe.compiled.Counter`."""
+        self.liveness.add(number, counts)
 
-    def _name(self, place: int) -> str:
-        return self.layout.names[place]
+    def name_of(self, number: int) -> str:
+        """See :class:`~lightning_deadrelu.observe.compiled.Counter`."""
+        return self.layout.names[number]
 
     def _add(self, site: Site) -> int:
         name = Layout((*self.layout, site)).names[-1]
@@ -205,7 +232,8 @@ class Watch:
         """Say, by name, why a rectifier of the model is not watched."""
         return {**dict.fromkeys(self._idle(), "it has not run while observed"), **self.probe.unwatched}
 
-    def _is_complete(self) -> bool:
+    def has_seen_all(self) -> bool:
+        """See :class:`~lightning_deadrelu.observe.compiled.Counter`."""
         return not self._idle()
 
     def _idle(self) -> list[str]:
@@ -214,20 +242,30 @@ class Watch:
         exact = (clean(n) for n, m in self._model.named_modules() if is_rectifier_module(m) and _is_exact(m))
         return [path for path in exact if path not in known]
 
-    def check_patterns(self) -> None:
+    @property
+    def ran(self) -> Ran:
+        """What patterns may name, as far as this process knows: other ranks may have run other layers."""
+        modules = [clean(name) for name, _ in self._model.named_modules()]
+        late = tuple(name for name in modules if name and name not in self.probe.entered)
+        return Ran((*self.layout.names, *self.unwatched()), late, tuple(site.kind for site in self.sites))
+
+    def check_patterns(self, ran: Sequence[Ran] = ()) -> None:
         """Refuse patterns that match nothing that ran or is known to exist.
 
+        Args:
+            ran: :attr:`ran` of each rank, so that all come to the same answer; by default that of this process.
+
         Raises:
-            ValueError: If a pattern of ``include``, ``exclude`` or ``unit_dims`` matches no site.
+            ValueError: If a pattern of ``include``, ``exclude`` or ``unit_dims`` matches no site on any rank.
         """
-        modules = [clean(name) for name, _ in self._model.named_modules()]
-        late = [name for name in modules if name and name not in self.probe.entered]
-        names = [*self.layout.names, *self.unwatched(), *late]
-        kinds = [site.kind for site in self.sites]
+        ran = ran or [self.ran]
+        names = list(dict.fromkeys(name for one in ran for name in one.names))
+        late = set(ran[0].late).intersection(*(one.late for one in ran))
+        kinds = [kind for one in ran for kind in one.kinds]
         given = {"include": list(self._include), "exclude": list(self._exclude), "unit_dims": list(self._unit_dims)}
         for argument, patterns in given.items():
-            if missing := unmatched(patterns, names, kinds):
-                known = ", ".join(f"`{name}`" for name in names if name not in late) or "none"
+            if missing := unmatched(patterns, [*names, *late], kinds):
+                known = ", ".join(f"`{name}`" for name in names) or "none"
                 raise ValueError(
                     f"`{argument}={patterns}`: {missing} matches no activation that ran. Mend or drop it; the"
                     f" sites of this model: {known}."

@@ -2,11 +2,13 @@
 
 import copy
 import warnings
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -15,8 +17,8 @@ from toys import Loader, Net, assert_alike, batches, fit, inner, mlp
 from two_ranks import ddp_trainer, on_two_ranks
 
 from lightning_deadrelu import DeadReLUMonitor
-from lightning_deadrelu.observe import compiled
 from lightning_deadrelu.observe.compiled import Observing, _moved
+from lightning_deadrelu.observe.compiled_limits import Room
 from lightning_deadrelu.observe.watch import Watch
 from lightning_deadrelu.statistics import Rules, UnitHistory, judge
 
@@ -528,8 +530,27 @@ def test_the_users_limit_of_graphs_is_for_the_users_graphs(limit):
     assert all(map(torch.equal, weights, others))
 
 
+@pytest.mark.parametrize("stop", [None, KeyboardInterrupt, ValueError])
+def test_no_raised_limit_and_no_graph_of_ours_is_left_after_a_fit(stop):
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if stop and batch_idx == 9:
+                raise stop
+
+    module = Plain(torch.compile(mlp(3), backend="aot_eager", dynamic=False, fullgraph=True))
+    monitor = DeadReLUMonitor(every_n_steps=2, window=2, min_samples=1)
+    with torch._dynamo.config.patch(recompile_limit=3, accumulated_recompile_limit=7):
+        with pytest.raises((ValueError, SystemExit)) if stop else nullcontext():
+            fit(module, Loader(rows([2 + n % 2 for n in range(12)])), monitor, Stop())
+        assert torch._dynamo.config.recompile_limit == 3
+        assert torch._dynamo.config.accumulated_recompile_limit == 7
+        for size in (2, 3, 4):  # as many graphs as the limit allows, none of which is ours
+            module(torch.randn(size, 4))
+    assert monitor.report.sites[0].samples
+
+
 def test_a_limit_that_goes_by_another_name_is_left_alone(monkeypatch):
-    monkeypatch.setitem(compiled._room, "a_limit_of_old", (0, 0))
+    monkeypatch.setitem(Room.limits, "a_limit_of_old", (0, 0))
     model = mlp()
     assert_seen_compiled(train(model, torch.compile(model, backend="aot_eager"), rows()))
 

@@ -71,6 +71,16 @@ def test_subscribers_do_not_displace_each_other():
     assert not watch.probe.is_subscribed
 
 
+def test_patterns_are_held_against_what_ran_on_all_ranks():
+    """``layers.1`` has run on one of them, and is no site: late there is not late."""
+    for order in ((0, 1), (0,)):
+        watch = run(order=order, include=["relu*", "layers.1"])
+        ran = [run(order=other).ran for other in ((0, 1), (0,))]
+        with pytest.raises(ValueError, match=r"layers\.1"):
+            watch.check_patterns(ran)
+        watch.check_patterns([ran[1], ran[1]])
+
+
 def test_counts_move_with_their_sites_to_another_layout():
     ours, theirs = run(order=(0, 1)), run(order=(2, 1))
     ours.liveness.fold()

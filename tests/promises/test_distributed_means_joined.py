@@ -11,6 +11,7 @@ from torch import nn
 from toys import (
     EVERYTHING,
     KEY,
+    Loader,
     Log,
     Net,
     Verdicts,
@@ -245,6 +246,26 @@ def misspelt(rank):
 @pytest.mark.ranks
 def test_a_pattern_that_matches_nothing_is_refused_on_all_ranks():
     assert on_two_ranks(misspelt) == [2, 2]
+
+
+class OneHalf(Branching):
+    """Takes its second branch on rank 0 alone."""
+
+    def forward(self, batch):
+        x, rank, _ = batch
+        return sum(self.net[name](x).sum() for name in ("a", *([] if rank else ["b"])))
+
+
+def misspelt_for_one(rank):
+    monitor = DeadReLUMonitor(every_n_steps=1, window=2, include=["net.a.*", "net.b.0"])
+    with pytest.raises(MisconfigurationException, match=r"net\.b\.0"):
+        ddp_trainer(callbacks=[monitor]).fit(OneHalf(), Loader(shares(rank)))
+    return True
+
+
+@pytest.mark.ranks
+def test_a_pattern_that_one_rank_knows_to_match_nothing_is_refused_on_all():
+    assert on_two_ranks(misspelt_for_one) == [True, True]
 
 
 def rows(rank):
