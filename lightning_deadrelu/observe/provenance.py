@@ -29,6 +29,7 @@ from lightning_deadrelu.model.torch_calls import (
     Call,
     dimension_runs,
 )
+from lightning_deadrelu.observe.torch_modes import shares_memory
 
 Dims = tuple[int, ...] | None
 
@@ -127,7 +128,7 @@ def _holds_numbers(tensor: Tensor) -> bool:
 
 def _of_weights(call: Call, weights: Known) -> Provenance:
     """Keep what is computed from parameters alone a parameter, and tell slices of a stack apart."""
-    gathered = call.name in GATHERS and not _is_view(call.output, weights[0][0])
+    gathered = call.name in GATHERS and not shares_memory(call.output, weights[0][0])
     lost = gathered or any(lineage.dims is None for _, lineage in weights)
     return Provenance(_union(weights), None if lost else (), part=_weight_part(call, weights), weight=True)
 
@@ -183,13 +184,9 @@ def _join_parts(known: Known) -> str:
 def _weight_part(call: Call, weights: Known) -> str:
     """Tell the slices of a stack of weights apart by where they start, which needs no look at an index tensor."""
     main, part = weights[0][0], _join_parts(weights)
-    if len(weights) > 1 or call.output.numel() >= main.numel() or not _is_view(call.output, main):
+    if len(weights) > 1 or call.output.numel() >= main.numel() or not shares_memory(call.output, main):
         return part
     return f"{part}/{call.output.storage_offset() - main.storage_offset()}"
-
-
-def _is_view(output: Tensor, main: Tensor) -> bool:
-    return bool(torch._C._is_alias_of(output, main))
 
 
 def _convolution_dims(call: Call) -> Dims:

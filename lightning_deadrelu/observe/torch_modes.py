@@ -94,6 +94,11 @@ def is_transformed(tensor: Tensor) -> bool:
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))  # its type is `Tensor` all the same
 
 
+def shares_memory(tensor: Tensor, other: Tensor) -> bool:
+    """Tell whether one tensor is a view of the other; addresses would not tell it of tensors without data."""
+    return bool(torch._C._is_alias_of(tensor, other))
+
+
 def unseen_by_modes() -> AbstractContextManager[None]:
     """Hide what is done from function modes: within a hook they would see it, and take it for the model's."""
     unseen: AbstractContextManager[None] = torch._C.DisableTorchFunction()  # the official one is for subclasses alone

@@ -21,6 +21,7 @@ from lightning_deadrelu.explain.finding import Finding, ranked
 from lightning_deadrelu.guarded import guarded
 from lightning_deadrelu.model.sites import clean
 from lightning_deadrelu.model.trainable import trainable_sites
+from lightning_deadrelu.observe.torch_modes import unseen_by_modes
 from lightning_deadrelu.observe.watch import Watch
 from lightning_deadrelu.statistics import LivenessReport, Rules, UnitHistory, judge
 
@@ -76,7 +77,7 @@ class CheckRun:
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
-        with guarded(self._fail), torch._C.DisableTorchFunction(), torch.no_grad():  # no probe must see what is done
+        with guarded(self._fail), unseen_by_modes(), torch.no_grad():  # no probe must see what is done
             yield
 
     def _fail(self, error: Exception) -> None:

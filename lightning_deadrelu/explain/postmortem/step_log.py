@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_deadrelu.explain.postmortem.batch_sample import INPUTS, BatchSample, reduced, sample_batch
 from lightning_deadrelu.explain.postmortem.gradient_sample import GradientSample
+from lightning_deadrelu.observe.torch_modes import unseen_by_modes
 
 _WAITING = 64  # batches
 _COLUMNS = ("gradient", "loss", *(f"input_{number}" for number in range(INPUTS)))
@@ -137,7 +138,7 @@ class StepLog:
         Args:
             optimizer: Which is about to step; several in one batch add up, of steps of the same one the last counts.
         """
-        with torch._C.DisableTorchFunction():  # a forward may be watched, which this is no part of
+        with unseen_by_modes():  # a forward may be watched, which this is no part of
             sample = self._sample_of(optimizer)
             if (entries := sample.read(optimizer)) is not None:
                 self._now.gradients[id(optimizer)] = sample.weights, entries
@@ -159,7 +160,7 @@ class StepLog:
             loss: What the training step returned, if a tensor of one element.
             batch: What it was given.
         """
-        with torch._C.DisableTorchFunction():
+        with unseen_by_modes():
             sample = sample_batch(loss, batch)
         if sample is not None:
             self._now.batches.append(sample)
