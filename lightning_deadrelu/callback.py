@@ -18,13 +18,13 @@ from lightning_deadrelu.attribution import Attributions
 from lightning_deadrelu.checkpoint import encode
 from lightning_deadrelu.explain.finding import Finding
 from lightning_deadrelu.explain.postmortem import DeathEvent
-from lightning_deadrelu.guarded import guarded, why_it_ends
+from lightning_deadrelu.guarded import RankFailure, guarded, why_it_ends
 from lightning_deadrelu.monitor.monitor import Monitor
 from lightning_deadrelu.monitor.settings import Settings
 from lightning_deadrelu.monitor.state import MonitorState, exchange_as_in
-from lightning_deadrelu.observe import ranks
+from lightning_deadrelu.observe.ranks import Ranks
 from lightning_deadrelu.remedies import Remedy
-from lightning_deadrelu.repair.policy import Event
+from lightning_deadrelu.repair.event import Event
 from lightning_deadrelu.report.run_report import RunReport
 from lightning_deadrelu.statistics import LivenessReport
 from lightning_deadrelu.trainer_host import TrainerHost, logging_step, trains
@@ -242,7 +242,9 @@ class DeadReLUMonitor(Callback):
         monitor = None
         with guarded(lambda error: warnings.warn(f"{self.name}: {why_it_ends(error)}", stacklevel=4)):
             monitor = Monitor(self._settings, host)
-        if host.is_joint and ranks.any_failed(monitor is None, host.device):
+        try:
+            Ranks(host.device, lambda: host.is_joint, lambda: monitor is None).settle()
+        except RankFailure:
             monitor = None
         if monitor is None:
             exchange_as_in(self._pending or {}, host.model)

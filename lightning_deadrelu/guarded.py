@@ -33,8 +33,12 @@ def guarded(on_error: Callable[[Exception], None], *, but: tuple[type[Exception]
         on_error(error)
 
 
+class RankFailure(RuntimeError):
+    """Some rank has failed; raised on all ranks together, on that one from its own error."""
+
+
 class Guard:
-    """Takes failures, and says the first.
+    """Takes failures, and says the first, on the rank that it is of.
 
     Args:
         clean_up: Called after each failure.
@@ -57,6 +61,8 @@ class Guard:
         self._clean_up, self._say, self._but = clean_up, say, but
         self.failure: Exception | None = None
         """The first failure; None while all is well."""
+        self.ended = False
+        """Whether all ranks know that one has failed."""
 
     def __call__(self) -> AbstractContextManager[None]:
         """Guard a block."""
@@ -65,9 +71,13 @@ class Guard:
     def fail(self, error: Exception) -> None:
         """Take a failure."""
         self._clean_up()
+        joint = isinstance(error, RankFailure)
+        self.ended = self.ended or joint
         if self.failure is None:
             self.failure = error
-            self._say(why_it_ends(error))
+            own = error.__cause__ if joint else error
+            if isinstance(own, Exception):
+                self._say(why_it_ends(own))
 
 
 class HasGuard(Protocol):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lightning_deadrelu import LivenessReport, SiteReport, UnitLiveness, find_dead_units
 from lightning_deadrelu.attribution import Attributions
 from lightning_deadrelu.attribution.result import Attribution
-from lightning_deadrelu.repair.policy import Event
+from lightning_deadrelu.repair.event import Event
 from lightning_deadrelu.report.raster import Raster
 from lightning_deadrelu.report.run_report import RunReport
 

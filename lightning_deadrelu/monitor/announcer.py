@@ -9,7 +9,7 @@ from lightning_deadrelu.explain.finding import Finding
 from lightning_deadrelu.explain.postmortem import DeathEvent
 from lightning_deadrelu.monitor.host import Host
 from lightning_deadrelu.monitor.settings import Settings
-from lightning_deadrelu.repair.policy import Event
+from lightning_deadrelu.repair.event import Event
 from lightning_deadrelu.statistics import LivenessReport
 
 

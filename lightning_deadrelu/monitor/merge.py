@@ -10,8 +10,8 @@ from torch import Tensor
 from lightning_deadrelu.explain.postmortem.recorder import FlightRecorder, Readings
 from lightning_deadrelu.guarded import Guard, unless_failed
 from lightning_deadrelu.monitor.host import Host
-from lightning_deadrelu.observe import ranks
 from lightning_deadrelu.observe.gradient_evidence import GradientEvidence
+from lightning_deadrelu.observe.ranks import Ranks
 from lightning_deadrelu.observe.watch import Watch
 from lightning_deadrelu.repair.repair import Repair
 from lightning_deadrelu.statistics import Totals
@@ -40,6 +40,7 @@ class Merger:
         repair: Adds up losses.
         recorder: Has readings on the device.
         evidence: Has proofs on the device; None if gradients are not asked.
+        ranks: The processes that count.
         guard: Knows whether this rank has failed.
     """
 
@@ -50,33 +51,27 @@ class Merger:
         repair: Repair,
         recorder: FlightRecorder,
         evidence: GradientEvidence | None,
+        ranks: Ranks,
         guard: Guard,
     ) -> None:
         self._host, self._watch, self._repair, self._recorder = host, watch, repair, recorder
-        self._evidence, self.guard = evidence, guard
-        self.ended = False
-        """Whether all ranks know that one has failed."""
+        self._evidence, self._ranks, self.guard = evidence, ranks, guard
 
-    def merged(self, joint: bool) -> Counted | None:
+    def merged(self) -> Counted | None:
         """Merge what is counted over all ranks, and bring it to the host; None once any rank has failed.
 
         Every rank comes here at the same batches, unless it was interrupted. It takes three collectives
         whatever the number of sites; the layouts are exchanged only after one has changed.
 
-        Args:
-            joint: Whether there are other ranks that come here.
+        Raises:
+            RankFailure: On all ranks, if one has failed.
         """
-        if self.ended:
+        if self.guard.ended or (self.guard.failure and not self._ranks.joint):
             return None
         self._flush()
-        losses = self._repair.losses
-        if not joint:
-            return None if self.guard.failure else self._on_host(self._watch.liveness.totals(), losses)
-        if not ranks.agree(self._watch, self.guard.failure is not None, self._host.device):
-            self._end()
-            return None
-        totals, losses = ranks.merge(self._watch, losses.to(self._host.device))
-        self._repair.losses = losses if self._host.is_first_rank else torch.zeros_like(losses)
+        totals, losses = self._ranks.merge(self._watch, self._repair.losses)
+        if self._ranks.joint:
+            self._repair.losses = losses if self._ranks.holds_merged else torch.zeros_like(losses)
         return self._on_host(totals, losses)
 
     @unless_failed
@@ -89,13 +84,3 @@ class Merger:
         readings = self._recorder.read(self._watch.layout, self._host.model, losses.device)
         totals, (losses, *rest) = totals.to_host_with(losses, *readings)
         return Counted(totals, losses, Readings(*rest))
-
-    def all_are_well(self, joint: bool) -> bool:
-        """Make sure that all ranks want the same edits: they do unless one has failed since the counts were merged."""
-        if joint and not self.ended and ranks.any_failed(self.guard.failure is not None, self._host.device):
-            self._end()
-        return self.guard.failure is None
-
-    def _end(self) -> None:
-        self.ended = True
-        self.guard.failure = self.guard.failure or RuntimeError("the monitor failed on another rank")

@@ -22,9 +22,11 @@ from lightning_deadrelu.monitor.settings import Settings
 from lightning_deadrelu.monitor.state import MonitorState, Progress, RunState, Window, exchange_as_in
 from lightning_deadrelu.monitor.verdicts import Verdict, Verdicts
 from lightning_deadrelu.observe.gradient_evidence import GradientEvidence
+from lightning_deadrelu.observe.ranks import Ranks
 from lightning_deadrelu.observe.watch import Watch
 from lightning_deadrelu.repair.activation_swap import rectifiers
-from lightning_deadrelu.repair.repair import Diverged, Patient, Repair
+from lightning_deadrelu.repair.repair import Repair
+from lightning_deadrelu.repair.subject import Subject
 from lightning_deadrelu.report.run_report import RunReport
 from lightning_deadrelu.statistics import LivenessReport
 
@@ -43,20 +45,21 @@ class Monitor:
 
     def __init__(self, settings: Settings, host: Host) -> None:
         self.settings, self._host = settings, host
-        self.guard = Guard(self.pause, self._say_failure, but=(Misuse, Diverged))
+        self.guard = Guard(self.pause, self._say_failure, but=(Misuse,))
         """Keeps the first failure, after which nothing is watched."""
         self._announcer = Announcer(settings, host)
         self.repair = _repair_of(settings, self._announcer)
         """Carries remedies out."""
         self.watch = _watch_of(settings, host)
         """Counts what the rectifiers do."""
-        self.repair.losses = self.repair.losses.to(self.watch.liveness.magnitude)
+        self._ranks = Ranks(host.device, lambda: self.running and host.is_joint, lambda: bool(self.guard.failure))
         self.evidence = GradientEvidence(host.warn) if settings.gradient_evidence else None
         """Asks gradients who lives; None unless that is wanted."""
         self._gradients = Gradients()
         self.verdicts = Verdicts(settings, host, self.watch, self.evidence, self._gradients)
         """Judges, explains, and keeps the history."""
-        self._merger = Merger(host, self.watch, self.repair, self.verdicts.recorder, self.evidence, self.guard)
+        recorder = self.verdicts.recorder
+        self._merger = Merger(host, self.watch, self.repair, recorder, self.evidence, self._ranks, self.guard)
         self._checkup = CheckRun() if settings.checkup else None  # until the first observed batch is done
         self.progress = Progress()
         """How far the run has come."""
@@ -67,15 +70,6 @@ class Monitor:
 
     def _say_failure(self, text: str) -> None:
         warnings.warn(f"{self.settings.name}: {text}", stacklevel=4)
-
-    @property
-    def _joint(self) -> bool:
-        return self.running and self._host.is_joint
-
-    @property
-    def _patient(self) -> Patient:
-        host = self._host
-        return Patient(self.watch, host.model, host.optimizers, host.called, self._joint, self._gradients)
 
     # -- from start to end -------------------------------------------------------------------------------
 
@@ -99,11 +93,12 @@ class Monitor:
 
     @unless_failed
     def _start(self) -> None:
-        self.repair.start(self._host.model)
+        host = self._host
+        self.repair.attach(Subject(self.watch, host.model, host.optimizers, host.called, self._gradients, self._ranks))
 
     def pause(self) -> None:
         """Take out of the model what observes it or is there for one batch; harmless when there is nothing."""
-        self.repair.terms.end()
+        self.repair.pause()
         self.watch.probe.disarm()
         self.watch.valid = None
 
@@ -178,7 +173,7 @@ class Monitor:
 
     @unless_failed
     def _begin_batch(self, batch: Any, first: bool) -> None:
-        self.repair.begin(self._patient, self.progress.observing)
+        self.repair.begin(self.progress.observing)
         if self.evidence:
             self.evidence.begin(self.watch, self._host.model, self.progress.observing, first)
         if self.progress.observing:
@@ -233,7 +228,7 @@ class Monitor:
         self.pause()
         progress.step = step
         with self.guard():
-            self.repair.end(self._patient, last)  # also after a failure: terms in flight go on
+            self.repair.end(last)  # also after a failure: terms in flight go on
         self._note_batch(loss, batch, last)
         progress.batches += last
         if not last or not progress.observing:
@@ -256,15 +251,15 @@ class Monitor:
             self.guard.fail(self.watch.probe.failure)
         self._note_observation()
         self._conclude_checkup()
-        if not self._merger.ended:
+        if not self.guard.ended:
             with self.guard():
-                self.repair.confirm(self._patient, progress.step, self.guard.failure is not None)
+                self.repair.confirm(progress.step)
 
     @unless_failed
     def _note_observation(self) -> None:
         self.watch.liveness.observation = self.progress.window.observations
         self.verdicts.recorder.observed(self.progress.step)
-        if not self._joint and self.watch.sites:
+        if not self._ranks.joint and self.watch.sites:
             self.verdicts.match_patterns()
 
     @unless_failed
@@ -309,17 +304,25 @@ class Monitor:
     def _close_window(self) -> LivenessReport | None:
         counted = self._counted()
         report = None if counted is None else self._close(counted)
-        if self.settings.rungs and not self._merger.all_are_well(self._joint):
-            self.repair.forget(self._patient)
+        if self.settings.rungs:
+            self._settle()
         self._open_window()
         return report
+
+    def _settle(self) -> None:
+        """Make sure that all ranks want the same edits: they do unless one has failed since the counts were merged."""
+        if not self.guard.ended:
+            with self.guard():
+                self._ranks.settle()
+        if self.guard.failure:
+            self.repair.forget()
 
     @unless_failed
     def _close(self, counted: Counted) -> LivenessReport:
         verdict = self.verdicts.judge(counted, self.progress.window, self.progress.step)
         deaths = self.verdicts.close(verdict, counted, self.repair.edited)
         self._announcer.tell_deaths(deaths)
-        self.repair.decide(self._patient, verdict.whole, counted.losses)
+        self.repair.decide(verdict.whole, counted.losses)
         self._publish(verdict.news, closed=True)
         self.repair.edited = {}
         return verdict.news
@@ -332,7 +335,7 @@ class Monitor:
         """Merge the window for a verdict; whether or not it comes about, all ranks go on in step."""
         self.progress.judged, self.progress.window.unjudged = True, False
         with self.guard():
-            return self._merger.merged(self._joint)
+            return self._merger.merged()
         return None
 
     def _publish(self, report: LivenessReport, *, closed: bool) -> None:
@@ -352,7 +355,7 @@ class Monitor:
         """Return plain values and tensors; while they train, all ranks have to ask for them together."""
         saved = encode(MonitorState.of(self._host.model))  # also after a failure: without them weights mean nothing
         with self.guard():
-            counted = self._merger.merged(self._joint)
+            counted = self._merger.merged()
             saved["run"] = None if counted is None else encode(self._run_state(counted))
         return dict(saved)
 
@@ -365,7 +368,7 @@ class Monitor:
             units=self.verdicts.units,
             never_trained=self._gradients.save(self._host.model),
             evidence=self.evidence.state_dict(self.watch) if self.evidence else None,
-            repair=self.repair.state_dict(),
+            repair=self.repair.state,
             history=self.verdicts.history.state,
             recorder=self.verdicts.recorder.state,
             said=self._announcer.said,
@@ -387,13 +390,13 @@ class Monitor:
         self.progress, self._announcer.said = run.progress, run.said
         self._checkup = None if run.progress.checked else self._checkup
         self._gradients.load(run.never_trained, self._host.model, self._host.optimizers)
-        self.repair.load_state_dict(run.repair, self._patient)
+        self.repair.restore(run.repair)
         self.verdicts.history.restore(run.history)
 
     def _restore_units(self, run: RunState) -> None:
         if run.selection != self.settings.selection:  # the sites are others, and so are their numbers
             self._open_window()
-            self.repair.forget(self._patient)
+            self.repair.forget()
             self._host.warn("other sites are selected than in the checkpoint, so all ages start at zero.")
             return
         self.watch.adopt(run.sites)

@@ -14,6 +14,7 @@ from lightning_deadrelu.explain.postmortem.recorder import RecorderState
 from lightning_deadrelu.model.sites import Site
 from lightning_deadrelu.monitor.announcer import Said
 from lightning_deadrelu.repair.activation_swap import records, reinstate_, restore
+from lightning_deadrelu.repair.repair import RepairState
 from lightning_deadrelu.report.history import RunHistoryState
 from lightning_deadrelu.statistics import Totals, UnitHistory
 
@@ -95,7 +96,7 @@ class RunState:
     units: UnitHistory
     never_trained: list[str] | None
     evidence: Any
-    repair: Any
+    repair: RepairState
     history: RunHistoryState
     recorder: RecorderState
     said: Said

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_deadrelu.model.layout import Layout
+from lightning_deadrelu.model.parameters import tensors_of
 from lightning_deadrelu.model.sites import Site
 from lightning_deadrelu.model.slices import Slice
 from lightning_deadrelu.observe.watch import Watch
-from lightning_deadrelu.repair.writer import tensors_of
 from lightning_deadrelu.statistics import Totals
 from lightning_deadrelu.statistics.totals import NAN
 

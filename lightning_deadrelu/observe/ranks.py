@@ -1,19 +1,22 @@
-"""Bring the counts of all ranks together; the only module that communicates."""
+"""Bring what the processes of a training run know together; the only module of ours that communicates."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_deadrelu.guarded import RankFailure
 from lightning_deadrelu.model.sites import Site
 from lightning_deadrelu.observe.watch import Watch
 from lightning_deadrelu.statistics import Totals
 from lightning_deadrelu.statistics.confirmation import SilenceSample
+
+T = TypeVar("T")
 
 
 def is_joint(world_size: int) -> bool:
@@ -27,106 +30,159 @@ def is_joint(world_size: int) -> bool:
     return world_size > 1 and dist.is_available() and dist.is_initialized()
 
 
-def agree(watch: Watch | None, failed: bool, device: torch.device) -> bool:
-    """Settle on one layout of sites; False if any rank has failed. Every rank has to call it.
+class Ranks:
+    """The processes that train one model together, or a process that trains alone.
 
-    One collective of fixed size, and one more only after some rank has met a new site.
+    Alone, every exchange returns what was given. Otherwise every exchange starts with a flag that says whether a rank
+    has failed: then all ranks raise, and no rank waits for another. What can fail before an exchange is handed over as
+    a function, so that the flag tells of its failure.
 
     Args:
-        watch: What this rank watches with; None if it has none.
-        failed: Whether this rank has failed.
         device: Where the backend communicates.
+        is_joint: Tells whether other ranks come to the same exchanges now.
+        has_failed: Tells whether this rank has failed; the next exchange tells the others.
+
+    Example:
+        >>> Ranks().gather(lambda: "what this rank knows")
+        ['what this rank knows']
     """
-    sites = watch.sites if watch else ()
-    mark = _fingerprint(sites)
-    header = torch.tensor([mark, -mark, float(failed or watch is None)], dtype=torch.float64, device=device)
-    dist.all_reduce(header, dist.ReduceOp.MAX)
-    highest, lowest, any_failed = header.tolist()
-    if any_failed or watch is None:
-        return False
-    if highest != -lowest:
-        watch.adopt(dict.fromkeys(site for layout in gather(sites) for site in layout))
-    return True
 
+    def __init__(
+        self,
+        device: torch.device = torch.device("cpu"),
+        is_joint: Callable[[], bool] = lambda: False,
+        has_failed: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._device, self._is_joint, self._has_failed = device, is_joint, has_failed
 
-def merge(watch: Watch, losses: Tensor) -> tuple[Totals, Tensor]:
-    """Return the counts and losses of all ranks; two collectives.
+    @property
+    def joint(self) -> bool:
+        """Whether other ranks come to the same exchanges now."""
+        return self._is_joint()
 
-    From then on rank 0 holds the counts, and the others none. So what rank 0 saves is complete, and a run goes on from
-    there exactly as one that loads it.
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        return dist.get_world_size() if self.joint else 1
 
-    Args:
-        watch: What this rank watches with; :func:`agree` has to come first.
-        losses: Sums over the losses of this rank, float64.
-    """
-    own, keeps = watch.liveness.totals(), dist.get_rank() == 0
-    sums, maxima = torch.cat([own.sums(), losses]), own.maxima if keeps else own.maxima.clone()
-    dist.all_reduce(sums, dist.ReduceOp.SUM)
-    dist.all_reduce(maxima, dist.ReduceOp.MAX)
-    totals = own.merged(sums[: -len(losses)], maxima)
-    if keeps:
-        watch.liveness.load(totals)
-    else:
-        watch.liveness.reset()
-    return totals, sums[-len(losses) :]
+    @property
+    def holds_merged(self) -> bool:
+        """Whether this rank keeps what was merged, and the others start again from nothing."""
+        return not self.joint or dist.get_rank() == 0
 
+    def attempt(self, compute: Callable[[], T]) -> T:
+        """Call a function that may fail, and go on only if it succeeded on all ranks. One collective of fixed size.
 
-def any_failed(failed: bool, device: torch.device) -> bool:
-    """Tell whether any rank has failed. One collective of fixed size.
+        Raises:
+            RankFailure: On all ranks, if it failed on one, or one had failed before.
+        """
+        if not self.joint:
+            return compute()
+        result, error = self._attempted(compute)
+        self._meet(error)
+        assert result is not None
+        return result[0]
 
-    Args:
-        failed: Whether this one has.
-        device: Where the backend communicates.
-    """
-    flag = torch.tensor(float(failed), device=device)
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)
+    def _attempted(self, compute: Callable[[], T]) -> tuple[tuple[T] | None, Exception | None]:
+        """Call a function, unless this rank has failed; return its result or its error."""
+        try:
+            return (None if self._has_failed() else (compute(),)), None
+        except Exception as error:
+            return None, error
 
+    def gather(self, compute: Callable[[], T]) -> list[T]:
+        """Return what a function returns on each rank, for small and rare things.
 
-def confirm(evidence: SilenceSample, failed: bool) -> SilenceSample | None:
-    """Merge what all ranks saw of the units asked about; None if any has failed. Two collectives.
+        Raises:
+            RankFailure: On all ranks, if it failed on one, or one had failed before.
+        """
+        own = self.attempt(compute)
+        values: list[Any] = [own] * self.size
+        if self.joint:
+            dist.all_gather_object(values, own)
+        return values
 
-    Args:
-        evidence: What this rank saw.
-        failed: Whether this rank has failed.
-    """
-    maxima = torch.cat([evidence.fired, evidence.fired.new_full((1,), float(failed))])
-    sums = torch.cat([evidence.sums, evidence.calls[None]])
-    dist.all_reduce(maxima, dist.ReduceOp.MAX)
-    dist.all_reduce(sums, dist.ReduceOp.SUM)
-    return None if maxima[-1] else SilenceSample(maxima[:-1], sums[:-1], sums[-1])
+    def settle(self) -> None:
+        """Make sure that no rank has failed. One collective of fixed size.
 
+        Raises:
+            RankFailure: On all ranks, if one has.
+        """
+        self.attempt(lambda: None)
 
-def share(rows: Tensor | None, features: int, most: int, device: torch.device) -> Tensor | None:
-    """Put some rows of each rank's together, the same on all; None if none has any. One collective.
+    def merge(self, watch: Watch | None, losses: Tensor) -> tuple[Totals, Tensor]:
+        """Return the counts and losses of all ranks; three collectives, and two more after a rank has met a new site.
 
-    Args:
-        rows: This rank's, shape ``(rows, features)``, or None.
-        features: How many.
-        most: Rows in all.
-        device: Where the backend communicates.
-    """
-    each = max(1, most // dist.get_world_size())
-    slots = torch.zeros(dist.get_world_size(), each, features + 1, dtype=torch.float64, device=device)
-    if rows is not None:
-        mine = rows[:: -(-len(rows) // each)]
-        slots[dist.get_rank(), : len(mine)] = torch.cat([mine, mine.new_ones(len(mine), 1)], 1)
-    dist.all_reduce(slots, dist.ReduceOp.SUM)
-    flat = slots.flatten(0, 1)
-    kept = flat[flat[:, -1] > 0, :-1]
-    return kept if len(kept) else None
+        From then on :attr:`holds_merged` tells which rank holds the counts, and the others have none. So what that rank
+        saves is complete, and a run goes on from there exactly as one that loads it.
 
+        Args:
+            watch: What this rank watches with; None if it has none, as after a failure.
+            losses: Sums over the losses of this rank, float64.
 
-def gather(value: Any) -> list[Any]:
-    """Return what each rank holds; for small and rare things."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+        Raises:
+            RankFailure: On all ranks, if one has failed.
+        """
+        if not self.joint:
+            assert watch is not None
+            return watch.liveness.totals(), losses
+        watch, own, sums, maxima = self._laid_out(watch, losses.to(self._device))
+        dist.all_reduce(sums, dist.ReduceOp.SUM)
+        dist.all_reduce(maxima, dist.ReduceOp.MAX)
+        totals = own.merged(sums[: -len(losses)], maxima)
+        if self.holds_merged:
+            watch.liveness.load(totals)
+        else:
+            watch.liveness.reset()
+        return totals, sums[-len(losses) :]
 
+    def _laid_out(
+        self, watch: Watch | None, losses: Tensor, layouts: Sequence[Sequence[Site]] = ()
+    ) -> tuple[Watch, Totals, Tensor, Tensor]:
+        """Have one layout of sites on all ranks, and what is to be reduced laid out by it."""
 
-def rank() -> int:
-    """Return this rank's number."""
-    return dist.get_rank()
+        def prepare() -> tuple[Watch, Totals, Tensor, Tensor]:
+            if watch is None:
+                raise RuntimeError("this rank does not watch")
+            if layouts:
+                watch.adopt(dict.fromkeys(site for layout in layouts for site in layout))
+            own = watch.liveness.totals()
+            return watch, own, torch.cat([own.sums(), losses]), own.maxima.clone()
+
+        prepared, error = self._attempted(prepare)
+        mark = _fingerprint(watch.sites if watch else ())
+        highest, lowest = self._meet(error, mark, -mark)
+        assert prepared is not None
+        assert watch is not None
+        if highest == -lowest:
+            return prepared[0]
+        layouts = [[] for _ in range(self.size)]
+        dist.all_gather_object(layouts, watch.sites)
+        return self._laid_out(watch, losses, layouts)
+
+    def merge_sample(self, compute: Callable[[], SilenceSample]) -> SilenceSample:
+        """Return what all ranks saw of the units asked about, on the CPU. Three collectives.
+
+        Raises:
+            RankFailure: On all ranks, if one has failed.
+        """
+        sample = self.attempt(compute)
+        if self.joint:
+            sums = torch.cat([sample.sums, sample.calls[None]])
+            dist.all_reduce(sample.fired, dist.ReduceOp.MAX)
+            dist.all_reduce(sums, dist.ReduceOp.SUM)
+            sample = SilenceSample(sample.fired, sums[:-1], sums[-1])
+        return sample.to_host()
+
+    def _meet(self, error: Exception | None, *values: float) -> list[float]:
+        """Return the largest of each value over all ranks."""
+        header = [float(self._has_failed() or error is not None), *values]
+        shared = torch.tensor(header, dtype=torch.float64, device=self._device)
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        failed, *largest = shared.tolist()
+        if failed:
+            raise RankFailure("the monitor failed on a rank") from error
+        return largest
 
 
 def _fingerprint(sites: Sequence[Site]) -> float:

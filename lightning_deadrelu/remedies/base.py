@@ -188,6 +188,10 @@ class Edits:
     warmth: Warmth | None = None
     activation: Activation | None = None
 
+    def __bool__(self) -> bool:
+        """Whether anything is changed."""
+        return bool(self.writes or self.lift or self.warmth or self.activation)
+
 
 class _Derivable:
     """No dataclass: of a pure one, LightningCLI takes no derived classes."""

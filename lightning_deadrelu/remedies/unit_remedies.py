@@ -78,8 +78,9 @@ class Reset(Remedy):
         units = view.units if self.frozen else silent
         clear = [Write(one, 0.0) for one in _rows(view.attribution.outgoing, silent)]
         if view.inputs is not None and self.bias is None and self.tries > 1:
-            return Edits(writes=(*clear, *self._chosen(view, view.inputs, units, generator)))
-        fresh = [Write(one, self._fresh(one, view, generator)) for one in _rows(view.attribution.incoming, units)]
+            fresh = self._chosen(view, view.inputs, units, generator)
+        else:
+            fresh = [Write(one, self._fresh(one, view, generator)) for one in _rows(view.attribution.incoming, units)]
         return Edits(writes=(*clear, *fresh))
 
     def _chosen(self, view: SiteView, inputs: Tensor, units: Tensor, generator: torch.Generator) -> list[Write]:

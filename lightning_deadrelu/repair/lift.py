@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_deadrelu.checkpoint import decode, encode
 from lightning_deadrelu.model.sharding import whole
 from lightning_deadrelu.remedies import Lift, Write
 
@@ -85,29 +83,24 @@ class Lifts:
         """
         for lifting in self._liftings.values():
             lifting.advance(tensors)
-        over = [site for site, lifting in self._liftings.items() if lifting.over]
-        for site in over:
-            del self._liftings[site]
-        return over
+        return self.drop([site for site, lifting in self._liftings.items() if lifting.over])
 
-    def clear(self) -> list[str]:
-        """Stop all lifts where they are.
+    def drop(self, sites: Iterable[str]) -> list[str]:
+        """Stop the lifts of some sites where they are; harmless where there are none.
 
         Returns:
             The names of the sites that had one.
         """
-        sites = self.sites
-        self._liftings = {}
-        return sites
+        return [site for site in sites if self._liftings.pop(site, None) is not None]
 
-    def state_dict(self) -> dict[str, Any]:
-        """Save what is under way, in tensors and plain types."""
-        state: dict[str, Any] = encode(self._liftings)
-        return state
+    @property
+    def state(self) -> dict[str, Lifting]:
+        """What is under way, by site."""
+        return dict(self._liftings)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was called."""
-        self._liftings = decode(dict[str, Lifting], state)
+    def restore(self, state: Mapping[str, Lifting]) -> None:
+        """Go on where :attr:`state` was read."""
+        self._liftings = dict(state)
 
 
 def add_(tensor: Tensor, rise: Write, rest: Tensor, steps: int) -> Tensor:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,11 +67,14 @@ def repair_(optimizers: Iterable[Optimizer], parameter: Tensor, entries: Slice, 
     """
     if not len(entries.index):
         return
-    for state in _states(optimizers, parameter):
-        for key, value in state.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape and key in _ZERO | _COPY | _TYPICAL:
-                with whole(value) as full:
-                    _repair_entry_(key, full, parameter, entries, live)
+    for key, value in _known_state(optimizers, parameter):
+        with whole(value) as full:
+            _repair_entry_(key, full, parameter, entries, live)
+
+
+def repaired_state(optimizers: Iterable[Optimizer], parameter: Tensor) -> list[Tensor]:
+    """List the tensors that :func:`repair_` changes for a parameter."""
+    return [value for _, value in _known_state(optimizers, parameter)]
 
 
 def unknown_state(optimizers: Iterable[Optimizer], tensors: Mapping[str, Tensor], names: Iterable[str]) -> str:
@@ -175,9 +177,12 @@ def _thinned(rows: Slice) -> Slice:
     return replace(rows, units=rows.units[kept], index=rows.index[kept])
 
 
-def _states(optimizers: Iterable[Optimizer], parameter: Tensor) -> Iterator[Mapping[str, Any]]:
+def _known_state(optimizers: Iterable[Optimizer], parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
     for optimizer in _unwrapped(optimizers):
-        yield optimizer.state.get(parameter, {})  # tensors hash by identity, so that no values are compared
+        # tensors hash by identity, so that no values are compared
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and key in _ZERO | _COPY | _TYPICAL:
+                yield key, value
 
 
 def _unwrapped(optimizers: Iterable[Optimizer]) -> Iterator[Optimizer]:

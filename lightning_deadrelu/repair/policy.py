@@ -3,95 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lightning_deadrelu.remedies import Remedy
+from lightning_deadrelu.repair.event import Event, Loss
 from lightning_deadrelu.statistics import LivenessReport, SiteReport
 
-_SUCCESS = 0.5  # share of the treated units that has to fire afterwards
-_JUMP_IN_STDS = 5.0
+_SUCCESS = 0.5  # share of the edited units that has to fire afterwards
 _SOON = 10  # verdicts
 _MOST_HARMS = 3  # in a row, where a remedy may fail for ever
 
 
-class Event(NamedTuple):
-    """What was done to a site, or why not.
-
-    Args:
-        step: The training batch, as loggers count.
-        site: Name of the site.
-        action: ``"edited"``, ``"would edit"`` (a dry run), ``"revived"``, ``"failed"``, ``"harmed"``, ``"refused"``,
-            ``"escalated"``, ``"given up"`` or ``"dropped"`` (a term still in flight when training ended).
-        remedy: Its class.
-        units: Numbers of the units concerned.
-        reason: In words.
-        before: Dead fraction of the site when it was decided.
-        after: Dead fraction when the outcome was judged; not a number where there is none yet.
-    """
-
-    step: int
-    site: str
-    action: str
-    remedy: str
-    units: tuple[int, ...] = ()
-    reason: str = ""
-    before: float = math.nan
-    after: float = math.nan
-
-    def __str__(self) -> str:
-        units = f" ({len(self.units)} units)" if self.units else ""
-        return f"step {self.step}: {self.remedy} {self.action} `{self.site}`{units}: {self.reason}"
-
-
-class Loss(NamedTuple):
-    """The loss over a window."""
-
-    mean: float
-    std: float
-
-    @classmethod
-    def of(cls, sums: Tensor) -> Loss | None:
-        """Take it from the number, the sum and the sum of squares of losses; None where there are none.
-
-        Example:
-            >>> Loss.of(torch.tensor([2.0, 4.0, 10.0]))
-            Loss(mean=2.0, std=1.0)
-        """
-        number, total, squares = sums.tolist()
-        if not number:
-            return None
-        mean = total / number
-        return cls(mean, math.sqrt(max(squares / number - mean * mean, 0.0)))
-
-    def jumped_to(self, after: Loss) -> bool:
-        """Whether the loss more than doubled, by far more than it usually varies, or is no number any more.
-
-        Example:
-            >>> Loss(1.0, 0.1).jumped_to(Loss(3.0, 0.1)), Loss(1.0, 0.1).jumped_to(Loss(1.4, 0.1))
-            (True, False)
-        """
-        if not math.isfinite(self.mean):
-            return False
-        return not after.mean <= self.mean + abs(self.mean) + _JUMP_IN_STDS * self.std
-
-
-class Request(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Request:
     """A wish to edit some units of a site, to be confirmed on a further batch.
 
     Args:
         site: Name of the site.
-        rung: Number of the remedy.
+        index: Number of the remedy.
         units: Which units, boolean, shape ``(units,)``.
         reason: In words.
     """
 
     site: str
-    rung: int
+    index: int
     units: Tensor
     reason: str
 
@@ -104,7 +43,7 @@ class Trial:
         units: What was edited, boolean, shape ``(units,)``.
         windows: Windows left until it is judged.
         before: Dead fraction of the site before.
-        loss: Of the window before, as mean and standard deviation; empty where unknown.
+        loss: Of the window before; None where it is unknown, or where the edit cannot have changed it.
         dry: Whether nothing was done in truth.
         fresh: Whether no window has ended since.
     """
@@ -112,7 +51,7 @@ class Trial:
     units: Tensor
     windows: int
     before: float
-    loss: tuple[float, ...] = ()
+    loss: Loss | None = None
     dry: bool = False
     fresh: bool = True
 
@@ -122,7 +61,7 @@ class Progress:
     """How far a site has come.
 
     Args:
-        rung: Number of the remedy that is in turn; past the last, the site is left alone.
+        index: Number of the remedy that is in turn; past the last, the site is left alone.
         above: Verdicts in a row with a dead fraction above the threshold.
         failures: Edits in a row that did not help, or did harm.
         harms: Edits in a row that did harm.
@@ -133,7 +72,7 @@ class Progress:
         trial: The edit in flight.
     """
 
-    rung: int = 0
+    index: int = 0
     above: int = 0
     failures: int = 0
     harms: int = 0
@@ -144,21 +83,35 @@ class Progress:
     trial: Trial | None = None
 
 
+@dataclass
+class PolicyState:
+    """What a resumed policy needs.
+
+    Args:
+        sites: How far each site has come, by name.
+        edits: Edits made in the run, by remedy.
+        stopped: Whether the loss was not a number at the last verdict.
+    """
+
+    sites: dict[str, Progress]
+    edits: list[int]
+    stopped: bool = False
+
+
 class EscalationPolicy:
     """Decide, verdict by verdict, which remedy acts on which units.
 
     Args:
-        rungs: The remedies, the first to be tried first.
-        threshold: A site is treated while more than this share of its units is dead.
+        remedies: The remedies, the first to be tried first.
+        threshold: A site is repaired while more than this share of its units is dead.
         min_samples: What the monitor asks of a verdict.
     """
 
-    def __init__(self, rungs: Sequence[Remedy], threshold: float, min_samples: int) -> None:
-        self.rungs = tuple(rungs)
+    def __init__(self, remedies: Sequence[Remedy], threshold: float, min_samples: int) -> None:
+        self.remedies = tuple(remedies)
         self._threshold = threshold
-        self._min_samples = min_samples
-        self.sites: dict[str, Progress] = {}
-        self.edits = [0] * len(self.rungs)
+        self._min_silent_samples = min_samples
+        self.state = PolicyState({}, [0] * len(self.remedies))
 
     def decide(
         self, report: LivenessReport, loss: Loss | None = None, busy: Collection[str] = ()
@@ -173,20 +126,28 @@ class EscalationPolicy:
         Returns:
             Requests, in the order of execution, and what became of earlier edits.
         """
-        events: list[Event] = []
+        events = self._stop_or_resume(loss, report.step)
         requests = []
         for site in report.headline:
-            progress = self.sites.setdefault(site.name, Progress())
+            progress = self.state.sites.setdefault(site.name, Progress())
             if site.name in busy:
-                events += self._harm(progress, site, report.step, loss)
+                events += self._judge_harm(progress, site, report.step, loss)
                 continue
             events += self._judge(progress, site, report.step, loss)
-            request = self._request(progress, site, report.step)
+            request = self._request(self.state.sites[site.name], site, report.step)
             requests += [request] if request else []
         return requests, events
 
+    def _stop_or_resume(self, loss: Loss | None, step: int) -> list[Event]:
+        """Ask for no edit while the loss is not a number: a unit that is silent then may not be dead."""
+        was_stopped, self.state.stopped = self.state.stopped, loss is not None and not loss.is_finite
+        if was_stopped or not self.state.stopped:
+            return []
+        why = "the loss is not a finite number; nothing is edited until it is one again"
+        return [Event(step, "", "stopped", ", ".join(dict.fromkeys(map(_name, self.remedies))), reason=why)]
+
     def edited(self, request: Request, units: Tensor, before: float, loss: Loss | None, step: int) -> Event:
-        """Note that an edit was made, or would have been in a dry run.
+        """Record that an edit was made, or would have been in a dry run.
 
         Args:
             request: What was asked for.
@@ -195,44 +156,43 @@ class EscalationPolicy:
             loss: Over the window of that verdict.
             step: The training batch.
         """
-        remedy = self.rungs[request.rung]
-        self.edits[request.rung] += not remedy.dry_run
-        progress = self.sites[request.site]
+        remedy = self.remedies[request.index]
+        self.state.edits[request.index] += not remedy.dry_run
+        progress = self.state.sites[request.site]
         progress.edits += not remedy.dry_run
         progress.relapses = progress.relapses + 1 if _relapsed(progress, units) else 0
-        progress.trial = Trial(units, remedy.cooldown, before, tuple(loss or ()), remedy.dry_run)
+        progress.trial = Trial(units, remedy.cooldown, before, None if remedy.is_exact else loss, remedy.dry_run)
         action = "would edit" if remedy.dry_run else "edited"
         return Event(step, request.site, action, _name(remedy), _numbers(units), request.reason, before)
 
     def refused(self, request: Request, reason: str, step: int) -> list[Event]:
-        """Note that a remedy cannot be applied to a site, and turn to the next."""
-        progress = self.sites[request.site]
-        event = Event(step, request.site, "refused", _name(self.rungs[request.rung]), reason=reason)
-        return [event, *self._climb(progress, request.site, step)]
+        """Record that a remedy cannot be applied to a site, and turn to the next."""
+        progress = self.state.sites[request.site]
+        event = Event(step, request.site, "refused", _name(self.remedies[request.index]), reason=reason)
+        return [event, *self._escalate(progress, request.site, step)]
 
     def dropped(self, site: str, step: int) -> Event:
-        """Note that training ended while an edit was under way."""
-        rung = self.sites[site].rung if site in self.sites else len(self.rungs)
+        """Record that training ended while an edit was under way."""
+        index = self.state.sites[site].index if site in self.state.sites else len(self.remedies)
         why = "training ended before its edit was complete"
-        return Event(step, site, "dropped", _name(self.rungs[rung]) if rung < len(self.rungs) else "", reason=why)
+        return Event(step, site, "dropped", "".join(map(_name, self.remedies[index : index + 1])), reason=why)
 
-    def _harm(self, progress: Progress, site: SiteReport, step: int, loss: Loss | None) -> list[Event]:
+    def _judge_harm(self, progress: Progress, site: SiteReport, step: int, loss: Loss | None) -> list[Event]:
         """See whether the loss jumped in the window after an edit."""
         trial = progress.trial
         if trial is None or not trial.fresh:
             return []
         trial.fresh = False
-        exact = self.rungs[progress.rung].is_exact  # the loss rose, but not by this edit
-        if exact or trial.dry or not trial.loss or loss is None or not Loss(*trial.loss).jumped_to(loss):
+        if trial.dry or trial.loss is None or loss is None or not trial.loss.jumped_to(loss):
             return []
         progress.trial = None
         progress.harms += 1
-        why = f"the loss went from {trial.loss[0]:.4g} to {loss.mean:.4g}"
+        why = f"the loss went from {trial.loss.mean:.4g} to {loss.mean:.4g}"
         event = self._outcome("harmed", progress, site, trial, step, why)
-        return [event, *self._fell_short(progress, site.name, step)]
+        return [event, *self._count_failure(progress, site.name, step)]
 
     def _judge(self, progress: Progress, site: SiteReport, step: int, loss: Loss | None) -> list[Event]:
-        events = self._harm(progress, site, step, loss)
+        events = self._judge_harm(progress, site, step, loss)
         trial = progress.trial
         if trial is None:
             progress.rest += 1
@@ -244,7 +204,7 @@ class EscalationPolicy:
         return [] if trial.dry else self._conclude(progress, site, trial, step)
 
     def _conclude(self, progress: Progress, site: SiteReport, trial: Trial, step: int) -> list[Event]:
-        """Judge an edit by who of the treated fires now."""
+        """Judge an edit by which of the edited units fire now."""
         back = trial.units & ~site.silent & ~site.frozen & ~site.rare
         share = int(back.sum()) / int(trial.units.sum())
         why = f"{int(back.sum())} of {int(trial.units.sum())} treated units fire"
@@ -252,76 +212,71 @@ class EscalationPolicy:
         if share >= _SUCCESS:
             progress.failures, progress.back = progress.relapses, back
             event = self._outcome("revived", progress, site, trial, step, why)
-            return [event, *(self._climb(progress, site.name, step) if self._is_spent(progress) else [])]
+            return [event, *(self._escalate(progress, site.name, step) if self._is_exhausted(progress) else [])]
         event = self._outcome("failed", progress, site, trial, step, why)
-        return [event, *self._fell_short(progress, site.name, step)]
+        return [event, *self._count_failure(progress, site.name, step)]
 
-    def _fell_short(self, progress: Progress, site: str, step: int) -> list[Event]:
+    def _count_failure(self, progress: Progress, site: str, step: int) -> list[Event]:
         """Count an edit that did not help, or seems to have done harm: a loss may also jump because the data change."""
         progress.failures += 1
-        return self._climb(progress, site, step) if self._is_spent(progress) else []
+        return self._escalate(progress, site, step) if self._is_exhausted(progress) else []
 
-    def _is_spent(self, progress: Progress) -> bool:
-        attempts = self.rungs[progress.rung].attempts
+    def _is_exhausted(self, progress: Progress) -> bool:
+        attempts = self.remedies[progress.index].attempts
         return progress.harms >= _MOST_HARMS if attempts is None else progress.failures >= attempts
 
     def _outcome(
         self, action: str, progress: Progress, site: SiteReport, trial: Trial, step: int, reason: str
     ) -> Event:
-        name = _name(self.rungs[progress.rung])
+        name = _name(self.remedies[progress.index])
         return Event(
             step, site.name, action, name, _numbers(trial.units), reason, trial.before, after=site.dead_fraction
         )
 
-    def _climb(self, progress: Progress, site: str, step: int) -> list[Event]:
-        name = _name(self.rungs[progress.rung])
-        vars(progress).update(vars(Progress(progress.rung + 1)))
-        if progress.rung < len(self.rungs):
-            return [Event(step, site, "escalated", name, reason=f"next: {_name(self.rungs[progress.rung])}")]
+    def _escalate(self, progress: Progress, site: str, step: int) -> list[Event]:
+        name = _name(self.remedies[progress.index])
+        self.state.sites[site] = progress = Progress(progress.index + 1)
+        if progress.index < len(self.remedies):
+            return [Event(step, site, "escalated", name, reason=f"next: {_name(self.remedies[progress.index])}")]
         return [Event(step, site, "given up", name, reason="no remedy is left; it is watched on")]
 
     def _request(self, progress: Progress, site: SiteReport, step: int) -> Request | None:
-        if progress.trial is not None or progress.rung >= len(self.rungs):
+        if self.state.stopped or progress.trial is not None or progress.index >= len(self.remedies):
             return None
-        remedy = self.rungs[progress.rung]
-        units = candidates(site, remedy, self._min_samples)
+        remedy = self.remedies[progress.index]
+        units = candidates(site, remedy, self._min_silent_samples)
         share = int(units.sum()) / site.units  # those that died lately have to wait: an attempt would pass them by
         progress.above = progress.above + 1 if share > self._threshold else 0
-        spent = remedy.max_edits_per_site is not None and progress.edits >= remedy.max_edits_per_site
-        if progress.above < remedy.patience or spent or not self.may(progress.rung, step):
+        used_up = remedy.max_edits_per_site is not None and progress.edits >= remedy.max_edits_per_site
+        if progress.above < remedy.patience or used_up or not self.may_act(progress.index, step):
             return None
         units |= frozen_units(site, remedy)
-        return Request(site.name, progress.rung, units, f"{share:.1%} dead, above the threshold {self._threshold:.1%}")
+        return Request(site.name, progress.index, units, f"{share:.1%} dead, above the threshold {self._threshold:.1%}")
 
-    def may(self, rung: int, step: int) -> bool:
+    def may_act(self, index: int, step: int) -> bool:
         """Whether a remedy may act at all at this step."""
-        remedy = self.rungs[rung]
+        remedy = self.remedies[index]
         in_time = remedy.start_step <= step and (remedy.stop_step is None or step < remedy.stop_step)
-        return in_time and (remedy.max_edits is None or self.edits[rung] < remedy.max_edits)
+        return in_time and (remedy.max_edits is None or self.state.edits[index] < remedy.max_edits)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the progress as plain values and tensors."""
-        return {"sites": {name: asdict(progress) for name, progress in self.sites.items()}, "edits": list(self.edits)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: PolicyState) -> None:
         """Go on from what was saved, as far as there are as many remedies as then."""
-        for name, saved in state["sites"].items():
-            known = saved["rung"] < len(self.rungs)
-            trial = Trial(**saved["trial"]) if saved["trial"] and known else None
-            self.sites[name] = Progress(**{**saved, "trial": trial, "rung": min(saved["rung"], len(self.rungs))})
-        if len(state["edits"]) == len(self.rungs):
-            self.edits = list(state["edits"])
+        for progress in state.sites.values():
+            if progress.index >= len(self.remedies):
+                progress.index, progress.trial = len(self.remedies), None
+        edits = state.edits if len(state.edits) == len(self.remedies) else self.state.edits
+        self.state = PolicyState(state.sites, edits, state.stopped)
 
 
-def candidates(site: SiteReport, remedy: Remedy, evidence: int) -> Tensor:
+def candidates(site: SiteReport, remedy: Remedy, min_silent_samples: int) -> Tensor:
     """Tell which units are dead beyond doubt, boolean, shape ``(units,)``.
 
     Args:
         site: The verdict.
-        remedy: Says what evidence it asks for.
-        evidence: Samples of silence, where it does not say.
+        remedy: Says for how many samples a unit has to have been silent.
+        min_silent_samples: How many, where it does not say.
     """
-    enough = site.age >= (evidence if remedy.evidence is None else remedy.evidence)
+    enough = site.age >= (min_silent_samples if remedy.evidence is None else remedy.evidence)
     if remedy.significance is None:
         return site.dead & enough
     return site.silent & torch.where(site.usual_rate > 0, improbable(site, remedy.significance), enough)

@@ -18,11 +18,20 @@ from lightning_deadrelu.statistics.confirmation import SilenceSample
 _LINEAR = (["weight"], ["weight", "bias"])
 
 
-class Case(NamedTuple):
-    """A site asked about, and what a remedy is shown of it."""
+class Proposal(NamedTuple):
+    """What a remedy proposes for a site.
+
+    Args:
+        request: What was asked for.
+        view: What the remedy was shown.
+        edits: What is to be changed; None if nothing can be.
+        reason: Why nothing can be; empty where something is missing that later batches may bring.
+    """
 
     request: Request
     view: SiteView
+    edits: Edits | None = None
+    reason: str = ""
 
 
 def fed_by_linear(attribution: Attribution, tensors: Mapping[str, Tensor]) -> str:
@@ -72,21 +81,19 @@ def generator_of(remedy: Remedy, view: SiteView) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def digest(cases: Sequence[Case], proposals: Sequence[Edits | str | None]) -> bytes:
-    """Boil down what this rank would do, and to which weights."""
+def fingerprint(proposals: Sequence[Proposal]) -> bytes:
+    """Hash what this rank would do, and to which weights."""
     parts: list[Any] = []
-    for (request, view), proposal in zip(cases, proposals, strict=True):
-        parts += [request.site, request.rung, view.units.tolist()]
-        if isinstance(proposal, Edits):
-            rises = proposal.lift.rises if proposal.lift else ()
-            parts += [_boiled(write, view.values) for write in (*proposal.writes, *rises)]
-            parts += [proposal.warmth and proposal.warmth.gamma.tolist(), repr(proposal.activation)]
-        else:
-            parts.append(proposal)
+    for request, view, edits, reason in proposals:
+        parts += [request.site, request.index, view.units.tolist(), reason]
+        if edits is not None:
+            rises = edits.lift.rises if edits.lift else ()
+            parts += [_summarized(write, view.values) for write in (*edits.writes, *rises)]
+            parts += [edits.warmth and edits.warmth.gamma.tolist(), repr(edits.activation)]
     return hashlib.sha256(repr(parts).encode()).digest()
 
 
-def _boiled(write: Write, values: Mapping[str, Tensor]) -> Any:
+def _summarized(write: Write, values: Mapping[str, Tensor]) -> Any:
     known = values.get(write.slice.name)  # of a sharded model, no more than what feeds and reads the site
     old = () if known is None else _moments(write.slice.read(known))
     return write.slice.name, *old, *_moments(torch.as_tensor(write.values))

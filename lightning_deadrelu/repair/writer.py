@@ -2,61 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_deadrelu.model.parameters import tensors_of
 from lightning_deadrelu.model.sharding import gathered, is_sharded, whole
 from lightning_deadrelu.model.sites import clean
 from lightning_deadrelu.model.slices import Slice
 from lightning_deadrelu.remedies import InitDistribution, Write
-from lightning_deadrelu.repair.optimizer_state import repair_, unknown_state
+from lightning_deadrelu.repair.optimizer_state import repair_, repaired_state, unknown_state
 
 
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """List parameters and buffers under all of their names, without the prefixes of wrappers.
-
-    Args:
-        model: Possibly compiled or wrapped.
-
-    Example:
-        >>> list(tensors_of(nn.BatchNorm1d(2)))
-        ['weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked']
-    """
-    parameters = model.named_parameters(remove_duplicate=False)
-    buffers = model.named_buffers(remove_duplicate=False)
-    return {clean(name): tensor for name, tensor in (*parameters, *buffers)}
-
-
-def values_of(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """List parameters and buffers as plain tensors; of those that are sharded only the named ones, which are gathered.
-
-    Every rank has to come here with the same names.
-
-    Args:
-        model: As :func:`tensors_of` takes it.
-        names: Of what is to be gathered.
-
-    Example:
-        >>> values_of(nn.Linear(2, 2), []).keys() == tensors_of(nn.Linear(2, 2)).keys()
-        True
-    """
-    chosen = set(names)
-    tensors = tensors_of(model).items()
-    return {name: gathered(one) for name, one in tensors if name in chosen or not is_sharded(one)}
-
-
-def laws_of(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, InitDistribution]:
-    """Take the laws that parameters follow, to be called when training begins.
+def init_distributions(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, InitDistribution]:
+    """Tell what parameters were drawn from, to be called when training begins.
 
     Args:
         model: As it was drawn.
         names: Of which parameters; None for all that have values.
 
     Example:
-        >>> laws_of(nn.BatchNorm1d(2))["bias"]
+        >>> init_distributions(nn.BatchNorm1d(2))["bias"]
         InitDistribution(mean=0.0, std=0.0, uniform=False)
     """
     chosen = None if names is None else set(names)
@@ -120,12 +88,12 @@ def check_writes(writes: Iterable[Write], model: nn.Module, optimizers: Sequence
 
 def write_(
     writes: Iterable[Write], model: nn.Module, optimizers: Sequence[Optimizer], live: Sequence[Slice] = ()
-) -> None:
+) -> Overwritten:
     """Write new values in place, and repair the optimizers' state for exactly these entries.
 
-    Everything is checked before anything is written. To be called behind an optimizer step, never between forward and
-    backward. Ranks stay equal if they write equal values; they communicate only to gather what is sharded, and all have
-    to come here then.
+    Everything is checked before anything is written, and undone should writing fail all the same. To be called behind
+    an optimizer step, never between forward and backward. Ranks stay equal if they write equal values; they communicate
+    only to gather what is sharded, and all have to come here then.
 
     Args:
         writes: What is to become what, in this order.
@@ -133,19 +101,57 @@ def write_(
         optimizers: All that train it; what none of them holds is just written.
         live: The entries of live units, from which second moments are taken; all that are not written otherwise.
 
+    Returns:
+        What was there before.
+
     Raises:
         ValueError: A name, a shape or a value cannot be written.
 
     Example:
         >>> net = nn.Linear(2, 3)
         >>> row = Slice("weight", "weight", torch.tensor([1]), torch.tensor([[1]]), (0,))
-        >>> write_([Write(row, 0.0)], net, [torch.optim.SGD(net.parameters())])
+        >>> before, old = net.weight.clone(), write_([Write(row, 0.0)], net, [torch.optim.SGD(net.parameters())])
         >>> net.weight[1].tolist()
         [0.0, 0.0]
+        >>> old.put_back()
+        >>> bool((net.weight == before).all())
+        True
     """
     pending, tensors = _pending(writes), tensors_of(model)
     if why := check_writes(pending, model, optimizers):
         raise ValueError(f"{why}. Nothing was written; leave the site out with `exclude`, or only watch it.")
+    overwritten = Overwritten.by(pending, tensors, optimizers)
+    try:
+        _write_all(pending, tensors, optimizers, live)
+    except Exception:
+        overwritten.put_back()
+        raise
+    return overwritten
+
+
+class Overwritten:
+    """Entries of parameters, buffers and optimizers' state as they were, to be put back if an edit fails halfway."""
+
+    def __init__(self, entries: Sequence[tuple[Tensor, Slice, Tensor]] = ()) -> None:
+        self._entries = tuple(entries)
+
+    @classmethod
+    def by(cls, writes: Iterable[Write], tensors: Mapping[str, Tensor], optimizers: Sequence[Optimizer]) -> Overwritten:
+        """Copy what writes are going to change."""
+        pairs = [(tensors[write.slice.name], write.slice) for write in writes]
+        changed = [(one, entries) for tensor, entries in pairs for one in (tensor, *repaired_state(optimizers, tensor))]
+        return cls([(one, entries, entries.read(gathered(one)).clone()) for one, entries in changed])
+
+    def put_back(self) -> None:
+        """Write it all back."""
+        for tensor, entries, values in reversed(self._entries):
+            with whole(tensor) as full:
+                entries.write_(full, values)
+
+
+def _write_all(
+    pending: Sequence[Write], tensors: Mapping[str, Tensor], optimizers: Sequence[Optimizer], live: Sequence[Slice]
+) -> None:
     for entries, values in pending:
         with whole(tensors[entries.name]) as full:
             entries.write_(full, values)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from lightning_deadrelu.repair.policy import Event
+    from lightning_deadrelu.repair.event import Event
 
 CURVES = {"dead_fraction": State.DEAD, "rare_fraction": State.RARE}
 CURVES |= {"always_on_fraction": State.ALWAYS_ON, "frozen_fraction": State.FROZEN}

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lightning_deadrelu.attribution.result import Attribution
     from lightning_deadrelu.explain.finding import Finding
     from lightning_deadrelu.explain.postmortem import DeathEvent
-    from lightning_deadrelu.repair.policy import Event
+    from lightning_deadrelu.repair.event import Event
 
 
 @dataclass(frozen=True, eq=False)

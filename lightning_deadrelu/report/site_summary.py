@@ -16,7 +16,7 @@ from lightning_deadrelu.statistics import LivenessReport, SiteReport
 from lightning_deadrelu.statistics.report_table import headline, row_of, were
 
 if TYPE_CHECKING:
-    from lightning_deadrelu.repair.policy import Event
+    from lightning_deadrelu.repair.event import Event
 
 _MANY = 0.1  # the monitor's own threshold, by default
 _MOST_SHOWN = 20

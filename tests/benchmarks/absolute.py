@@ -37,9 +37,11 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_deadrelu import DeadReLUMonitor, LivenessReport, SiteReport
 from lightning_deadrelu.model.trainable import Gradients
+from lightning_deadrelu.observe.ranks import Ranks
 from lightning_deadrelu.observe.watch import Watch
 from lightning_deadrelu.remedies import Reset, ladder_of
-from lightning_deadrelu.repair.repair import Patient, Repair
+from lightning_deadrelu.repair.repair import Repair
+from lightning_deadrelu.repair.subject import Subject
 from lightning_deadrelu.statistics import Rules, UnitHistory, UnitLiveness, count, judge
 
 HIDDEN, WIDTH, BATCH, LR, EDGE = 9, 2, 100, 1e-3, math.sqrt(3)
@@ -139,29 +141,27 @@ class One:
     def __init__(self, seed: int, remedy: Reset | None, threshold: float, rules: Rules) -> None:
         self.net = nn.ModuleDict({"net": network(seed)})  # so that sites and parameters are called as in the Trainer
         self.adam = torch.optim.Adam(self.net.parameters(), LR)
-        rungs = ladder_of(remedy and replace(remedy, seed=seed))
-        self.repair = Repair(rungs, threshold, rules.min_samples, lambda event: None)
-        self.repair.start(self.net)
-        self.patient = Patient(
-            Watch(self.net, rules=rules), self.net, [self.adam], self.net, joint=False, gradients=Gradients()
-        )
+        remedies = ladder_of(remedy and replace(remedy, seed=seed))
+        self.repair = Repair(remedies, threshold, rules.min_samples, lambda event: None)
+        self.watch = Watch(self.net, rules=rules)
+        self.repair.attach(Subject(self.watch, self.net, [self.adam], self.net, Gradients(), Ranks()))
 
     @property
     def asks(self) -> bool:
         """Whether units wait for a second look."""
-        return bool(self.repair._requests)
+        return self.repair.asks
 
     def judge(self, sites: Sequence[SiteReport], losses: Tensor, s: int, step: int) -> None:
         """Pass a verdict on, cut down to network ``s``; or an empty one, where there is nothing to say."""
         silent = any(bool(site.silent[s * WIDTH : (s + 1) * WIDTH].any()) for site in sites)
-        tried = any(progress.trial for progress in self.repair.ladder.sites.values())
+        tried = any(progress.trial for progress in self.repair.policy.state.sites.values())
         parts = tuple(_part(site, s) for site in sites) if silent or tried else ()
-        self.repair.decide(self.patient, LivenessReport(parts, step), losses)
+        self.repair.decide(LivenessReport(parts, step), losses)
 
     def look(self, x: Tensor) -> None:
         """Run the network under the probe, as an observed batch does."""
-        self.repair.begin(self.patient, observed=True)
-        with self.patient.watch.probe:
+        self.repair.begin(observed=True)
+        with self.watch.probe:
             self.net["net"](x)
 
     def take(self, weights: Tensor, moments: dict[str, Tensor]) -> None:
@@ -233,7 +233,7 @@ class Batched:
         one, state = self.ones[s], self.adam.state[self.weights]
         moments = {key: state[key][s] for key in ("exp_avg", "exp_avg_sq")}
         one.take(self.weights[s].detach(), moments)
-        one.repair.confirm(one.patient, step)
+        one.repair.confirm(step)
         one.give(self.weights[s].detach(), moments)
 
     def _judge(self, step: int) -> None:

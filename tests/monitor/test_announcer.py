@@ -5,7 +5,7 @@ from loops import Loop, net
 from lightning_deadrelu import LivenessReport
 from lightning_deadrelu.monitor.announcer import Announcer
 from lightning_deadrelu.monitor.settings import Settings
-from lightning_deadrelu.repair.policy import Event
+from lightning_deadrelu.repair.event import Event
 
 
 def announcing(**known):

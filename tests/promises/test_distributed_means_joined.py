@@ -1,4 +1,6 @@
+import time
 import warnings
+from functools import wraps
 from unittest import mock
 
 import pytest
@@ -20,6 +22,7 @@ from toys import (
     bare,
     batches,
     fit,
+    mlp,
     reports_of,
     run_of,
     watchers,
@@ -30,10 +33,17 @@ from lightning_deadrelu import DeadReLUMonitor
 from lightning_deadrelu.monitor import monitor as monitoring
 from lightning_deadrelu.monitor import verdicts
 from lightning_deadrelu.monitor.merge import Merger
+from lightning_deadrelu.observe.watch import Watch
+from lightning_deadrelu.repair import editor, second_look, writer
+from lightning_deadrelu.repair.lift import Lifts
+from lightning_deadrelu.repair.policy import EscalationPolicy
+from lightning_deadrelu.statistics import UnitLiveness
+from lightning_deadrelu.statistics.confirmation import Confirmation
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*the Trainer has no logger", "ignore:.*get no gradient", "ignore:.*use of fork"
 )
+GO_ON_WITHIN = 10.0  # seconds on a busy machine; the process group waits for 30
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_object", "all_gather_into_tensor", "broadcast", "barrier")
 COLLECTIVES += ("broadcast_object_list", "gather", "gather_object", "reduce", "scatter", "reduce_scatter")
 
@@ -127,7 +137,7 @@ def count_collectives(rank):
 @pytest.mark.ranks
 def test_three_collectives_in_a_window_once_the_layout_is_settled():
     for counts in on_two_ranks(count_collectives):
-        settled, met_new = {"all_reduce": 3}, {"all_reduce": 3, "all_gather_object": 1}
+        settled, met_new = {"all_reduce": 3}, {"all_reduce": 4, "all_gather_object": 1}
         assert counts == [met_new, met_new] + [settled] * 4  # first met, branch c met, and then never again
 
 
@@ -135,12 +145,14 @@ def fail_on(victim, owner, name, after):
     """Let one function fail on one rank from its n-th call on."""
     calls, original = [], getattr(owner, name)
 
+    @wraps(original)
     def failing(*args, **kwargs):
         calls.append(1)
         if dist.is_initialized() and dist.get_rank() == victim and len(calls) > after:
             raise RuntimeError("a bug of ours")
         return original(*args, **kwargs)
 
+    failing.calls = calls
     return mock.patch.object(owner, name, failing)
 
 
@@ -279,3 +291,83 @@ def test_values_are_the_same_on_all_ranks():
     one, other = on_two_ranks(rows)
     assert one == other
     assert [step for step, _ in one] == [3, 7]
+
+
+class Lopsided(Net):
+    """Rank 1 has a reader and a rectifier of its own, so that ranks differ in layout and attribution."""
+
+    def __init__(self):
+        super().__init__(nn.ModuleList([mlp(3), nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 1))]))
+
+    def forward(self, x):
+        main, extra = self.net
+        hidden = main[:2](x)
+        return main[2:](hidden) + (extra(hidden) if dist.get_rank() else 0.0)
+
+
+class Clock(Callback):
+    """Keeps the longest time between the ends of two batches, and what training has come to."""
+
+    def __init__(self):
+        self.last, self.longest = None, 0.0
+
+    def on_train_batch_end(self, *args):
+        now = time.monotonic()
+        self.longest = max(self.longest, now - (self.last or now))
+        self.last = now
+
+
+PLACES = {
+    "layouts": (Watch, "adopt", "reset"),
+    "totals": (UnitLiveness, "totals", "reset"),
+    "deciding": (EscalationPolicy, "decide", "reset"),
+    "looking again": (Confirmation, "__call__", "reset"),
+    "rows of inputs": (Confirmation, "rows", "reset"),
+    "digest of attributions": (second_look, "plain", "reset"),
+    "joining attributions": (second_look, "joined_over_ranks", "reset"),
+    "laying out what is known": (second_look, "values_of", "reset"),
+    "fingerprints": (second_look, "fingerprint", "reset"),
+    "writing, halfway": (writer, "repair_", "reset"),
+    "behind writing": (Lifts, "add", "bias_warming"),
+    "exchanging an activation": (editor, "substitute_", "leaky"),
+}
+
+
+def fail_everywhere(rank, victim):
+    """Let each place fail on one rank, in a run of its own."""
+    outcomes = {}
+    for place, (owner, name, remedy) in PLACES.items():
+        torch.manual_seed(0)
+        clock, model = Clock(), Lopsided()
+        monitor = Verdicts(remedy=remedy, every_n_steps=1, window=3, min_samples=2, threshold=0.0)
+        with fail_on(victim, owner, name, 0) as failing, warnings.catch_warnings(record=True) as record:
+            warnings.simplefilter("always")
+            trainer = ddp_trainer(callbacks=[monitor, clock], max_epochs=1)
+            trainer.fit(model, batches(20, 8, seed=rank))
+        warned = [str(warning.message) for warning in record if "the monitor failed" in str(warning.message)]
+        outcomes[place] = {
+            "batches": len(model.losses),
+            "warnings": len(warned),
+            "verdicts": len(monitor.reports),
+            "edited": [event.action for event in monitor.events if event.action == "edited"],
+            "left": len(watchers()),
+            "longest": clock.longest,
+            "state": (model.state_dict(), trainer.optimizers[0].state_dict()["state"]),
+            "met": len(failing.calls),
+        }
+    return outcomes
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_wherever_one_rank_fails_all_go_on_without_the_monitor(victim):
+    outcomes = on_two_ranks(fail_everywhere, victim)
+    for place in PLACES:
+        one, other = outcomes[victim][place], outcomes[1 - victim][place]
+        assert one["met"] > 0, place
+        assert (one["batches"], other["batches"]) == (20, 20), place
+        assert (one["warnings"], other["warnings"]) == (1, 0), place
+        assert one["verdicts"] <= other["verdicts"] <= one["verdicts"] + 1 <= 4, place
+        assert one["edited"] == other["edited"] == [], place
+        assert one["left"] == other["left"] == 0, place
+        assert max(one["longest"], other["longest"]) < GO_ON_WITHIN, place
+        assert_same(one["state"], other["state"])

@@ -14,11 +14,12 @@ from torch.utils.checkpoint import checkpoint
 from toys import Loader, Net, Verdicts, assert_alike, assert_same, batches, fit, mlp, reports_of
 from two_ranks import ddp_trainer, on_two_ranks, shares
 
+from lightning_deadrelu.model.parameters import tensors_of
 from lightning_deadrelu.model.sharding import gathered, reshard_, split_layer
 from lightning_deadrelu.model.slices import Slice
 from lightning_deadrelu.observe.watch import Watch
 from lightning_deadrelu.remedies import BiasWarming, Reset, Write
-from lightning_deadrelu.repair.writer import check_writes, laws_of, tensors_of, write_
+from lightning_deadrelu.repair.writer import check_writes, init_distributions, write_
 from lightning_deadrelu.statistics import Rules, UnitHistory, judge
 
 pytestmark = [
@@ -227,7 +228,7 @@ def write_to_shards(rank):
         reshard_(net)
         before = state_of(net, stepping)
         assert check_writes(WRITES, net, [stepping]) == ""
-        assert laws_of(net) == laws_of(trained(name)[0])
+        assert init_distributions(net) == init_distributions(trained(name)[0])
         write_(WRITES, net, [stepping])
         with torch.no_grad():
             found[name] = before, state_of(net, stepping), net(torch.ones(2, 4)), parts

@@ -64,7 +64,7 @@ def test_proposals_are_pure_and_repeatable(make):
 def test_nothing_to_treat_is_nothing_to_change(make):
     values, laws, attribution = layer()
     view = view_of(attribution, mask(0, 0, 0, 0, 0, 0), values, laws)
-    assert make().propose(view, seeded()) == Edits()
+    assert not make().propose(view, seeded())
 
 
 def test_own_fields_tell_remedies_apart():

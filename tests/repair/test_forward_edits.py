@@ -18,10 +18,12 @@ from toys import Net as Trained
 from toys import batches, fit
 
 from lightning_deadrelu.attribution.result import Outlet
+from lightning_deadrelu.checkpoint import decode, encode
 from lightning_deadrelu.observe.watch import Watch
 from lightning_deadrelu.remedies.base import Warmth
 from lightning_deadrelu.repair.activation_swap import records, rectifiers, substitute_
-from lightning_deadrelu.repair.forward_edits import ForwardEdits, is_compiled, ramp_height, warmth_left
+from lightning_deadrelu.repair.forward_edits import ForwardEdits, ForwardEditsState, is_compiled
+from lightning_deadrelu.repair.ongoing import offset_left, slope_share
 from lightning_deadrelu.repair.substitute_modules import LeakyUnits
 from lightning_deadrelu.statistics import Rules
 
@@ -76,20 +78,20 @@ def test_gamma_is_added_and_annealed():
 
 
 def test_the_anneal_is_linear_and_ends_at_zero():
-    assert [warmth_left(step, 5) for step in range(7)] == pytest.approx([1, 0.8, 0.6, 0.4, 0.2, 0, 0])
-    assert warmth_left(0, 1) == 1
-    assert warmth_left(1, 1) == 0
+    assert [offset_left(step, 5) for step in range(7)] == pytest.approx([1, 0.8, 0.6, 0.4, 0.2, 0, 0])
+    assert offset_left(0, 1) == 1
+    assert offset_left(1, 1) == 0
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 10])
 def test_the_ramp_rises_to_its_value_and_falls_to_zero(size):
-    heights = [ramp_height(step, size) for step in range(size)]
+    heights = [slope_share(step, size) for step in range(size)]
     assert heights == heights[::-1]
     assert max(heights) == 1
     assert all(0 < height <= 1 for height in heights)
     rises = [b - a for a, b in itertools.pairwise(heights)]
     assert all(abs(abs(rise) - rises[0]) < 1e-12 or rise == 0 for rise in rises)
-    assert ramp_height(size, size) == ramp_height(size + 3, size) == 0
+    assert slope_share(size, size) == slope_share(size + 3, size) == 0
 
 
 @pytest.mark.parametrize(
@@ -316,9 +318,9 @@ def test_calls_may_be_repeated(make):
         terms.end()
         assert untouched(model)
     terms.begin()
-    assert terms.clear() == ["1"]
+    assert terms.drop(terms.sites) == ["1"]
     assert untouched(model)
-    assert terms.clear() == []
+    assert terms.drop(terms.sites) == []
     terms.begin(), terms.end()
     assert terms.advance() == []
 
@@ -333,7 +335,7 @@ def test_a_new_term_takes_the_place_of_the_old():
     terms.warm(model, "1", LAST, Warmth(GAMMA * 2, 3))
     terms.begin()
     torch.testing.assert_close(model(x), by_hand_with_hooks_off(terms, model, x, GAMMA * 2))
-    terms.clear()
+    terms.drop(terms.sites)
     assert untouched(model)
 
 
@@ -352,7 +354,7 @@ def test_two_sites_behind_one_layer():
         model[0].weight.zero_(), model[0].bias.zero_()
     terms.begin()
     assert torch.equal(model[0](torch.zeros(4)), GAMMA + torch.tensor([1.0, 0, 1, 0, 0, 0]))
-    assert terms.clear() == ["1", "other"]
+    assert terms.drop(terms.sites) == ["1", "other"]
     assert untouched(model)
 
 
@@ -364,7 +366,7 @@ def test_the_model_is_not_kept_alive(make):
     hooks = list(model[0]._forward_hooks.values())
     module = model[1]
     terms.end()
-    terms.clear()
+    terms.drop(terms.sites)
     gone = weakref.ref(model)
     del model
     gc.collect()
@@ -419,10 +421,10 @@ def test_resumed_is_uninterrupted(cut):
     first = mlp()
     terms = both(first)
     trained(first, terms, range(cut))
-    saved = through_a_file({"weights": first.state_dict(), "terms": terms.state_dict()})
+    saved = through_a_file({"weights": first.state_dict(), "terms": encode(terms.state)})
     second, other = mlp(), ForwardEdits()
     second.load_state_dict(saved["weights"])
-    other.load_state_dict(saved["terms"], second)
+    other.restore(decode(ForwardEditsState, saved["terms"]), second)
     assert other.sites == terms.sites
     assert torch.equal(trained(second, other, range(cut, 12)), expected)
     assert other.sites == []
@@ -431,25 +433,25 @@ def test_resumed_is_uninterrupted(cut):
 def test_what_was_saved_does_not_change_with_the_run():
     model = mlp()
     terms = both(model)
-    saved = terms.state_dict()
+    saved = encode(terms.state)
     trained(model, terms, range(3))
-    assert [what["step"] for what in saved["terms"]] == [0, 0]
+    assert [what["step"] for kind in saved.values() for what in kind] == [0, 0]
     other = ForwardEdits()
-    other.load_state_dict(saved, model)
+    other.restore(decode(ForwardEditsState, saved), model)
     other.advance()
-    assert [what["step"] for what in saved["terms"]] == [0, 0]
+    assert [what["step"] for kind in saved.values() for what in kind] == [0, 0]
 
 
 def test_a_state_replaces_what_is_in_flight():
     model = mlp()
     terms = both(model)
     terms.begin()
-    terms.load_state_dict({"terms": []}, model)
+    terms.restore(ForwardEditsState([], []), model)
     assert untouched(model)
     assert terms.sites == []
-    state = warmed(model).state_dict()
+    state = warmed(model).state
     with pytest.raises(ValueError, match="which this model does not have"):
-        terms.load_state_dict(state, nn.Sequential(nn.Identity(), nn.ReLU())[1:])
+        terms.restore(state, nn.Sequential(nn.Identity(), nn.ReLU())[1:])
 
 
 # -- in a Trainer ----------------------------------------------------------------------------------------
@@ -481,7 +483,7 @@ class Warms(Callback):
         self.clean.append(untouched(pl_module))
 
     def on_exception(self, trainer, pl_module, exception):
-        self.terms.clear()
+        self.terms.drop(self.terms.sites)
 
 
 def test_validation_never_sees_them():
@@ -532,7 +534,7 @@ def test_a_ramp_is_noticed_by_compiled_code():
     for step in range(12):
         terms.begin()
         out = compiled(x)
-        expected = by_hand(model[0], x, slope=GAMMA / 10 * ramp_height(step, 12))
+        expected = by_hand(model[0], x, slope=GAMMA / 10 * slope_share(step, 12))
         torch.testing.assert_close(out, expected)
         terms.end()
         assert torch.equal(compiled(x), plain)

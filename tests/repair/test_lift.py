@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_deadrelu.checkpoint import decode, encode
 from lightning_deadrelu.model.slices import Slice
 from lightning_deadrelu.remedies import Lift, Write
-from lightning_deadrelu.repair.lift import Lifts
+from lightning_deadrelu.repair.lift import Lifting, Lifts
 
 
 def row(unit, name="bias"):
@@ -72,8 +73,8 @@ def test_a_lift_resumed_in_the_middle_ends_in_the_same_bits(dtype, cut):
     lifted(whole, one, 37)
     lifted(halves, first, cut)
     file = io.BytesIO()
-    torch.save(first.state_dict(), file)
-    second.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+    torch.save(encode(first.state), file)
+    second.restore(decode(dict[str, Lifting], torch.load(io.BytesIO(file.getvalue()), weights_only=True)))
     lifted(halves, second, 37 - cut)
     assert torch.equal(whole, halves)
     assert second.sites == one.sites == []
@@ -85,7 +86,7 @@ def test_sites_end_by_themselves_and_are_named():
     lifts.add("long", lift(2.0, 3, unit=2))
     assert lifts.advance({"bias": bias}) == ["short"]
     assert lifts.sites == ["long"]
-    assert lifts.clear() == ["long"]
+    assert lifts.drop(lifts.sites) == ["long"]
     assert lifts.advance({"bias": bias}) == []
     assert torch.equal(bias, torch.tensor([1.0, 0.0, 2 / 3]))
 

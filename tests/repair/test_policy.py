@@ -8,8 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_deadrelu.checkpoint import decode, encode
 from lightning_deadrelu.remedies import Edits, Remedy
-from lightning_deadrelu.repair.policy import EscalationPolicy, Event, Loss, candidates, improbable
+from lightning_deadrelu.repair.event import Event, Loss
+from lightning_deadrelu.repair.policy import EscalationPolicy, PolicyState, candidates, improbable
 from lightning_deadrelu.statistics import LivenessReport, SiteReport
 
 
@@ -181,7 +183,7 @@ def test_the_next_remedy_takes_over_and_behind_the_last_the_site_is_given_up():
         (0, "edited"), (1, "failed"), (1, "edited"), (2, "failed"), (2, "escalated"), (2, "edited"),
         (3, "failed"), (3, "given up"),
     ]  # fmt: skip
-    assert it.edits == [2, 1]
+    assert it.state.edits == [2, 1]
 
 
 def test_a_refused_remedy_gives_way_to_the_next_once():
@@ -190,7 +192,7 @@ def test_a_refused_remedy_gives_way_to_the_next_once():
     told = it.refused(request, "feeds two layers", 0)
     assert [(event.action, event.remedy) for event in told] == [("refused", "First"), ("escalated", "First")]
     (request,), _ = it.decide(bad)
-    assert request.rung == 1
+    assert request.index == 1
     assert [event.action for event in it.refused(request, "no", 1)] == ["refused", "given up"]
     assert it.decide(bad) == ([], [])
 
@@ -227,7 +229,7 @@ def test_the_number_of_edits_in_a_run_is_capped_over_all_sites():
     it = ladder(First(max_edits=3, cooldown=1, attempts=None))
     edits = [told for told in run(it, [both] * 5) if told[1] == "edited"]
     assert len(edits) >= 3
-    assert not it.may(0, 9)
+    assert not it.may_act(0, 9)
 
 
 def test_the_number_of_edits_of_a_site_is_capped():
@@ -296,12 +298,12 @@ def test_progress_survives_saving_in_plain_values(tmp_path):
     whole, half = ladder(*rungs), ladder(*rungs)
     told = run(whole, verdicts)
     first = run(half, verdicts[:3])
-    torch.save(half.state_dict(), tmp_path / "state")
+    torch.save(encode(half.state), tmp_path / "state")
     resumed = ladder(*rungs)
-    resumed.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+    resumed.restore(decode(PolicyState, torch.load(tmp_path / "state", weights_only=True)))
     rest = [(step + 3, action) for step, action in run(resumed, verdicts[3:])]
     assert first + rest == told
-    assert resumed.edits == whole.edits
+    assert resumed.state.edits == whole.state.edits
 
 
 def test_an_event_reads_as_a_sentence():

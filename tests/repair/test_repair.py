@@ -24,7 +24,7 @@ from lightning_deadrelu.remedies import (
     ThermalKick,
     Write,
 )
-from lightning_deadrelu.repair.policy import Event
+from lightning_deadrelu.repair.event import Event
 from lightning_deadrelu.repair.repair import Repair
 from lightning_deadrelu.statistics.confirmation import Confirmation
 
@@ -401,7 +401,7 @@ def test_edited_units_are_logged():
 
 def test_events_are_bounded():
     repair = Repair([Reset()], 0.1, 299, lambda event: None)
-    repair._note(Event(step, "fc", "edited", "Reset", tuple(range(1000))) for step in range(2000))
+    repair._record(Event(step, "fc", "edited", "Reset", tuple(range(1000))) for step in range(2000))
     assert len(repair.events) == 100
     assert repair.events[-1].step == 1999
 
@@ -468,8 +468,8 @@ def test_a_checkpoint_saved_after_an_error_holds_the_terms_in_flight(tmp_path):
     with pytest.raises(RuntimeError):
         run_to_the_end(BiasWarming(steps=30, at_once=True), tensors(20, 8), Stop())
     (state,) = torch.load(tmp_path / "error.ckpt", weights_only=True)["callbacks"].values()
-    assert {term["site"] for term in state["run"]["repair"]["terms"]["terms"]} >= {"net.1"}
-    assert state["run"]["repair"]["lifts"].keys() >= {"net.1"}
+    assert {term["site"] for term in state["run"]["repair"]["editor"]["forward"]["offsets"]} >= {"net.1"}
+    assert state["run"]["repair"]["editor"]["lifts"].keys() >= {"net.1"}
 
 
 @pytest.mark.parametrize("later", [None, "reset", ["reset", "leaky"]], ids=str)

@@ -11,9 +11,10 @@ from torch import nn
 from views import view_of
 
 from lightning_deadrelu.attribution.result import Attribution
+from lightning_deadrelu.model.parameters import tensors_of
 from lightning_deadrelu.model.slices import Slice
 from lightning_deadrelu.remedies import InitDistribution, Reset, Write
-from lightning_deadrelu.repair.writer import check_writes, laws_of, tensors_of, why_not, write_
+from lightning_deadrelu.repair.writer import check_writes, init_distributions, why_not, write_
 
 
 def rows(name, role, units, dims=(0,), shape=()):
@@ -88,14 +89,14 @@ def test_tensors_have_all_their_names_without_wrappers():
     assert set(tensors) == set(tensors_of(net)) == set(net.state_dict())
 
 
-def test_laws_of_names():
+def test_init_distributions_names():
     net = Tied()
-    laws = laws_of(net, ["b.weight", "norm.weight"])
+    laws = init_distributions(net, ["b.weight", "norm.weight"])
     assert set(laws) == {"b.weight", "norm.weight"}
     assert laws["norm.weight"] == InitDistribution(1.0, 0.0, False)
     assert laws["b.weight"] == InitDistribution.of(net.a.weight)
-    assert set(laws_of(net)) == {"a.weight", "a.bias", "b.weight", "norm.weight", "norm.bias"}
-    assert laws_of(nn.LazyLinear(2)) == {}
+    assert set(init_distributions(net)) == {"a.weight", "a.bias", "b.weight", "norm.weight", "norm.bias"}
+    assert init_distributions(nn.LazyLinear(2)) == {}
 
 
 # -- writes ------------------------------------------------------------------------------------------------------------
@@ -272,7 +273,7 @@ def norm_behind_net():
 @pytest.mark.parametrize("make", [linear_net, norm_net, flat_net, norm_behind_net])
 def test_reset_changes_the_output_by_exactly_nothing(make, dtype, training):
     net, attribution, count, bias, shape = make()
-    laws = laws_of(net)
+    laws = init_distributions(net)
     dead = torch.tensor([unit % 2 == 1 for unit in range(count)])
     with torch.no_grad():
         bias[dead] = -1e3
@@ -298,7 +299,7 @@ def test_reset_changes_the_output_by_exactly_nothing(make, dtype, training):
 @pytest.mark.parametrize("make", [linear_net, norm_net, flat_net])
 def test_reset_units_learn_again(make):
     net, attribution, count, bias, shape = make()
-    laws, dead = laws_of(net), torch.arange(count) < 2
+    laws, dead = init_distributions(net), torch.arange(count) < 2
     with torch.no_grad():
         bias[dead] = -1e3
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
