@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -70,11 +70,13 @@ class Confirmation:
         self._columns: dict[int, Tensor] = {}
         self._places: dict[int, slice] = {}
         self._samples: dict[int, _Sample] = {}
-        self._rows: dict[int, int] = {}  # of a site's input, in all calls
+        self._rows: dict[int, int] = {}  # of a site's input, in all calls, padding included
+        # not waited for: nothing here may make the host wait for the device
+        self._levels = torch.tensor(LEVELS, dtype=torch.float64).to(device, non_blocking=True)
         start = 0
         for number, units in asked.items():
             columns = units.nonzero().flatten()
-            self._columns[number] = columns.to(device)
+            self._columns[number] = columns.to(device, non_blocking=True)
             self._places[number] = slice(start, start := start + len(columns))
         self.evidence = SilenceSample.nothing(start, device)
 
@@ -93,17 +95,18 @@ class Confirmation:
         if number not in self._columns:
             return
         front = _units_last(x.detach(), dims)
-        rows = _rows_of(front, len(dims), valid)
-        if not len(rows):
+        total = math.prod(front.shape[: -len(dims)])
+        if not total:
             return
-        self._rows[number] = self._rows.get(number, 0) + len(rows)
+        self._rows[number] = self._rows.get(number, 0) + total
         place, columns = self._places[number], self._columns[number].to(x.device)
         fired = _fires(front, rectifier.hinge, len(dims), valid)[columns]
         self.evidence.fired[place].logical_or_(fired.to(self.evidence.fired.device))
-        rows = rows[:: -(-len(rows) * len(columns) // _MOST_NUMBERS) or 1]
+        rows = torch.arange(0, total, -(-total * len(columns) // _MOST_NUMBERS) or 1, device=x.device)
         few = _cut(front, rows, columns, len(dims)).to(self.evidence.sums) - rectifier.hinge
-        self.evidence.sums[:, place].add_(torch.quantile(few, few.new_tensor(LEVELS), dim=0))
-        self.evidence.calls[place].add_(1)
+        data = _data(rows, valid).to(few.device)
+        self.evidence.sums[:, place].add_(_quantiles(few, data, self._levels))
+        self.evidence.calls[place].add_(data.any())
 
     def listen(self, number: int, x: Tensor, valid: Tensor | None = None) -> None:
         """Keep some rows of the input of the layer that feeds a site.
@@ -116,7 +119,7 @@ class Confirmation:
         """
         fits = valid is not None and x.shape[:-1] in (valid.shape, (valid.numel(),))
         front = _units_last(x.detach(), (-1,))
-        self._samples.setdefault(number, _Sample()).add(front, _rows_of(front, 1, valid if fits else None))
+        self._samples.setdefault(number, _Sample()).add(front, valid if fits else None)
 
     def rows(self, number: int) -> Tensor | None:
         """Return what was kept, at most :data:`MOST_ROWS` rows, shape ``(rows, features)``.
@@ -127,7 +130,8 @@ class Confirmation:
         sample = self._samples.get(number)
         if sample is None or sample.rows is None or self._rows.get(number, sample.seen) != sample.seen:
             return None
-        return sample.rows.double() if len(sample.rows) else None
+        rows = sample.rows[sample.data].double()
+        return rows if len(rows) else None
 
     def of(self, number: int, evidence: SilenceSample) -> SilenceSample:
         """Cut one site out of evidence that was merged over ranks."""
@@ -139,16 +143,21 @@ class _Sample:
 
     def __init__(self) -> None:
         self.rows: Tensor | None = None
+        self.data = torch.empty(0, dtype=torch.bool)
         self.seen, self._stride = 0, 1
 
-    def add(self, x: Tensor, rows: Tensor) -> None:
+    def add(self, x: Tensor, valid: Tensor | None) -> None:
+        total = math.prod(x.shape[:-1])
         kept = x.new_empty(0, x.shape[-1]) if self.rows is None else self.rows
-        while -(-(self.seen + len(rows)) // self._stride) > MOST_ROWS:
-            kept, self._stride = kept[::2], self._stride * 2
-        chosen = rows[-self.seen % self._stride :: self._stride]
+        data = self.data.to(x.device)
+        while -(-(self.seen + total) // self._stride) > MOST_ROWS:
+            kept, data, self._stride = kept[::2], data[::2], self._stride * 2
+        places = range(-self.seen % self._stride, total, self._stride)
+        chosen = torch.arange(len(places), device=x.device) * self._stride + places.start
         # copied: a view would keep the whole activation alive, and change with it
-        self.rows = torch.cat([kept, x[torch.unravel_index(chosen, x.shape[:-1])]])
-        self.seen += len(rows)
+        self.rows = torch.cat([kept, x[_coordinates(chosen, x.shape[:-1])]])
+        self.data = torch.cat([data, _data(chosen, valid)])
+        self.seen += total
 
 
 def _units_last(x: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -157,11 +166,33 @@ def _units_last(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     return x.permute(*[dim for dim in range(-x.ndim, 0) if dim not in dims], *dims)
 
 
-def _rows_of(front: Tensor, count: int, valid: Tensor | None) -> Tensor:
-    """Number the rows that hold data; the last ``count`` dimensions are the units'."""
-    if valid is not None:
-        return valid.flatten().to(front.device).nonzero().flatten()
-    return torch.arange(math.prod(front.shape[:-count]), device=front.device)
+def _data(rows: Tensor, valid: Tensor | None) -> Tensor:
+    """Tell which of some rows hold data, boolean, shape ``(rows,)``."""
+    if valid is None:
+        return torch.ones_like(rows, dtype=torch.bool)
+    return valid.flatten().to(rows.device)[rows]
+
+
+def _quantiles(values: Tensor, data: Tensor, levels: Tensor) -> Tensor:
+    """Interpolate each column's quantiles over the rows that hold data, shape ``(levels, columns)``; 0 without any.
+
+    As ``torch.quantile``, which makes the host wait, and cannot leave rows out.
+    """
+    ordered = values.where(data[:, None], torch.inf).sort(0).values  # what holds no data comes last
+    places = levels * (data.sum() - 1).clamp(min=0)
+    low, high = places.floor().long(), places.ceil().long()
+    quantiles = torch.lerp(ordered[low], ordered[high], (places - low)[:, None])
+    unknown = (values.isnan() & data[:, None]).any(0)
+    return quantiles.masked_fill(unknown, torch.nan).where(data.any(), 0.0)
+
+
+def _coordinates(rows: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:
+    """Unravel the numbers of rows, as ``torch.unravel_index`` does, without a copy from the host."""
+    places = []
+    for size in reversed(shape):
+        places.append(rows % size)
+        rows = rows // size
+    return tuple(reversed(places))
 
 
 def _fires(front: Tensor, hinge: float, count: int, valid: Tensor | None) -> Tensor:
@@ -174,6 +205,6 @@ def _fires(front: Tensor, hinge: float, count: int, valid: Tensor | None) -> Ten
 
 def _cut(front: Tensor, rows: Tensor, columns: Tensor, count: int) -> Tensor:
     """Copy some units' inputs out of some rows, and nothing else, shape ``(rows, columns)``."""
-    across = torch.unravel_index(rows[:, None], front.shape[:-count])
-    along = torch.unravel_index(columns[None], front.shape[-count:])
+    across = _coordinates(rows[:, None], front.shape[:-count])
+    along = _coordinates(columns[None], front.shape[-count:])
     return front[(*across, *along)]

@@ -309,3 +309,13 @@ def test_progress_survives_saving_in_plain_values(tmp_path):
 def test_an_event_reads_as_a_sentence():
     event = Event(7, "fc", "edited", "Reset", (1, 2), "30.0% dead, above the threshold 10.0%")
     assert str(event) == "step 7: Reset edited `fc` (2 units): 30.0% dead, above the threshold 10.0%"
+
+
+def test_nothing_is_asked_while_the_loss_is_no_number_and_an_event_says_so():
+    it, bad = ladder(First(cooldown=1, attempts=None)), report(site(dead=range(5)))
+    requests, (event,) = it.decide(bad, Loss(math.nan, math.nan))
+    assert (requests, event.action, event.site) == ([], "stopped", "")
+    assert it.decide(bad, Loss(math.inf, 0.0)) == ([], [])  # said once
+    requests, events = it.decide(bad, Loss(1.0, 0.1))
+    assert len(requests) == 1
+    assert events == []

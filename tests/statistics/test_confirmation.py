@@ -184,3 +184,21 @@ def test_rows_of_a_layer_that_is_averaged_before_the_site_are_of_no_use():
     confirmation.listen(0, torch.ones(6, 3))
     confirmation(0, RELU, torch.ones(2, 1), (-1,))
     assert confirmation.rows(0) is None
+
+
+class Unwaited(TorchDispatchMode):
+    """Refuses what makes the host wait for the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_looking_never_waits_for_the_device(padded):
+    confirmation = Confirmation({0: torch.tensor([True, False])}, CPU)
+    valid = torch.tensor([[True, True, False], [True, False, False]]) if padded else None
+    with Unwaited():
+        confirmation(0, RELU, torch.randn(2, 3, 2), (-1,), valid)
+        confirmation.listen(0, torch.randn(2, 3, 4), valid)
+    assert len(confirmation.rows(0)) == (3 if padded else 6)
