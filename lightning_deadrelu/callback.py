@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -14,27 +14,19 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_deadrelu.attribution import Attributions
 from lightning_deadrelu.checkpoint import encode
-from lightning_deadrelu.explain.finding import Finding
-from lightning_deadrelu.explain.postmortem import DeathEvent
 from lightning_deadrelu.guarded import RankFailure, guarded, why_it_ends
 from lightning_deadrelu.monitor.monitor import Monitor
+from lightning_deadrelu.monitor.results import Results
 from lightning_deadrelu.monitor.settings import Settings
 from lightning_deadrelu.monitor.state import MonitorState, exchange_as_in
 from lightning_deadrelu.observe.ranks import Ranks
 from lightning_deadrelu.remedies import Remedy
-from lightning_deadrelu.repair.event import Event
-from lightning_deadrelu.report.run_report import RunReport
 from lightning_deadrelu.statistics import LivenessReport
 from lightning_deadrelu.trainer_host import TrainerHost, logging_step, trains
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-
-class DeadReLUMonitor(Callback):
+class DeadReLUMonitor(Results, Callback):
     """Watch every rectifier of a model during ``fit``, and say which of its units are dead.
 
     On one training batch in ``every_n_steps`` it counts, on the device, which units fire. After
@@ -123,7 +115,7 @@ class DeadReLUMonitor(Callback):
         self.report_dir = report_dir
         self.name = name
         self._settings = self._checked_settings()
-        self._clear()
+        self._clear(self.name)
         self._pending: dict[str, Any] | None = None  # what a checkpoint held, until training starts
 
     def _checked_settings(self) -> Settings:
@@ -132,67 +124,10 @@ class DeadReLUMonitor(Callback):
         except ValueError as error:
             raise MisconfigurationException(str(error)) from None
 
-    def _clear(self) -> None:
-        self._monitor: Monitor | None = None  # from the start of a fit on
-        self._past = RunReport(LivenessReport(()), name=self.name)  # of a fit, in a copy
-        self.report: LivenessReport | None = None
-        """The latest verdict; None before the first."""
-
     def __repr__(self) -> str:
         given = {field.name: (getattr(self, field.name), field.default) for field in fields(Settings)}
         changed = ", ".join(f"{name}={value!r}" for name, (value, default) in given.items() if value != default)
         return f"{type(self).__name__}({changed})"
-
-    # -- what was found ----------------------------------------------------------------------------------
-
-    @property
-    def run_report(self) -> RunReport:
-        """All that is known of the run so far, in one object."""
-        return self._monitor.run_report if self._monitor else self._past
-
-    @property
-    def events(self) -> tuple[Event, ...]:
-        """What was done to which units, when and why; the last 1,000."""
-        return self.run_report.events
-
-    @property
-    def deaths(self) -> tuple[DeathEvent, ...]:
-        """When units died, where and why; 100 waves at most, the largest of all and the latest."""
-        return self.run_report.deaths
-
-    @property
-    def findings(self) -> tuple[Finding, ...]:
-        """What the check-up found, the surest first; empty without one, and before the first observed batch."""
-        return self.run_report.findings
-
-    @property
-    def attribution(self) -> Attributions | None:
-        """Which parameters feed and read each site, where there is a remedy or gradient evidence; prints as a table.
-
-        None before the first observed batch. For a look alone, take ``remedy=Reset(dry_run=True)``.
-        """
-        return self._monitor.attribution if self._monitor else None
-
-    @property
-    def failure(self) -> Exception | None:
-        """Why the model is watched no longer; None while all is well."""
-        return self._monitor.guard.failure if self._monitor else None
-
-    def summary(self) -> str:
-        """Tell what became of each site over the run, in the order of execution, under a sentence that says it all."""
-        from lightning_deadrelu.report import summary
-
-        return summary(self.run_report)
-
-    def plot(self) -> tuple[Figure, tuple[Axes, ...]]:
-        """Draw the run: dead units over time, and what became of the units of the worst sites; needs matplotlib.
-
-        Returns:
-            The figure and its axes, the curves first.
-        """
-        from lightning_deadrelu.report import plot_run
-
-        return plot_run(self.run_report)
 
     # -- what a user may override ------------------------------------------------------------------------
 
@@ -217,7 +152,7 @@ class DeadReLUMonitor(Callback):
         self._pending = None  # checkpoints are loaded after this and before or after on_fit_start
         if stage == "fit":
             self._stop()
-            self._clear()
+            self._clear(self.name)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -232,25 +167,15 @@ class DeadReLUMonitor(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # only here has every strategy restored its checkpoint
-        self._monitor = self._new_monitor(TrainerHost(trainer, self._settings))
+        host = TrainerHost(trainer, self._settings)
+        self._monitor = _monitor_on_all_ranks(host, self._settings)
         if self._monitor:
             self._monitor.start(self._pending)
             self._pending = None
-
-    def _new_monitor(self, host: TrainerHost) -> Monitor | None:
-        """Make a monitor, on all ranks or on none; without one keep what a checkpoint needs all the same."""
-        monitor = None
-        with guarded(lambda error: warnings.warn(f"{self.name}: {why_it_ends(error)}", stacklevel=4)):
-            monitor = Monitor(self._settings, host)
-        try:
-            Ranks(host.device, lambda: host.is_joint, lambda: monitor is None).settle()
-        except RankFailure:
-            monitor = None
-        if monitor is None:
-            exchange_as_in(self._pending or {}, host.model)
-            self._pending = self._pending or encode(MonitorState.of(host.model))
+        else:  # a checkpoint needs to know of activations all the same
+            exchange_as_in(self._pending or {}, pl_module)
+            self._pending = self._pending or encode(MonitorState.of(pl_module))
             host.show_score(0.0)
-        return monitor
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -315,10 +240,6 @@ class DeadReLUMonitor(Callback):
             self._monitor.abort()
 
     @override
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop()
-
-    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._stop()
 
@@ -328,21 +249,12 @@ class DeadReLUMonitor(Callback):
 
     @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._restore_activations(trainer, pl_module)
-
-    @override
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._restore_activations(trainer, pl_module)
-
-    @override
-    def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._restore_activations(trainer, pl_module)
-
-    def _restore_activations(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the activations in place that go with the weights which a checkpoint brought outside of a fit."""
         if self._pending and trainer.state.fn != "fit":  # a sanity check comes before resuming
             exchange_as_in(self._pending, pl_module)
             self._pending = None
+
+    on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
 
     # -- to be continued ---------------------------------------------------------------------------------
 
@@ -361,6 +273,18 @@ class DeadReLUMonitor(Callback):
         # Lightning binds `log` to the model; a copy of the callback must not copy that, nor watch
         state = {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
         return state | {"_monitor": None, "_past": replace(self.run_report, attribution={})}
+
+
+def _monitor_on_all_ranks(host: TrainerHost, settings: Settings) -> Monitor | None:
+    """Make a monitor; None on all ranks if it fails on one."""
+    monitor = None
+    with guarded(lambda error: warnings.warn(f"{settings.name}: {why_it_ends(error)}", stacklevel=4)):
+        monitor = Monitor(settings, host)
+    try:
+        Ranks(host.device, lambda: host.is_joint, lambda: monitor is None).settle()
+    except RankFailure:
+        return None
+    return monitor
 
 
 def _check_alone(trainer: Trainer) -> None:

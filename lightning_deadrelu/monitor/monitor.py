@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_deadrelu.attribution import Attributions
-from lightning_deadrelu.checkpoint import FORMAT, decode, encode
+from lightning_deadrelu.checkpoint import encode
 from lightning_deadrelu.explain.checkup import CheckRun
 from lightning_deadrelu.guarded import Guard, unless_failed
 from lightning_deadrelu.model.sharding import split_layer
@@ -18,8 +18,9 @@ from lightning_deadrelu.model.trainable import Gradients
 from lightning_deadrelu.monitor.announcer import Announcer
 from lightning_deadrelu.monitor.host import Host, Misuse
 from lightning_deadrelu.monitor.merge import Counted, Merger
+from lightning_deadrelu.monitor.resume import restore, run_state
 from lightning_deadrelu.monitor.settings import Settings
-from lightning_deadrelu.monitor.state import MonitorState, Progress, RunState, Window, exchange_as_in
+from lightning_deadrelu.monitor.state import MonitorState, Progress, Window
 from lightning_deadrelu.monitor.verdicts import Verdict, Verdicts
 from lightning_deadrelu.observe.gradient_evidence import GradientEvidence
 from lightning_deadrelu.observe.ranks import Ranks
@@ -44,23 +45,23 @@ class Monitor:
     """
 
     def __init__(self, settings: Settings, host: Host) -> None:
-        self.settings, self._host = settings, host
+        self.settings, self.host = settings, host
         self.guard = Guard(self.pause, self._say_failure, but=(Misuse,))
         """Keeps the first failure, after which nothing is watched."""
-        self._announcer = Announcer(settings, host)
-        self.repair = _repair_of(settings, self._announcer)
+        self.announcer = Announcer(settings, host)
+        self.repair = _repair_of(settings, self.announcer)
         """Carries remedies out."""
         self.watch = _watch_of(settings, host)
         """Counts what the rectifiers do."""
         self._ranks = Ranks(host.device, lambda: self.running and host.is_joint, lambda: bool(self.guard.failure))
         self.evidence = GradientEvidence(host.warn) if settings.gradient_evidence else None
         """Asks gradients who lives; None unless that is wanted."""
-        self._gradients = Gradients()
-        self.verdicts = Verdicts(settings, host, self.watch, self.evidence, self._gradients)
+        self.gradients = Gradients()
+        self.verdicts = Verdicts(settings, host, self.watch, self.evidence, self.gradients)
         """Judges, explains, and keeps the history."""
         recorder = self.verdicts.recorder
         self._merger = Merger(host, self.watch, self.repair, recorder, self.evidence, self._ranks, self.guard)
-        self._checkup = CheckRun() if settings.checkup else None  # until the first observed batch is done
+        self.checkup = CheckRun() if settings.checkup else None  # until the first observed batch is done
         self.progress = Progress()
         """How far the run has come."""
         self.report: LivenessReport | None = None
@@ -82,19 +83,20 @@ class Monitor:
         self.running = True
         self._start()
         if saved is not None:
-            self._restore(saved)
+            with self.guard():
+                restore(self, saved)
         if self.settings.rungs:
-            self.repair.refusal = self._host.unrepairable or _why_split(self._host)
+            self.repair.refusal = self.host.unrepairable or _why_split(self.host)
         if self.repair.refusal:
-            self._host.warn(
+            self.host.warn(
                 f"{self.repair.refusal}; watching goes on. Set `remedy=None`, or train with `strategy='ddp'`."
             )
-        self._host.show_score(self.progress.score)  # who waits for the key must not crash
+        self.host.show_score(self.progress.score)  # who waits for the key must not crash
 
     @unless_failed
     def _start(self) -> None:
-        host = self._host
-        self.repair.attach(Subject(self.watch, host.model, host.optimizers, host.called, self._gradients, self._ranks))
+        host = self.host
+        self.repair.attach(Subject(self.watch, host.model, host.optimizers, host.called, self.gradients, self._ranks))
 
     def pause(self) -> None:
         """Take out of the model what observes it or is there for one batch; harmless when there is nothing."""
@@ -126,13 +128,13 @@ class Monitor:
     def conclude(self) -> None:
         """End, and say what became of all units."""
         self.stop()
-        if self._host.is_first_rank and self.report is not None and self.report.sites:
+        if self.host.is_first_rank and self.report is not None and self.report.sites:
             with self.guard():
-                self._host.conclude(self.run_report)
+                self.host.conclude(self.run_report)
                 self._write_report()
 
     def _write_report(self) -> None:
-        if self._host.is_first_rank and self.settings.report_dir and self.report:
+        if self.host.is_first_rank and self.settings.report_dir and self.report:
             from lightning_deadrelu.report.html_page import write
 
             write(self.run_report, self.settings.report_dir)
@@ -153,7 +155,7 @@ class Monitor:
             deaths=self.verdicts.recorder.deaths,
             findings=self.progress.findings,
             name=self.settings.name,
-            about={"model": type(self._host.model).__name__, "settings": self.settings.changed},
+            about={"model": type(self.host.model).__name__, "settings": self.settings.changed},
         )
 
     # -- a training batch --------------------------------------------------------------------------------
@@ -175,12 +177,12 @@ class Monitor:
     def _begin_batch(self, batch: Any, first: bool) -> None:
         self.repair.begin(self.progress.observing)
         if self.evidence:
-            self.evidence.begin(self.watch, self._host.model, self.progress.observing, first)
+            self.evidence.begin(self.watch, self.host.model, self.progress.observing, first)
         if self.progress.observing:
             self.watch.valid = self._valid(batch)
             self.watch.liveness.observation = self.progress.window.observations
-            if self._checkup:
-                self._checkup.begin(self.watch)
+            if self.checkup:
+                self.checkup.begin(self.watch)
             self.watch.probe.arm()
 
     def _valid(self, batch: Any) -> Tensor | None:
@@ -190,12 +192,12 @@ class Monitor:
         except Exception as error:
             if self.progress.batches:
                 raise
-            raise self._host.refusal(f"`DeadReLUMonitor(mask=...)`: {error!r}") from error
+            raise self.host.refusal(f"`DeadReLUMonitor(mask=...)`: {error!r}") from error
 
     @unless_failed
     def before_backward(self) -> None:
         """Note that the forward is done; to be called before each backward."""
-        if self._host.steps_once:  # later closures see the batch at other weights
+        if self.host.steps_once:  # later closures see the batch at other weights
             self.watch.probe.pause()
         if self.evidence:
             self.evidence.note_start()
@@ -204,13 +206,13 @@ class Monitor:
     def before_step(self, optimizer: Optimizer) -> None:
         """Look at the gradients; to be called before each step of an optimizer."""
         observing = self.progress.observing
-        self._gradients.note(optimizer)
-        if observing and self._checkup:
-            self._checkup.before_step(self._host.model, optimizer)
-        self.verdicts.recorder.before_step(optimizer, self._host.model, self.watch.sites)
+        self.gradients.note(optimizer)
+        if observing and self.checkup:
+            self.checkup.before_step(self.host.model, optimizer)
+        self.verdicts.recorder.before_step(optimizer, self.host.model, self.watch.sites)
         if self.evidence:
             begun = self.progress.window.observations + observing
-            self.evidence.step(optimizer, begun, self._host.steps_once)
+            self.evidence.step(optimizer, begun, self.host.steps_once)
 
     def end_batch(self, loss: Any, batch: Any, step: int, *, last: bool = True) -> LivenessReport | None:
         """End a batch, and with the last observation of a window the window.
@@ -264,13 +266,13 @@ class Monitor:
 
     @unless_failed
     def _conclude_checkup(self) -> None:
-        checkup, host, self._checkup = self._checkup, self._host, None
+        checkup, host, self.checkup = self.checkup, self.host, None
         if checkup:
             self.progress.findings = checkup.conclude(
                 self.watch, host.model, host.optimizers, clipped=host.clips, scheduled=host.schedules
             )
             self.progress.checked = True
-            self._announcer.tell_findings(self.progress.findings, checkup.error)
+            self.announcer.tell_findings(self.progress.findings, checkup.error)
 
     # -- a verdict ---------------------------------------------------------------------------------------
 
@@ -306,7 +308,7 @@ class Monitor:
         report = None if counted is None else self._close(counted)
         if self.settings.rungs:
             self._settle()
-        self._open_window()
+        self.open_window()
         return report
 
     def _settle(self) -> None:
@@ -321,13 +323,14 @@ class Monitor:
     def _close(self, counted: Counted) -> LivenessReport:
         verdict = self.verdicts.judge(counted, self.progress.window, self.progress.step)
         deaths = self.verdicts.close(verdict, counted, self.repair.edited)
-        self._announcer.tell_deaths(deaths)
+        self.announcer.tell_deaths(deaths)
         self.repair.decide(verdict.whole, counted.losses)
         self._publish(verdict.news, closed=True)
         self.repair.edited = {}
         return verdict.news
 
-    def _open_window(self) -> None:
+    def open_window(self) -> None:
+        """Start a window."""
         self.progress.window = Window()
         self.watch.liveness.reset()
 
@@ -340,12 +343,12 @@ class Monitor:
 
     def _publish(self, report: LivenessReport, *, closed: bool) -> None:
         self.report, self.progress.score = report, report.dead_fraction
-        self._host.show_score(self.progress.score)
-        self._host.publish(
+        self.host.show_score(self.progress.score)
+        self.host.publish(
             self.run_report,
             edited=_total(self.repair.edited) - self.progress.window.told_edits,
             at_risk=self.verdicts.history.at_risk_fraction,
-            crossed=self._announcer.tell_crossed(report),
+            crossed=self.announcer.tell_crossed(report),
             closed=closed,
         )
 
@@ -353,61 +356,11 @@ class Monitor:
 
     def state(self) -> dict[str, Any]:
         """Return plain values and tensors; while they train, all ranks have to ask for them together."""
-        saved = encode(MonitorState.of(self._host.model))  # also after a failure: without them weights mean nothing
+        saved = encode(MonitorState.of(self.host.model))  # also after a failure: without them weights mean nothing
         with self.guard():
             counted = self._merger.merged()
-            saved["run"] = None if counted is None else encode(self._run_state(counted))
+            saved["run"] = None if counted is None else encode(run_state(self, counted))
         return dict(saved)
-
-    def _run_state(self, counted: Counted) -> RunState:
-        return RunState(
-            progress=self.progress,
-            selection=self.settings.selection,
-            sites=list(self.watch.sites),
-            totals=counted.totals,
-            units=self.verdicts.units,
-            never_trained=self._gradients.save(self._host.model),
-            evidence=self.evidence.state_dict(self.watch) if self.evidence else None,
-            repair=self.repair.state,
-            history=self.verdicts.history.state,
-            recorder=self.verdicts.recorder.state,
-            said=self._announcer.said,
-        )
-
-    @unless_failed
-    def _restore(self, saved: Mapping[str, Any]) -> None:
-        exchange_as_in(saved, self._host.model)
-        self.watch.substitutes = rectifiers(self._host.model)
-        if saved.get("format") != FORMAT:
-            self._host.warn("the checkpoint is of another version of the monitor; all ages start at zero.")
-        elif (run := decode(MonitorState, saved).run) is None:
-            self._host.warn("the monitor had failed when the checkpoint was saved; all ages start at zero.")
-        else:
-            self._restore_run(run)
-            self._restore_units(run)
-
-    def _restore_run(self, run: RunState) -> None:
-        self.progress, self._announcer.said = run.progress, run.said
-        self._checkup = None if run.progress.checked else self._checkup
-        self._gradients.load(run.never_trained, self._host.model, self._host.optimizers)
-        self.repair.restore(run.repair)
-        self.verdicts.history.restore(run.history)
-
-    def _restore_units(self, run: RunState) -> None:
-        if run.selection != self.settings.selection:  # the sites are others, and so are their numbers
-            self._open_window()
-            self.repair.forget()
-            self._host.warn("other sites are selected than in the checkpoint, so all ages start at zero.")
-            return
-        self.watch.adopt(run.sites)
-        if self.evidence and run.evidence:
-            self.evidence.load_state_dict(run.evidence, self.watch.sites)
-        self.verdicts.units = run.units
-        self.verdicts.recorder.restore(run.recorder)
-        if run.totals.samples.shape[-1] != self.settings.window:  # the open window has another length: start anew
-            self._open_window()
-        elif self._host.is_first_rank:  # it holds the counts of all ranks
-            self.watch.liveness.load(run.totals)
 
 
 def _repair_of(settings: Settings, announcer: Announcer) -> Repair:

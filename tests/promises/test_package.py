@@ -46,10 +46,9 @@ UPWARD = {
 }
 THROUGH_INIT = {("statistics/forecast", "statistics/__init__")}
 WITH_PRIVATE_TORCH: set[str] = set()
-TOO_LONG = {"monitor/monitor", "repair/activation_swap", "repair/repair"}
+TOO_LONG = {"repair/activation_swap", "repair/repair"}
 CLASSES_TOO_LONG = {
     ("attribution/tracer", "Tracer"),
-    ("callback", "DeadReLUMonitor"),
     ("monitor/monitor", "Monitor"),
     ("observe/probe", "Probe"),
     ("repair/repair", "Repair"),

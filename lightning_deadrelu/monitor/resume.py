@@ -1,0 +1,79 @@
+"""What a monitor saves of a run, and how it goes on from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lightning_deadrelu.checkpoint import FORMAT, decode
+from lightning_deadrelu.monitor.merge import Counted
+from lightning_deadrelu.monitor.state import MonitorState, RunState, exchange_as_in
+from lightning_deadrelu.repair.activation_swap import rectifiers
+
+if TYPE_CHECKING:
+    from lightning_deadrelu.monitor.monitor import Monitor
+
+
+def run_state(monitor: Monitor, counted: Counted) -> RunState:
+    """Gather what a resumed run goes on from.
+
+    Args:
+        monitor: The monitor.
+        counted: The open window, over all ranks.
+    """
+    return RunState(
+        progress=monitor.progress,
+        selection=monitor.settings.selection,
+        sites=list(monitor.watch.sites),
+        totals=counted.totals,
+        units=monitor.verdicts.units,
+        never_trained=monitor.gradients.save(monitor.host.model),
+        evidence=monitor.evidence.state_dict(monitor.watch) if monitor.evidence else None,
+        repair=monitor.repair.state,
+        history=monitor.verdicts.history.state,
+        recorder=monitor.verdicts.recorder.state,
+        said=monitor.announcer.said,
+    )
+
+
+def restore(monitor: Monitor, saved: Mapping[str, Any]) -> None:
+    """Go on from a checkpoint, as far as it tells.
+
+    Args:
+        monitor: One that has not begun.
+        saved: What a monitor of any version saved.
+    """
+    exchange_as_in(saved, monitor.host.model)
+    monitor.watch.substitutes = rectifiers(monitor.host.model)
+    if saved.get("format") != FORMAT:
+        monitor.host.warn("the checkpoint is of another version of the monitor; all ages start at zero.")
+    elif (run := decode(MonitorState, saved).run) is None:
+        monitor.host.warn("the monitor had failed when the checkpoint was saved; all ages start at zero.")
+    else:
+        _restore_run(monitor, run)
+        _restore_units(monitor, run)
+
+
+def _restore_run(monitor: Monitor, run: RunState) -> None:
+    monitor.progress, monitor.announcer.said = run.progress, run.said
+    monitor.checkup = None if run.progress.checked else monitor.checkup
+    monitor.gradients.load(run.never_trained, monitor.host.model, monitor.host.optimizers)
+    monitor.repair.restore(run.repair)
+    monitor.verdicts.history.restore(run.history)
+
+
+def _restore_units(monitor: Monitor, run: RunState) -> None:
+    if run.selection != monitor.settings.selection:  # the sites are others, and so are their numbers
+        monitor.open_window()
+        monitor.repair.forget()
+        monitor.host.warn("other sites are selected than in the checkpoint, so all ages start at zero.")
+        return
+    monitor.watch.adopt(run.sites)
+    if monitor.evidence and run.evidence:
+        monitor.evidence.load_state_dict(run.evidence, monitor.watch.sites)
+    monitor.verdicts.units = run.units
+    monitor.verdicts.recorder.restore(run.recorder)
+    if run.totals.samples.shape[-1] != monitor.settings.window:  # the open window has another length: start anew
+        monitor.open_window()
+    elif monitor.host.is_first_rank:  # it holds the counts of all ranks
+        monitor.watch.liveness.load(run.totals)
