@@ -187,6 +187,6 @@ def test_every_state_of_a_run_makes_the_round_trip():
         assert plain(again) == plain(state)
         train(monitor, loop, [batch])
     run = run_of(monitor.state())
-    assert run.repair["events"]
+    assert run.repair.events
     assert run.evidence is not None
     assert run.progress.checked
