@@ -28,7 +28,7 @@ def run_state(monitor: Monitor, counted: Counted) -> RunState:
         totals=counted.totals,
         units=monitor.verdicts.units,
         never_trained=monitor.gradients.save(monitor.host.model),
-        evidence=monitor.evidence.state_dict(monitor.watch) if monitor.evidence else None,
+        evidence=monitor.evidence.state(monitor.watch) if monitor.evidence else None,
         repair=monitor.repair.state,
         history=monitor.verdicts.history.state,
         recorder=monitor.verdicts.recorder.state,
@@ -70,7 +70,7 @@ def _restore_units(monitor: Monitor, run: RunState) -> None:
         return
     monitor.watch.adopt(run.sites)
     if monitor.evidence and run.evidence:
-        monitor.evidence.load_state_dict(run.evidence, monitor.watch.sites)
+        monitor.evidence.restore(run.evidence, monitor.watch.sites)
     monitor.verdicts.units = run.units
     monitor.verdicts.recorder.restore(run.recorder)
     if run.totals.samples.shape[-1] != monitor.settings.window:  # the open window has another length: start anew

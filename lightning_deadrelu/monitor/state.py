@@ -13,6 +13,7 @@ from lightning_deadrelu.explain.finding import Finding
 from lightning_deadrelu.explain.postmortem.recorder import RecorderState
 from lightning_deadrelu.model.sites import Site
 from lightning_deadrelu.monitor.announcer import Said
+from lightning_deadrelu.observe.gradient_evidence import GradientEvidenceState
 from lightning_deadrelu.repair.activation_swap import records, reinstate_, restore
 from lightning_deadrelu.repair.repair import RepairState
 from lightning_deadrelu.report.history import RunHistoryState
@@ -95,7 +96,7 @@ class RunState:
     totals: Totals
     units: UnitHistory
     never_trained: list[str] | None
-    evidence: Any
+    evidence: GradientEvidenceState | None
     repair: RepairState
     history: RunHistoryState
     recorder: RecorderState

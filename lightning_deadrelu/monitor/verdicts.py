@@ -68,7 +68,9 @@ class Verdicts:
             step: The last training batch, as loggers count.
         """
         self.match_patterns()
-        totals = self._evidence.believed(counted.totals, self._watch.layout) if self._evidence else counted.totals
+        totals = (
+            self._evidence.without_refuted(counted.totals, self._watch.layout) if self._evidence else counted.totals
+        )
         whole, after = self._judge_since(self.units, totals, window, step)
         told = window.told
         news = whole if told is None else self._judge_since(told, totals, window, step)[0]

@@ -8,8 +8,8 @@ every training batch and on all ranks at once; one that is zero convicts nobody,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ KINDS = frozenset({"relu", "relu6", "hardtanh", "threshold"})
 """The rectifiers without any gradient at the hinge and below; ``clamp`` and ``maximum`` share it out at a tie."""
 
 
-class Source(NamedTuple):
+class GradientRows(NamedTuple):
     """A parameter, and which of its entries make one row: a bias's entries, or the rows of a weight.
 
     Args:
@@ -46,7 +46,7 @@ class Source(NamedTuple):
     nothing: Tensor
 
     @classmethod
-    def of(cls, parameter: Tensor, dims: tuple[int, ...], shape: tuple[int, ...]) -> Source:
+    def of(cls, parameter: Tensor, dims: tuple[int, ...], shape: tuple[int, ...]) -> GradientRows:
         """Take the rows of a slice."""
         sizes = tuple((shape or tuple(parameter.shape))[dim] for dim in dims)
         return cls(parameter, dims, shape, sizes, parameter.detach().new_zeros(math.prod(sizes)))
@@ -72,7 +72,7 @@ class Plan:
         device: Where the units are counted.
     """
 
-    def __init__(self, parts: Sequence[tuple[Source, Slice, int]], device: torch.device) -> None:
+    def __init__(self, parts: Sequence[tuple[GradientRows, Slice, int]], device: torch.device) -> None:
         self._sources = [source for source, _, _ in parts]
         self._unit, self._row = (one.to(device, non_blocking=True) for one in _pairs(parts))
         rows = sum(len(source.nothing) for source in self._sources)
@@ -108,7 +108,7 @@ class Plan:
             self._moved |= proves & self._clean
 
     def flush(self, units: int) -> Tensor:
-        """Return what was found since the last flush, as :meth:`UnitLiveness.prove` takes it.
+        """Return what was found since the last flush, as :meth:`UnitLiveness.record_gradient_proof` takes it.
 
         Args:
             units: Of all sites together.
@@ -135,7 +135,7 @@ class Plan:
         return self._held[key]
 
 
-def _pairs(parts: Sequence[tuple[Source, Slice, int]]) -> Tensor:
+def _pairs(parts: Sequence[tuple[GradientRows, Slice, int]]) -> Tensor:
     """List which unit each row speaks of, both numbered over all parts, shape ``(2, pairs)``."""
     found, start = [], 0
     for source, entries, first in parts:
@@ -145,6 +145,19 @@ def _pairs(parts: Sequence[tuple[Source, Slice, int]]) -> Tensor:
         found.append(torch.stack([entries.units + first, row + start]))
         start += len(source.nothing)
     return torch.cat(found, 1)
+
+
+@dataclass
+class GradientEvidenceState:
+    """What gradient evidence knows between batches; sites go by their number.
+
+    Args:
+        slices: What feeds each site traced and nothing else.
+        refuted: Whether gradients contradicted the forward at each site.
+    """
+
+    slices: dict[int, tuple[Slice, ...]]
+    refuted: list[bool]
 
 
 class GradientEvidence:
@@ -193,7 +206,7 @@ class GradientEvidence:
             for one in self._slices.get(site, ()) if site.kind in KINDS and site.units else ():
                 tensor = tensors.get(one.name)
                 if tensor is not None and _is_plain(tensor, watch.device):
-                    parts.append((Source.of(tensor, one.dims, one.shape), one, places[number].start))
+                    parts.append((GradientRows.of(tensor, one.dims, one.shape), one, places[number].start))
         if self._slices and not parts and not self._refuted:
             self._tell_once(_NOBODY)
         return Plan(parts, watch.device) if parts else None
@@ -226,9 +239,9 @@ class GradientEvidence:
     def flush(self, watch: Watch) -> None:
         """Hand what was proved to the counts; to be called before they are read, or their layout changes."""
         if self._plan:
-            watch.liveness.prove(self._plan.flush(watch.layout.units))
+            watch.liveness.record_gradient_proof(self._plan.flush(watch.layout.units))
 
-    def believed(self, totals: Totals, layout: Layout) -> Totals:
+    def without_refuted(self, totals: Totals, layout: Layout) -> Totals:
         """Take out what gradients say of sites where they contradict the forward: there they are never asked again.
 
         In an observed batch every sample passes the forward. Who had a gradient in one, and yet was silent in the whole
@@ -250,17 +263,21 @@ class GradientEvidence:
                 kept.proved[place] = -1
         return kept
 
-    def state_dict(self, watch: Watch) -> dict[str, Any]:
-        """Return what a resumed run needs, as plain values and tensors; sites go by their number."""
+    def state(self, watch: Watch) -> GradientEvidenceState:
+        """Return what a resumed run needs."""
         known = self._slices | watch.sole_readers()
-        numbered = {number: known[site] for number, site in enumerate(watch.sites) if site in known}
-        slices = {number: [list(vars(one).values()) for one in entries] for number, entries in numbered.items()}
-        return {"slices": slices, "refuted": [site in self._refuted for site in watch.sites]}
+        slices = {number: known[site] for number, site in enumerate(watch.sites) if site in known}
+        return GradientEvidenceState(slices, [site in self._refuted for site in watch.sites])
 
-    def load_state_dict(self, state: Mapping[str, Any], sites: Sequence[Site]) -> None:
-        """Go on from what was saved."""
-        self._slices = {sites[number]: tuple(Slice(*one) for one in found) for number, found in state["slices"].items()}
-        self._refuted = {site for site, refuted in zip(sites, state["refuted"], strict=True) if refuted}
+    def restore(self, state: GradientEvidenceState, sites: Sequence[Site]) -> None:
+        """Go on from what was saved.
+
+        Args:
+            state: What :meth:`state` returned.
+            sites: Those of the watch then, in order.
+        """
+        self._slices = {sites[number]: found for number, found in state.slices.items()}
+        self._refuted = {site for site, refuted in zip(sites, state.refuted, strict=True) if refuted}
         self._key = None
 
 

@@ -183,7 +183,7 @@ class Watch:
     def adopt(self, layout: Iterable[Site]) -> None:
         """Move the counts to another layout, which has all sites of the present one and perhaps more."""
         old = self.liveness
-        old.fold()
+        old.flush()
         self.liveness = self._new_liveness()
         self.liveness.observation = old.observation
         for site in layout:

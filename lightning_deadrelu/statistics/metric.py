@@ -84,7 +84,7 @@ class UnitLiveness(Metric):
     @observation.setter
     def observation(self, number: int) -> None:
         if number != self._observation:
-            self.fold()
+            self.flush()
             self._begin_latest()  # nothing ran in the one that ends
         self._observation = number
 
@@ -126,7 +126,7 @@ class UnitLiveness(Metric):
         self.make_room()
         if x.numel():
             self.add(site, count(x, x.clamp(min=0) if out is None else out, dims, rectifier, valid))
-            self.fold()
+            self.flush()
 
     def add(self, site: int, counts: Counts) -> None:
         """Add a call to the present observation, which :meth:`fold` ends; cheaper than :meth:`update` per call."""
@@ -135,7 +135,7 @@ class UnitLiveness(Metric):
         before = self._pending.get(site)
         self._pending[site] = counts if before is None else before.joined(counts)
 
-    def fold(self) -> None:
+    def flush(self) -> None:
         """Take what was added since the last fold into the state. Harmless when there is nothing."""
         self.make_room()
         if not self._pending:
@@ -156,7 +156,7 @@ class UnitLiveness(Metric):
         self._add_sizes()
         self._pending = {}
 
-    def prove(self, found: Tensor) -> None:
+    def record_gradient_proof(self, found: Tensor) -> None:
         """Take in what gradients say.
 
         Args:
@@ -209,7 +209,7 @@ class UnitLiveness(Metric):
 
     def totals(self) -> Totals:
         """Return the counts as they stand, on the device."""
-        self.fold()
+        self.flush()
         return Totals(*(getattr(self, f.name) for f in fields(Totals)))
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

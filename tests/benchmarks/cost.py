@@ -110,7 +110,7 @@ def observation(build: Build, repeats: int) -> Cost:
         with watch.probe, torch.no_grad():
             model(batch)
         start = time.perf_counter()
-        watch.liveness.fold()
+        watch.liveness.flush()
         taken.append(inside + time.perf_counter() - start)
     return Cost(size / 2**20, statistics.median(taken[2:]) * 1e3)
 

@@ -106,7 +106,7 @@ def _step(model: nn.Module, batch: Tensor, watch: Watch, observed: bool) -> None
     watch.probe.pause()
     (output if isinstance(output, Tensor) else output[0]).square().mean().backward()
     watch.probe.disarm()
-    watch.liveness.fold()
+    watch.liveness.flush()
     model.zero_grad()
 
 

@@ -12,7 +12,7 @@ from toys import Loader, Log, Net, Verdicts, assert_same, batches, fit, inner, m
 from two_ranks import ddp_trainer, on_two_ranks
 
 from lightning_deadrelu.model.slices import Slice
-from lightning_deadrelu.observe.gradient_evidence import GradientEvidence, Plan, Source
+from lightning_deadrelu.observe.gradient_evidence import GradientEvidence, GradientRows, Plan
 from lightning_deadrelu.observe.watch import Watch
 from lightning_deadrelu.statistics.counts import RELU
 
@@ -389,7 +389,7 @@ def test_what_another_optimizer_holds_proves_nothing():
 def plan_of(*biases):
     numbers = torch.arange(2)
     entries = Slice("bias", "bias", numbers, numbers[:, None], (0,))
-    parts = [(Source.of(bias, (0,), ()), entries, 2 * place) for place, bias in enumerate(biases)]
+    parts = [(GradientRows.of(bias, (0,), ()), entries, 2 * place) for place, bias in enumerate(biases)]
     return Plan(parts, torch.device("cpu"))
 
 

@@ -83,7 +83,7 @@ def test_patterns_are_held_against_what_ran_on_all_ranks():
 
 def test_counts_move_with_their_sites_to_another_layout():
     ours, theirs = run(order=(0, 1)), run(order=(2, 1))
-    ours.liveness.fold()
+    ours.liveness.flush()
     before = {site.source: site for site in ours.sites}
     layout = tuple(dict.fromkeys([*theirs.sites, *ours.sites]))
     counts = {ours.sites[i].source: ours.liveness.fired[ours.layout.place(i)].clone() for i in range(len(ours.sites))}

@@ -53,7 +53,7 @@ def test_nothing_waits_for_the_device_between_windows(autocast):
             with torch.autocast("cuda", enabled=autocast), watch.probe:
                 loss = model(batch).float().square().mean()
             loss.backward()
-            watch.liveness.fold()
+            watch.liveness.flush()
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert watch.probe.failure is None
@@ -126,7 +126,7 @@ def test_compiled_code_waits_for_nothing_between_windows():
             with watch.probe:
                 loss = run(batch).square().mean()
             loss.backward()
-            watch.liveness.fold()
+            watch.liveness.flush()
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert watch.compiled._proven

@@ -89,7 +89,7 @@ def test_no_activation_is_kept():
         layer.register_forward_hook(lambda module, args, out: kept.append(weakref.ref(out)))
     with watch.probe:
         model(torch.randn(16, 4))
-        watch.liveness.fold()
+        watch.liveness.flush()
     assert len(kept) == 4
     assert not any(reference() is not None for reference in kept)
 

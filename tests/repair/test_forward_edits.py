@@ -151,7 +151,7 @@ def test_the_site_stays_the_same_and_its_input_is_seen_with_the_term():
         with watch.probe:
             model(x)
         before = watch.sites
-        watch.liveness.fold()
+        watch.liveness.flush()
         terms = warmed(model, gamma=torch.full((6,), 100.0))
         terms.begin()
         other = Watch(model, rules=Rules(1))
