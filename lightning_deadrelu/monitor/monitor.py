@@ -57,7 +57,7 @@ class Monitor:
         self.evidence = GradientEvidence(host.warn) if settings.gradient_evidence else None
         """Asks gradients who lives; None unless that is wanted."""
         self.gradients = Gradients()
-        self.verdicts = Verdicts(settings, host, self.watch, self.evidence, self.gradients)
+        self.verdicts = Verdicts(settings, host, self.watch, self.evidence, self.gradients, self._ranks)
         """Judges, explains, and keeps the history."""
         recorder = self.verdicts.recorder
         self._merger = Merger(host, self.watch, self.repair, recorder, self.evidence, self._ranks, self.guard)

@@ -12,8 +12,8 @@ from lightning_deadrelu.monitor.host import Host
 from lightning_deadrelu.monitor.merge import Counted
 from lightning_deadrelu.monitor.settings import Settings
 from lightning_deadrelu.monitor.state import Window
-from lightning_deadrelu.observe import ranks
 from lightning_deadrelu.observe.gradient_evidence import GradientEvidence
+from lightning_deadrelu.observe.ranks import Ranks
 from lightning_deadrelu.observe.watch import Watch
 from lightning_deadrelu.report.history import RunHistory
 from lightning_deadrelu.statistics import LivenessReport, Totals, UnitHistory, judge
@@ -42,12 +42,19 @@ class Verdicts:
         watch: Counts.
         evidence: Asks gradients; None if it is not wanted.
         gradients: Knows which parameters never get a gradient.
+        ranks: The processes that judge together.
     """
 
     def __init__(
-        self, settings: Settings, host: Host, watch: Watch, evidence: GradientEvidence | None, gradients: Gradients
+        self,
+        settings: Settings,
+        host: Host,
+        watch: Watch,
+        evidence: GradientEvidence | None,
+        gradients: Gradients,
+        ranks: Ranks,
     ) -> None:
-        self._settings, self._host, self._watch = settings, host, watch
+        self._settings, self._host, self._watch, self._ranks = settings, host, watch, ranks
         self._evidence, self._gradients = evidence, gradients
         self.units = UnitHistory.empty()
         """What is known of the units from the windows before."""
@@ -120,7 +127,7 @@ class Verdicts:
             return
         self._matched = True
         try:
-            self._watch.check_patterns(ranks.gather(self._watch.ran) if self._host.is_joint else ())
+            self._watch.check_patterns(self._ranks.gather(lambda: self._watch.ran))
         except ValueError as error:
             raise self._host.refusal(f"DeadReLUMonitor: {error}") from error
         if not any(site.units for site in self._watch.sites):
