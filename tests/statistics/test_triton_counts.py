@@ -1,15 +1,12 @@
 """The kernel counts what the eager reductions count; run in Triton's interpreter where there is no GPU."""
 
 import math
-import os
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 pytest.importorskip("triton")
 
 from lightning_deadrelu.statistics.triton_counts import reduce_once
