@@ -172,10 +172,14 @@ class DeadReLUMonitor(Results, Callback):
         if self._monitor:
             self._monitor.start(self._pending)
             self._pending = None
-        else:  # a checkpoint needs to know of activations all the same
-            exchange_as_in(self._pending or {}, pl_module)
-            self._pending = self._pending or encode(MonitorState.of(pl_module))
-            host.show_score(0.0)
+        else:
+            self._train_unwatched(host)
+
+    def _train_unwatched(self, host: TrainerHost) -> None:
+        """Keep what checkpoints and other callbacks need all the same."""
+        exchange_as_in(self._pending or {}, host.model)
+        self._pending = self._pending or encode(MonitorState.of(host.model))
+        host.show_score(0.0)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -255,8 +259,6 @@ class DeadReLUMonitor(Results, Callback):
             self._pending = None
 
     on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
-
-    # -- to be continued ---------------------------------------------------------------------------------
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -152,3 +152,7 @@ def test_the_command_line(tmp_path, monkeypatch):
     assert monitor.report.sites[0].samples == 10
     with pytest.raises(SystemExit):
         LightningCLI(Commanded, args=[*args, "--trainer.callbacks.every_n_steps=often"], save_config_callback=None)
+
+
+def test_its_repr_names_what_was_changed():
+    assert repr(DeadReLUMonitor(window=3, remedy="reset")) == "DeadReLUMonitor(window=3, remedy='reset')"
