@@ -54,3 +54,12 @@ def mask(*flags):
 
 
 DEAD = mask(0, 1, 0, 1, 0, 0)
+
+
+def normal_quantiles(units, mean, std):
+    inside = torch.tensor(LEVELS, dtype=torch.float64).clamp(1e-4, 1 - 1e-4)
+    return (mean + std * torch.special.ndtri(inside))[:, None].repeat(1, units)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)

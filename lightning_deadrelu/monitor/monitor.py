@@ -199,6 +199,7 @@ class Monitor:
         """Note that the forward is done; to be called before each backward."""
         if self.host.steps_once:  # later closures see the batch at other weights
             self.watch.probe.pause()
+            self.repair.before_backward()
         if self.evidence:
             self.evidence.note_start()
 

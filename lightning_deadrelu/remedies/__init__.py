@@ -5,14 +5,17 @@ from lightning_deadrelu.remedies.base import (
     Edits,
     InitDistribution,
     Lift,
+    NotApplicable,
+    Push,
     Remedy,
     SiteView,
     Warmth,
     Write,
 )
 from lightning_deadrelu.remedies.flags import ladder_of, remedy_of
-from lightning_deadrelu.remedies.site_remedies import LeakySlope, SwapActivation
-from lightning_deadrelu.remedies.unit_remedies import BiasWarming, Reset, ThermalKick
+from lightning_deadrelu.remedies.reviving import BiasWarming, LeakySlope, WakeUp
+from lightning_deadrelu.remedies.site_remedies import SwapActivation
+from lightning_deadrelu.remedies.unit_remedies import Reset, ThermalKick
 from lightning_deadrelu.statistics.confirmation import LEVELS
 
 __all__ = [
@@ -23,11 +26,14 @@ __all__ = [
     "InitDistribution",
     "LeakySlope",
     "Lift",
+    "NotApplicable",
+    "Push",
     "Remedy",
     "Reset",
     "SiteView",
     "SwapActivation",
     "ThermalKick",
+    "WakeUp",
     "Warmth",
     "Write",
     "ladder_of",

@@ -97,6 +97,7 @@ class SiteView:
         inputs: Some rows of the input of the linear layer that alone feeds the site, in the confirming batch, shape
             ``(rows, features)``; None where it is fed otherwise.
         hinge: What a unit's input has to exceed to fire.
+        no_module: Why another activation cannot take the place of the site's; empty if one can.
     """
 
     report: SiteReport
@@ -108,6 +109,19 @@ class SiteView:
     step: int = 0
     inputs: Tensor | None = None
     hinge: float = 0.0
+    no_module: str = ""
+
+    @property
+    def depth(self) -> Tensor:
+        """How deep below the hinge each unit's largest input lies, shape ``(units,)``; 0 where it is unknown."""
+        peak = self.quantile(1.0)  # of the weights as they are; the report's is a window old
+        peak = torch.where(peak.isfinite(), peak, self.report.peak.double())
+        return (-peak).clamp(min=0).nan_to_num(0.0, posinf=0.0)
+
+    @property
+    def spread(self) -> Tensor:
+        """How far the middle 80 % of each unit's inputs reach, shape ``(units,)``."""
+        return self.quantile(0.9) - self.quantile(0.1)
 
     def quantile(self, share: float) -> Tensor:
         """Interpolate the quantiles of all units' inputs, shape ``(units,)``.
@@ -120,6 +134,10 @@ class SiteView:
         width = LEVELS[right] - LEVELS[left]
         weight = (share - LEVELS[left]) / width if width else 0.0
         return torch.lerp(self.quantiles[left], self.quantiles[right], weight)
+
+
+class NotApplicable(Exception):
+    """Raised by a remedy that cannot be applied to a site; its text says why, and the next remedy is in turn."""
 
 
 class Write(NamedTuple):
@@ -158,6 +176,22 @@ class Lift(NamedTuple):
     steps: int
 
 
+class Push(NamedTuple):
+    """An upward gradient on the inputs of units, in the backward pass alone.
+
+    Args:
+        units: Which, boolean, shape ``(units,)``.
+        firing_rate: A unit that fires on this share of a batch is not pushed in it.
+        strength: How hard, relative to the gradient of a typical unit.
+        steps: Training batches until it ends, if the units do not fire before.
+    """
+
+    units: Tensor
+    firing_rate: float = 0.2
+    strength: float = 1.0
+    steps: int = 1000
+
+
 class Activation(NamedTuple):
     """Another activation for the site's module.
 
@@ -179,18 +213,20 @@ class Edits:
     Args:
         writes: Entries of parameters and buffers.
         lift: What parameters are to rise by, step by step.
+        push: A gradient for a time.
         warmth: A term for a time.
         activation: Another activation.
     """
 
     writes: tuple[Write, ...] = ()
     lift: Lift | None = None
+    push: Push | None = None
     warmth: Warmth | None = None
     activation: Activation | None = None
 
     def __bool__(self) -> bool:
         """Whether anything is changed."""
-        return bool(self.writes or self.lift or self.warmth or self.activation)
+        return bool(self.writes or self.lift or self.push or self.warmth or self.activation)
 
 
 class _Derivable:

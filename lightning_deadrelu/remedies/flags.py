@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 
 from lightning_deadrelu.remedies.base import Remedy
-from lightning_deadrelu.remedies.site_remedies import KINDS, PRELU, LeakySlope, SwapActivation
-from lightning_deadrelu.remedies.unit_remedies import BiasWarming, Reset, ThermalKick
+from lightning_deadrelu.remedies.reviving import BiasWarming, LeakySlope, WakeUp
+from lightning_deadrelu.remedies.site_remedies import KINDS, PRELU, SwapActivation
+from lightning_deadrelu.remedies.unit_remedies import Reset, ThermalKick
 
 
 def _swap(kind: str) -> Callable[[], Remedy]:
@@ -18,16 +19,20 @@ _FLAGS: dict[str, Callable[[], Remedy]] = {
     "reset": Reset,
     "thermal_kick": ThermalKick,
     "bias_warming": BiasWarming,
+    "wake_up": WakeUp,
     "leaky": LeakySlope,
     **{kind: _swap(kind) for kind in KINDS},
 }
+_AUTO = ("reset", "bias_warming", "wake_up")
+"""Each takes over where the one before cannot be applied, or did not help: less has to be known of the site."""
 
 
 def remedy_of(flag: str) -> Remedy:
     """Make the remedy that a flag stands for, with its defaults.
 
     Args:
-        flag: ``"reset"``, ``"thermal_kick"``, ``"bias_warming"``, ``"leaky"``, or an activation to swap to.
+        flag: ``"reset"``, ``"bias_warming"``, ``"wake_up"``, ``"leaky"``, ``"thermal_kick"``, or an activation to swap
+            to.
 
     Raises:
         ValueError: There is no such flag.
@@ -37,15 +42,16 @@ def remedy_of(flag: str) -> Remedy:
         'silu'
         >>> remedy_of("rest")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        ValueError: `remedy='rest'` is no remedy. Did you mean `remedy='reset'`? Known: reset, ...
+        ValueError: `remedy='rest'` is no remedy. Did you mean `remedy='reset'`? Known: auto, ...
     """
     if flag in _FLAGS:
         return _FLAGS[flag]()
     if flag == "prelu":
         raise ValueError(f"`remedy='prelu'`: {PRELU}.")
-    close = get_close_matches(flag, _FLAGS, n=1)
+    known = ("auto", *_FLAGS)
+    close = get_close_matches(flag, known, n=1)
     guess = f" Did you mean `remedy={close[0]!r}`?" if close else ""
-    raise ValueError(f"`remedy={flag!r}` is no remedy.{guess} Known: {', '.join(_FLAGS)}.")
+    raise ValueError(f"`remedy={flag!r}` is no remedy.{guess} Known: {', '.join(known)}.")
 
 
 def ladder_of(remedy: str | Remedy | Sequence[str | Remedy] | None) -> tuple[Remedy, ...]:
@@ -53,6 +59,7 @@ def ladder_of(remedy: str | Remedy | Sequence[str | Remedy] | None) -> tuple[Rem
 
     Args:
         remedy: None for none, a flag, a remedy, or several of these: each takes over where the one before failed.
+            ``"auto"`` stands for ``["reset", "bias_warming", "wake_up"]``.
 
     Raises:
         ValueError: Something else was given, an unknown flag, or an empty sequence.
@@ -65,11 +72,10 @@ def ladder_of(remedy: str | Remedy | Sequence[str | Remedy] | None) -> tuple[Rem
     """
     if remedy is None:
         return ()
-    if isinstance(remedy, (str, Remedy)) or not isinstance(remedy, Sequence):
-        return (_rung(remedy),)
-    if not remedy:
+    listed = [remedy] if isinstance(remedy, (str, Remedy)) or not isinstance(remedy, Sequence) else remedy
+    if not listed:
         raise ValueError(f"`remedy={remedy!r}`: a ladder needs a rung. Try `remedy=None` to watch only.")
-    return tuple(_rung(one) for one in remedy)
+    return tuple(_rung(rung) for one in listed for rung in (_AUTO if one == "auto" else (one,)))
 
 
 def _rung(remedy: object) -> Remedy:

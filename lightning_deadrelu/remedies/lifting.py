@@ -6,10 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_deadrelu.model.slices import Slice
-from lightning_deadrelu.remedies.base import SiteView, Write
-
-NO_HANDLE = "neither a bias nor a norm's shift feeds it, nor a linear layer alone; `WakeUp()` needs none of these"
-"""Why a site's units cannot be lifted."""
+from lightning_deadrelu.remedies.base import NotApplicable, SiteView, Write
 
 
 def raised(view: SiteView, height: Tensor) -> tuple[Write, ...]:
@@ -25,7 +22,10 @@ def raised(view: SiteView, height: Tensor) -> tuple[Write, ...]:
         height: Of each unit, shape ``(units,)``, in units of the rectifier's input; 0 for units that are left alone.
 
     Returns:
-        What is added to which entries; empty where nothing that feeds the site can raise its units.
+        What is added to which entries.
+
+    Raises:
+        NotApplicable: Nothing that feeds the site can raise its units.
 
     Example:
         >>> from lightning_deadrelu.attribution.result import Attribution
@@ -46,6 +46,11 @@ def raised(view: SiteView, height: Tensor) -> tuple[Write, ...]:
         mean = view.inputs.double().mean(0)
         rows = _weight(view).of(units & (share > 0))
         writes.append(Write(rows, torch.outer((share * height)[rows.units], mean / mean.square().sum())))
+    if not any(len(write.slice.index) for write in writes):
+        raise NotApplicable(
+            "neither a bias nor a norm's shift is added to its inputs, nor does a linear layer alone feed it;"
+            " `WakeUp()` needs none of these"
+        )
     return tuple(write for write in writes if len(write.slice.index))
 
 

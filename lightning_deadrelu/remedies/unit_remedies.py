@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_deadrelu.model.slices import Slice
-from lightning_deadrelu.remedies.base import Edits, InitDistribution, Lift, Remedy, SiteView, Warmth, Write
-from lightning_deadrelu.remedies.lifting import raised
+from lightning_deadrelu.remedies.base import Edits, InitDistribution, Remedy, SiteView, Write
 from lightning_deadrelu.remedies.redraw import choose
 
 _NEUTRAL = {"scale": 1.0, "shift": 0.0, "mean": 0.0, "variance": 1.0}
@@ -157,7 +156,7 @@ class ThermalKick(Remedy):
         own = old.float().flatten(1).square().mean(1).sqrt()
         strength = torch.full_like(own, self.strength)
         if view.attribution.bias is None:
-            reach = self.depth * _depth(view) / _spread(view)
+            reach = self.depth * view.depth / view.spread
             strength = strength.maximum(reach.nan_to_num(0.0, posinf=0.0)[entries.units].float())
         scale = strength * own.clamp(min=_law_of(entries, old, view).std)
         return scale.reshape(-1, *[1] * (old.ndim - 1))
@@ -165,82 +164,7 @@ class ThermalKick(Remedy):
     def _lift(self, entries: Slice, view: SiteView) -> Tensor:
         stds = [law.std for one in view.attribution.incoming if (law := view.laws.get(one.name))]
         floor = self.strength * max(stds, default=0.0)
-        return (self.depth * _depth(view) + floor)[entries.units].float()
-
-
-@dataclass(frozen=True, kw_only=True)
-class BiasWarming(Remedy):
-    """Lift dead units, little by little, until they fire on a share of the inputs; what they had learnt is kept.
-
-    After each optimizer step the parameters that feed a unit are raised by an equal part of the distance by which its
-    inputs lie too low: the shift of a norm, else bias and weights, see
-    :func:`~lightning_deadrelu.remedies.lifting.raised`. After ``steps`` of them the unit fires on ``firing_rate`` of
-    the confirming batch, as far as the layers before have stayed what they were; if it is dead again, it is lifted
-    again. Nothing else is written, and no gradient is needed: learning rate, optimizer, weight decay and the depth at
-    which the unit lies do not decide whether it comes back. The output changes by nothing at first, and slowly then.
-    Only what feeds the unit has to be known, not what reads it.
-
-    With ``at_once`` the units fire from the next batch on: a term in training forwards, which no optimizer, average or
-    checkpoint of the weights sees, brings the whole distance, and falls to zero as the parameters rise. The output
-    then changes at once, since the readers are kept.
-
-    Source: bias warming takes its term from quantiles of a frozen batch. Annealed alone, it left most units dead
-    (2 of 281 came back in the shock benchmark); handed over to the parameters, or without it, all come back.
-
-    Args:
-        firing_rate: Share of the confirming batch on which a unit is to fire; None for just above its peak.
-        steps: Optimizer steps until then.
-        at_once: Whether a term makes the unit fire in training meanwhile.
-        cap: Largest distance, relative to that from the unit's peak to the hinge plus the spread of its inputs (the
-            middle 80 %); None for no limit.
-        margin: What comes on top, relative to the same measure of a typical treated unit, so that the unit fires at
-            the quantile itself.
-
-    Example:
-        >>> BiasWarming(firing_rate=None, steps=500).steps
-        500
-    """
-
-    firing_rate: float | None = 0.2
-    steps: int = 200
-    at_once: bool = False
-    cap: float | None = None
-    margin: float = 0.01
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.firing_rate is not None:
-            self._check_number("firing_rate", 0.2, 0, 1)
-        self._check_count("steps", 1, False, 200)
-        self._check_flag("at_once")
-        if self.cap is not None:
-            self._check_number("cap", 1.0, 0)
-        self._check_number("margin", 0.01, 0)
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether the output changes by nothing when the edit is made."""
-        return not self.at_once
-
-    def propose(self, view: SiteView, generator: torch.Generator) -> Edits:
-        """Take the distance from the quantiles of the confirming batch."""
-        height = self._height(view)
-        rises = raised(view, height) if height.any() else ()
-        if not rises:
-            return Edits()
-        warmth = Warmth(height.float(), self.steps) if self.at_once else None
-        return Edits(lift=Lift(rises, self.steps), warmth=warmth)
-
-    def _height(self, view: SiteView) -> Tensor:
-        """Tell how far each unit's inputs are to rise, shape ``(units,)``; 0 for units that are left alone."""
-        known = view.units & ~view.report.frozen & view.quantiles.isfinite().all(0)
-        if not known.any():
-            return torch.zeros(len(known), dtype=torch.float64)
-        size = _depth(view) + _spread(view)
-        typical = float(size[known].median()) or 1.0  # all inputs are 0: there is no scale to go by
-        target = view.quantile(1.0 if self.firing_rate is None else 1 - self.firing_rate)
-        height = -target if self.cap is None else (-target).minimum(self.cap * size)
-        return torch.where(known, height.clamp(min=0) + self.margin * typical, 0.0)
+        return (self.depth * view.depth + floor)[entries.units].float()
 
 
 def _rows(slices: tuple[Slice, ...], units: Tensor) -> list[Slice]:
@@ -254,14 +178,3 @@ def _law_of(entries: Slice, old: Tensor, view: SiteView) -> InitDistribution:
         return law
     fan_in = max(old[0].numel(), 1)
     return InitDistribution(0.0, 1 / math.sqrt(3 * fan_in), True)
-
-
-def _depth(view: SiteView) -> Tensor:
-    """Measure how deep below the hinge each unit's largest input lies, shape ``(units,)``; 0 where it is unknown."""
-    peak = view.quantile(1.0)  # of the weights as they are; the report's is a window old
-    peak = torch.where(peak.isfinite(), peak, view.report.peak.double())
-    return (-peak).clamp(min=0).nan_to_num(0.0, posinf=0.0)
-
-
-def _spread(view: SiteView) -> Tensor:
-    return view.quantile(0.9) - view.quantile(0.1)

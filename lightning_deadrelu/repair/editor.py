@@ -14,7 +14,9 @@ from lightning_deadrelu.repair.activation_swap import apply_record, records, rec
 from lightning_deadrelu.repair.forward_edits import ForwardEdits, ForwardEditsState
 from lightning_deadrelu.repair.lift import Lifting, Lifts
 from lightning_deadrelu.repair.subject import Subject
+from lightning_deadrelu.repair.wake_up import WakeUps, Waking
 from lightning_deadrelu.repair.writer import Overwritten, write_
+from lightning_deadrelu.statistics import LivenessReport
 
 
 @dataclass
@@ -24,12 +26,14 @@ class EditorState:
     Args:
         forward: Edits of the forward that are under way.
         lifts: Lifts that are under way, by site.
+        wake_ups: Pushes that are under way, by site.
         earlier: By site whose activation the last edit exchanged, what stood in the place of its rectifier before, as
             :func:`~lightning_deadrelu.repair.activation_swap.records` lists it; None for the rectifier itself.
     """
 
     forward: ForwardEditsState
     lifts: dict[str, Lifting] = field(default_factory=dict)
+    wake_ups: dict[str, Waking] = field(default_factory=dict)
     earlier: dict[str, Any] = field(default_factory=dict)
 
 
@@ -40,6 +44,7 @@ class Editor:
         self._subject = subject
         self.forward = ForwardEdits()
         self.lifts = Lifts()
+        self.wake_ups = WakeUps(subject.model, subject.watch.probe.unit_dims)
         self._earlier: dict[str, Any] = {}
 
     def apply(self, edits: Edits, view: SiteView) -> Overwritten:
@@ -56,6 +61,8 @@ class Editor:
             self._earlier.pop(name, None)
             if edits.lift:
                 self.lifts.add(name, edits.lift)
+            if edits.push:
+                self.wake_ups.add(name, edits.push)
             if edits.warmth and view.attribution.outlet:
                 self.forward.warm(subject.model, name, view.attribution.outlet, edits.warmth)
             if edits.activation:
@@ -82,10 +89,27 @@ class Editor:
     @property
     def busy(self) -> list[str]:
         """Names of the sites with an edit under way."""
-        return list(dict.fromkeys([*self.forward.sites, *self.lifts.sites]))
+        return list(dict.fromkeys([*self.forward.sites, *self.lifts.sites, *self.wake_ups.sites]))
+
+    def begin(self) -> None:
+        """Let all that is under way into a batch, before its forward."""
+        self.forward.begin()
+        layout = self._subject.watch.layout
+        self.wake_ups.begin(dict(zip(layout.sites, layout.names, strict=True)))
+
+    def pause(self) -> None:
+        """Take it out of the model again; harmless when it is out."""
+        self.forward.end()
+        self.wake_ups.end()
+
+    def settle(self, report: LivenessReport) -> None:
+        """Let go of sites that fire as they are meant to."""
+        rates = {site.name: site.firing_rate for site in report.sites if site.name in self.wake_ups.sites}
+        self.wake_ups.settle(rates)
 
     def advance(self) -> None:
         """Go on with all that takes many batches, behind an optimizer step."""
+        self.wake_ups.advance()
         if self.lifts.sites:
             reshard_(self._subject.model)
             self.lifts.advance(tensors_of(self._subject.model))
@@ -97,6 +121,7 @@ class Editor:
         busy = self.busy
         self.forward.drop(busy)
         self.lifts.drop(busy)
+        self.wake_ups.drop(busy)
         return busy
 
     def take_back(self, site: str) -> str:
@@ -106,6 +131,7 @@ class Editor:
             What was taken back, in words; empty where there was nothing.
         """
         stopped, dropped = self.lifts.drop([site]), self.forward.drop([site])
+        self.wake_ups.drop([site])
         if exchanged := site in self._earlier:
             earlier = self._earlier.pop(site)
             self.reinstate(site)
@@ -130,11 +156,12 @@ class Editor:
     @property
     def state(self) -> EditorState:
         """What is under way, and what may have to be taken back."""
-        return EditorState(self.forward.state, self.lifts.state, dict(self._earlier))
+        return EditorState(self.forward.state, self.lifts.state, self.wake_ups.state, dict(self._earlier))
 
     def restore(self, state: EditorState) -> None:
         """Go on where :attr:`state` was read."""
         self.forward.restore(state.forward, self._subject.model)
         self.lifts.restore(state.lifts)
+        self.wake_ups.restore(state.wake_ups)
         self._earlier = dict(state.earlier)
         self.mark_substitutes()

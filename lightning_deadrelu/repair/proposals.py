@@ -89,7 +89,7 @@ def fingerprint(proposals: Sequence[Proposal]) -> bytes:
         if edits is not None:
             rises = edits.lift.rises if edits.lift else ()
             parts += [_summarized(write, view.values) for write in (*edits.writes, *rises)]
-            parts += [edits.warmth and edits.warmth.gamma.tolist(), repr(edits.activation)]
+            parts += [edits.warmth and edits.warmth.gamma.tolist(), repr(edits.push), repr(edits.activation)]
     return hashlib.sha256(repr(parts).encode()).digest()
 
 

@@ -116,9 +116,9 @@ class Repair:
         watch, forward = self.subject.watch, self._editor.forward
         if observed and self.traces and self._traces < _MOST_TRACES:
             self._trace()
-        if not forward.sites and not self._question:
+        if not self._editor.busy and not self._question:
             return
-        forward.begin()
+        self._editor.begin()
         offsets = {site: forward.offset(site) for site in forward.sites if site in watch.layout}
         watch.offsets = {watch.layout.number(site): one for site, one in offsets.items() if one is not None}
         if observed and self._question and self._second_look is None:
@@ -143,7 +143,11 @@ class Repair:
     def pause(self) -> None:
         """Take edits out of the forward, wherever a batch may have ended; harmless when they are out."""
         if self._subject is not None:
-            self._editor.forward.end()
+            self._editor.pause()
+
+    def before_backward(self) -> None:
+        """Note that the forward is over, and that the weights change before there is another."""
+        self._editor.wake_ups.pause()
 
     def note_loss(self, loss: Tensor | None) -> None:
         """Add up the losses of observed batches, without looking at them."""
@@ -164,6 +168,7 @@ class Repair:
         if self.refusal or not self.remedies:
             return
         self._loss = Loss.of(losses)
+        self._editor.settle(report)
         requests, events = self.policy.decide(report, self._loss, self._editor.busy)
         self._question = Question.of(requests, report, self.subject) if requests else None
         self._record([self._taken_back(event) for event in events])

@@ -17,7 +17,7 @@ from lightning_deadrelu.attribution.result import Attribution
 from lightning_deadrelu.model.parameters import tensors_of, values_of
 from lightning_deadrelu.model.sharding import reshard_
 from lightning_deadrelu.observe.watch import NOT_TRACED, Watch
-from lightning_deadrelu.remedies import InitDistribution, Remedy, SiteView
+from lightning_deadrelu.remedies import InitDistribution, NotApplicable, Remedy, SiteView
 from lightning_deadrelu.repair.policy import Request
 from lightning_deadrelu.repair.proposals import (
     Proposal,
@@ -153,7 +153,9 @@ class SecondLook:
             inputs = _rows_of(known, request.site) if fed_by_linear(attribution, tensors_of(subject.model)) else None
             if units.any() and inputs is not None:
                 units &= site.frozen | ~fires_now(inputs, attribution, values, hinge)
-            views.append((request, SiteView(site, units, attribution, values, init, quantiles, step, inputs, hinge)))
+            no_module = subject.no_module(request.site)
+            view = SiteView(site, units, attribution, values, init, quantiles, step, inputs, hinge, no_module)
+            views.append((request, view))
         return views
 
     def _proposal(self, request: Request, view: SiteView, remedy: Remedy, all_met: bool) -> Proposal:
@@ -171,6 +173,8 @@ class SecondLook:
             reason = check_writes((*edits.writes, *rises), subject.model, subject.optimizers)
             if edits.warmth and not reason:
                 reason = subject.no_outlet(view.attribution)
+        except NotApplicable as error:
+            return asked._replace(reason=str(error))
         except Exception as error:
             reason = f"its `propose` failed: {type(error).__name__}: {error}"
             return asked._replace(reason=reason)

@@ -66,11 +66,15 @@ class Subject:
             "incoming": attribution.no_incoming or untraced,
             "outgoing": attribution.no_outgoing,
             "outlet": self.no_outlet(attribution),
-            "module": no_module(self.model, self.site(site), self.watch.sites),
+            "module": self.no_module(site),
         }
         found = [reasons[need] for need in sorted(remedy.needs) if reasons[need]]
         names = edited_names(remedy, attribution)
         return "; ".join(dict.fromkeys(found)) or why_not(self.model, self.optimizers, names, self.trained)
+
+    def no_module(self, site: str) -> str:
+        """Say why another activation cannot take the place of a site's; empty if one can."""
+        return no_module(self.model, self.site(site), self.watch.sites)
 
     def no_outlet(self, attribution: Attribution) -> str:
         """Say why no term can be added to a site's input; empty if one can."""

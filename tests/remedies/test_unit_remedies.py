@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import nn
-from views import DEAD, layer, mask, rows, view_of
+from views import DEAD, layer, mask, normal_quantiles, rows, seeded, view_of
 
 from lightning_deadrelu.attribution.result import Attribution
 from lightning_deadrelu.remedies import (
@@ -21,21 +21,13 @@ from lightning_deadrelu.remedies import (
     Reset,
     SwapActivation,
     ThermalKick,
+    WakeUp,
     Write,
     ladder_of,
     remedy_of,
 )
 
-REMEDIES = [Reset, ThermalKick, BiasWarming, LeakySlope, SwapActivation]
-
-
-def normal_quantiles(units, mean, std):
-    inside = torch.tensor(LEVELS, dtype=torch.float64).clamp(1e-4, 1 - 1e-4)
-    return (mean + std * torch.special.ndtri(inside))[:, None].repeat(1, units)
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
+REMEDIES = [Reset, ThermalKick, BiasWarming, WakeUp, LeakySlope, SwapActivation]
 
 
 # -- all of them -------------------------------------------------------------------------------------------------------
@@ -57,10 +49,10 @@ def test_proposals_are_pure_and_repeatable(make):
         assert torch.equal(torch.as_tensor(a.values), torch.as_tensor(b.values))
         assert not set(a.slice.units.tolist()) - {1, 3}
     assert (one.warmth is None) == (two.warmth is None)
-    assert one.writes or one.lift or one.activation
+    assert one.writes or one.lift or one.push or one.activation
 
 
-@pytest.mark.parametrize("make", [Reset, ThermalKick, BiasWarming, LeakySlope])
+@pytest.mark.parametrize("make", [Reset, ThermalKick, BiasWarming, WakeUp, LeakySlope])
 def test_nothing_to_treat_is_nothing_to_change(make):
     values, laws, attribution = layer()
     view = view_of(attribution, mask(0, 0, 0, 0, 0, 0), values, laws)
@@ -80,10 +72,11 @@ def test_needs():
         ["incoming", "outgoing"],
         ["incoming"],
         ["incoming"],
-        ["module"],
+        [],
+        [],
         ["module"],
     ]
-    assert [one().is_exact for one in REMEDIES] == [True, False, True, False, False]
+    assert [one().is_exact for one in REMEDIES] == [True, False, True, True, False, False]
     assert not Reset(frozen=True).is_exact
     assert not BiasWarming(at_once=True).is_exact
     assert not any(one().treats_frozen for one in REMEDIES[1:])
@@ -263,93 +256,16 @@ def test_a_kick_uses_the_report_where_the_batch_tells_nothing():
     assert lift.square().mean().sqrt().item() == pytest.approx(7.05, rel=0.05)
 
 
-# -- bias warming ------------------------------------------------------------------------------------------------------
-
-
-def warmed(remedy, quantiles, dead=DEAD, **options):
-    values, laws, attribution = layer()
-    return remedy.propose(view_of(attribution, dead, values, laws, quantiles=quantiles, **options), seeded())
-
-
-def heights(edits):
-    """Spread over all units what a lift adds to the bias."""
-    (rise,) = edits.lift.rises
-    height = torch.zeros(6, dtype=torch.float64)
-    height[rise.slice.units] = rise.values
-    return height
-
-
-@pytest.mark.parametrize("rate", [0.01, 0.1, 0.25, 0.5])
-def test_warming_makes_a_share_fire(rate):
-    z = torch.randn(20_000, 6, dtype=torch.float64) * torch.linspace(0.1, 9, 6) - 50
-    quantiles = torch.quantile(z, torch.tensor(LEVELS, dtype=torch.float64), dim=0)
-    height = heights(warmed(BiasWarming(firing_rate=rate), quantiles))
-    assert height[~DEAD].eq(0).all()
-    fires = ((z + height) > 0).double().mean(0)[DEAD]
-    assert (fires >= rate).all()
-    assert fires.max() < rate + 0.25  # the margin is the same for narrow and broad units
-
-
-def test_warming_to_just_above_the_peak():
-    quantiles = normal_quantiles(6, -5.0, 1.0)
-    above = quantiles[-1] + heights(warmed(BiasWarming(firing_rate=None), quantiles))
-    assert (above[DEAD] > 0).all()
-    assert (above[DEAD] < 0.1).all()
-
-
-def test_warming_is_capped():
-    quantiles = normal_quantiles(6, -5.0, 1.0)
-    quantiles[:8] -= 1e6  # outliers below
-    depth, spread = -quantiles[-1, 1], quantiles[7, 1] - quantiles[2, 1]
-    capped = warmed(BiasWarming(firing_rate=0.5, steps=7, cap=1.0), quantiles)
-    assert capped.lift.steps == 7
-    assert heights(capped)[1] <= 1.02 * (depth + spread)
-    half = heights(warmed(BiasWarming(firing_rate=0.5, cap=0.5), quantiles))[1]
-    assert half <= 0.52 * (depth + spread)
-
-
-def test_a_term_that_warms_at_once_goes_as_the_lift_comes():
-    quantiles = normal_quantiles(6, -5.0, 1.0)
-    edits = warmed(BiasWarming(at_once=True, steps=9), quantiles)
-    assert edits.warmth.steps == edits.lift.steps == 9
-    assert torch.allclose(edits.warmth.gamma.double(), heights(edits))
-    assert warmed(BiasWarming(), quantiles).warmth is None
-
-
-def test_warming_never_pulls_down_and_leaves_unknown_units_alone():
-    quantiles = normal_quantiles(6, -5.0, 1.0)
-    quantiles[0, 1], quantiles[-1, 3] = -torch.inf, torch.nan
-    assert warmed(BiasWarming(), quantiles) == Edits()
-    high = normal_quantiles(6, -5.0, 1.0) + 100
-    assert (heights(warmed(BiasWarming(), high)) >= 0).all()
-
-
-def test_warming_lifts_a_layer_whose_inputs_are_all_zero():
-    height = heights(warmed(BiasWarming(), torch.zeros(len(LEVELS), 6, dtype=torch.float64)))
-    assert (height[DEAD] > 0).all()
-
-
 # -- sites -------------------------------------------------------------------------------------------------------------
 
 
-def test_leaky_slopes():
-    values, laws, attribution = layer()
-    view = view_of(attribution, DEAD, values, laws)
-    edit = LeakySlope(slope=0.2).propose(view, seeded()).activation
-    assert (edit.kind, edit.steps) == ("leaky_relu", 0)
-    assert torch.equal(edit.slopes, torch.where(DEAD, 0.2, 0.0))
-    edit = LeakySlope(per_unit=False, ramp_steps=50).propose(view, seeded()).activation
-    assert edit.steps == 50
-    assert torch.equal(edit.slopes, torch.full((6,), 0.01))
-
-
-@pytest.mark.parametrize("make", [LeakySlope, SwapActivation])
-def test_what_stays_is_done_once_and_judged_late(make):
-    assert (make().attempts, make().cooldown) == (1, 10)
-    assert (make(attempts=3, cooldown=2).attempts, make(attempts=3, cooldown=2).cooldown) == (3, 2)
+def test_what_stays_is_done_once_and_judged_late_and_what_costs_nothing_as_often_as_need_be():
+    assert (SwapActivation().attempts, SwapActivation().cooldown) == (1, 10)
+    assert (SwapActivation(attempts=3, cooldown=2).attempts, SwapActivation(cooldown=2).cooldown) == (3, 2)
     with pytest.raises(ValueError, match="at least 1"):
-        make(attempts=0)
+        SwapActivation(attempts=0)
     assert (Reset().attempts, Reset().cooldown) == (3, 1)
+    assert [make().attempts for make in (BiasWarming, WakeUp, LeakySlope)] == [None] * 3
 
 
 # -- flags and arguments -----------------------------------------------------------------------------------------------
@@ -361,6 +277,7 @@ def test_what_stays_is_done_once_and_judged_late(make):
         ("reset", Reset()),
         ("thermal_kick", ThermalKick()),
         ("bias_warming", BiasWarming()),
+        ("wake_up", WakeUp()),
         ("leaky", LeakySlope()),
         *[(kind, SwapActivation(activation=kind)) for kind in ("leaky_relu", "rrelu", "elu", "selu", "gelu", "silu")],
     ],
@@ -368,6 +285,13 @@ def test_what_stays_is_done_once_and_judged_late(make):
 def test_flags(flag, remedy):
     assert remedy_of(flag) == remedy
     assert ladder_of(flag) == ladder_of(remedy) == ladder_of([flag]) == (remedy,)
+
+
+def test_auto_goes_from_what_asks_most_to_what_asks_nothing():
+    assert ladder_of("auto") == (Reset(), BiasWarming(), WakeUp())
+    assert ladder_of([LeakySlope(), "auto"]) == (LeakySlope(), Reset(), BiasWarming(), WakeUp())
+    needs = [len(remedy.needs) for remedy in ladder_of("auto")]
+    assert needs == [2, 1, 0]
 
 
 def test_ladders():
@@ -382,8 +306,11 @@ def test_ladders():
 @pytest.mark.parametrize(
     ("remedy", "reason"),
     [
-        ("rest", "Did you mean `remedy='reset'`\\? Known: reset, thermal_kick, bias_warming, leaky, leaky_relu"),
-        ("zzz", "`remedy='zzz'` is no remedy. Known: reset"),
+        (
+            "rest",
+            "Did you mean `remedy='reset'`\\? Known: auto, reset, thermal_kick, bias_warming",
+        ),
+        ("zzz", "`remedy='zzz'` is no remedy. Known: auto"),
         ("prelu", "PReLU brings parameters.*Call `swap_activations_"),
         ([], "a ladder needs a rung. Try `remedy=None`"),
         (["reset", None], "`remedy=None`: it takes a flag"),
@@ -479,9 +406,15 @@ def test_one_remedy_from_the_command_line():
     """jsonargparse tells the members of a union by their fields."""
     jsonargparse = pytest.importorskip("jsonargparse")
     parser = jsonargparse.ArgumentParser()
-    union = Reset | ThermalKick | BiasWarming | LeakySlope | SwapActivation | None
+    union = Reset | ThermalKick | BiasWarming | WakeUp | LeakySlope | SwapActivation | None
     parser.add_argument("--remedy", type=union)
-    for given in (LeakySlope(slope=0.2), ThermalKick(depth=2.0), BiasWarming(cap=2.0), Reset(bias=0.1)):
+    for given in (
+        LeakySlope(slope=0.2),
+        ThermalKick(depth=2.0),
+        BiasWarming(cap=2.0),
+        WakeUp(push=0.5),
+        Reset(bias=0.1),
+    ):
         name = f"lightning_deadrelu.remedies.{type(given).__name__}"
         own = {f.name for f in dataclasses.fields(given)} - {f.name for f in dataclasses.fields(Remedy)}
         fields = {field: getattr(given, field) for field in own}

@@ -1,0 +1,211 @@
+"""Remedies that bring dead units back with what they had learnt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_deadrelu.remedies.base import Activation, Edits, Lift, NotApplicable, Push, Remedy, SiteView, Warmth
+from lightning_deadrelu.remedies.lifting import raised
+
+_NORMAL_SPREAD = 2.56
+"""Standard deviations between the quantiles 0.1 and 0.9 of a normal variable."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BiasWarming(Remedy):
+    """Lift dead units, little by little, until they fire on a share of the inputs; what they had learnt is kept.
+
+    After each optimizer step the parameters that feed a unit are raised by an equal part of the distance by which its
+    inputs lie too low: the shift of a norm, else bias and weights, see
+    :func:`~lightning_deadrelu.remedies.lifting.raised`. After ``steps`` of them the unit fires on ``firing_rate`` of
+    the confirming batch, as far as the layers before have stayed what they were; if it is dead again, it is lifted
+    again. Nothing else is written, and no gradient is needed: learning rate, optimizer, weight decay and the depth at
+    which the unit lies do not decide whether it comes back. The output changes by nothing at first, and slowly then.
+    Only what feeds the unit has to be known, not what reads it.
+
+    With ``at_once`` the units fire from the next batch on: a term in training forwards, which no optimizer, average or
+    checkpoint of the weights sees, brings the whole distance, and falls to zero as the parameters rise. The output
+    then changes at once, since the readers are kept.
+
+    Source: bias warming takes its term from quantiles of a frozen batch. Annealed alone, it left most units dead
+    (2 of 281 came back in the shock benchmark); handed over to the parameters, or without it, all come back.
+
+    Args:
+        firing_rate: Share of the confirming batch on which a unit is to fire; None for just above its peak.
+        steps: Optimizer steps until then.
+        at_once: Whether a term makes the unit fire in training meanwhile.
+        cap: Largest distance, relative to that from the unit's peak to the hinge plus the spread of its inputs (the
+            middle 80 %); None for no limit.
+        margin: What comes on top, relative to the same measure of a typical treated unit, so that the unit fires at
+            the quantile itself.
+        attempts: As for all remedies; no limit by default, since another lift costs nothing.
+
+    Example:
+        >>> BiasWarming(firing_rate=None, steps=500).steps
+        500
+    """
+
+    firing_rate: float | None = 0.2
+    steps: int = 200
+    at_once: bool = False
+    cap: float | None = None
+    margin: float = 0.01
+    attempts: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.firing_rate is not None:
+            self._check_number("firing_rate", 0.2, 0, 1)
+        self._check_count("steps", 1, False, 200)
+        self._check_flag("at_once")
+        if self.cap is not None:
+            self._check_number("cap", 1.0, 0)
+        self._check_number("margin", 0.01, 0)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the output changes by nothing when the edit is made."""
+        return not self.at_once
+
+    def propose(self, view: SiteView, generator: torch.Generator) -> Edits:
+        """Take the distance from the quantiles of the confirming batch."""
+        height = self._height(view)
+        if not height.any():
+            return Edits()
+        rises = raised(view, height)
+        warmth = Warmth(height.float(), self.steps) if self.at_once else None
+        return Edits(lift=Lift(rises, self.steps), warmth=warmth)
+
+    def _height(self, view: SiteView) -> Tensor:
+        """Tell how far each unit's inputs are to rise, shape ``(units,)``; 0 for units that are left alone."""
+        known = view.units & ~view.report.frozen & view.quantiles.isfinite().all(0)
+        if not known.any():
+            return torch.zeros(len(known), dtype=torch.float64)
+        size = view.depth + view.spread
+        typical = float(size[known].median()) or 1.0  # all inputs are 0: there is no scale to go by
+        target = view.quantile(1.0 if self.firing_rate is None else 1 - self.firing_rate)
+        height = -target if self.cap is None else (-target).minimum(self.cap * size)
+        return torch.where(known, height.clamp(min=0) + self.margin * typical, 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WakeUp(Remedy):
+    """Push dead units upward in the backward pass, until they fire on a share of each batch; no forward changes.
+
+    The gradient of a dead unit's inputs is zero. Here a constant is subtracted from it, so that whatever feeds the unit
+    is trained upward, as by a loss that wants the unit to fire; how hard, is told in
+    :func:`~lightning_deadrelu.repair.wake_up.push_`. In a batch in which the unit fires on ``target_rate`` of the
+    inputs it is not pushed. Nothing has to be known of the site but its rectifier's calls: functions, shared modules
+    and computed weights are as good as any, and nothing is left in the model but what training did. Compiled code runs
+    eagerly meanwhile.
+
+    The way up leads through the optimizer, at its learning rate: Adam moves a unit by about the rate times its number
+    of inputs a step, so that units which lie deep, small rates and norms (where the shift moves alone) may take longer
+    than ``max_steps``. What else the gradient reaches, the layers before, is trained along. So :class:`BiasWarming` is
+    to be preferred wherever the parameters that feed the site are known.
+
+    Args:
+        target_rate: Share of a batch on which a unit is to fire.
+        push: Size of the gradient, relative to that of a typical unit.
+        max_steps: Training batches until it ends, if the units do not fire before.
+        attempts: As for all remedies; no limit by default.
+
+    Example:
+        >>> WakeUp(max_steps=2000).target_rate
+        0.2
+    """
+
+    target_rate: float = 0.2
+    push: float = 1.0
+    max_steps: int = 1000
+    attempts: int | None = None
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_number("target_rate", 0.2, 0, 1)
+        self._check_number("push", 1.0, 0)
+        self._check_count("max_steps", 1, False, 1000)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the output changes by nothing when the edit is made."""
+        return True
+
+    def propose(self, view: SiteView, generator: torch.Generator) -> Edits:
+        """Push the treated units."""
+        units = view.units & ~view.report.frozen
+        return Edits(push=Push(units, self.target_rate, self.push, self.max_steps)) if units.any() else Edits()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeakySlope(Remedy):
+    """Give dead units a small slope below the hinge while they are brought back.
+
+    A slope alone revives few units: what comes through it is as small as the slope, and has no reason to point upward
+    (1 of 95 came back in the shock benchmark). So it goes along with :class:`BiasWarming` where what feeds the site is
+    known, and with :class:`WakeUp` elsewhere. The slope rises and falls back to 0 over ``ramp_steps``; in the end the
+    model is a plain rectifier again. It is smaller for units that lie deep: at most ``slope``, and such that a unit
+    puts out no more than ``slope`` times the spread of its inputs. Where the rectifier is no module of its own, the
+    slope is left out.
+
+    With ``ramp_steps=None`` the slope stays for good, and the model needs it from then on. It cannot be given twice,
+    and units come back as fast as their weights move: give ``attempts=1, cooldown=10`` along.
+
+    Source: leaky rectifiers (Maas et al. 2013); larger slopes, up to 1 / 5.5, did better in Xu et al. 2015
+    (arXiv 1505.00853).
+
+    Args:
+        slope: Output per input below the hinge, at most.
+        per_unit: Only dead units get it; False for all units of the site.
+        ramp_steps: Training batches for the way up and down; None for a slope that stays.
+        attempts: As for all remedies; no limit by default.
+
+    Example:
+        >>> LeakySlope(ramp_steps=300).slope
+        0.1
+    """
+
+    slope: float = 0.1
+    per_unit: bool = True
+    ramp_steps: int | None = 200
+    attempts: int | None = None
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_number("slope", 0.1, 0, 1)
+        self._check_flag("per_unit")
+        self._check_count("ramp_steps", 2, True, 300)
+
+    def propose(self, view: SiteView, generator: torch.Generator) -> Edits:
+        """Give a slope to the treated units, or to all, and lift or push the treated ones."""
+        units = view.units & ~view.report.frozen  # those fire
+        if not units.any():
+            return Edits()
+        slope = Activation("leaky_relu", self._slopes(view, units), self.ramp_steps or 0)
+        if self.ramp_steps is not None:
+            upward = self._upward(view, generator, self.ramp_steps)
+            return upward if view.no_module else replace(upward, activation=slope)
+        if view.no_module:
+            raise NotApplicable(view.no_module)
+        return Edits(activation=slope)
+
+    def _slopes(self, view: SiteView, units: Tensor) -> Tensor:
+        below = -view.quantile(0.5) / (view.spread / _NORMAL_SPREAD)
+        slopes = torch.where(below > 1, self.slope / below, self.slope).float()  # also where nothing is known
+        return torch.where(units if self.per_unit else torch.ones_like(units), slopes, 0.0)
+
+    def _upward(self, view: SiteView, generator: torch.Generator, steps: int) -> Edits:
+        try:
+            if view.attribution.incoming and not view.attribution.no_incoming:
+                return BiasWarming(steps=steps).propose(view, generator)
+        except NotApplicable:
+            pass  # what feeds the site is known, and cannot raise it
+        return WakeUp().propose(view, generator)
