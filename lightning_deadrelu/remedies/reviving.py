@@ -150,12 +150,11 @@ class LeakySlope(Remedy):
     A slope alone revives few units: what comes through it is as small as the slope, and has no reason to point upward
     (1 of 95 came back in the shock benchmark). So it goes along with :class:`BiasWarming` where what feeds the site is
     known, and with :class:`WakeUp` elsewhere. The slope rises and falls back to 0 over ``ramp_steps``; in the end the
-    model is a plain rectifier again. It is smaller for units that lie deep: at most ``slope``, and such that a unit
-    puts out no more than ``slope`` times the spread of its inputs. Where the rectifier is no module of its own, the
-    slope is left out.
+    model is a plain rectifier again. It is smaller for units that lie deep, such that a unit puts out no more than
+    ``slope`` times the spread of its inputs. Where the rectifier is no module of its own, the slope is left out.
 
-    With ``ramp_steps=None`` the slope stays for good, and the model needs it from then on. It cannot be given twice,
-    and units come back as fast as their weights move: give ``attempts=1, cooldown=10`` along.
+    With ``ramp_steps=None`` the slope itself stays for good, without a lift, and the model needs it from then on. It
+    cannot be given twice, and units come back as fast as their weights move: give ``attempts=1, cooldown=10`` along.
 
     Source: leaky rectifiers (Maas et al. 2013); larger slopes, up to 1 / 5.5, did better in Xu et al. 2015
     (arXiv 1505.00853).
@@ -189,18 +188,21 @@ class LeakySlope(Remedy):
         units = view.units & ~view.report.frozen  # those fire
         if not units.any():
             return Edits()
-        slope = Activation("leaky_relu", self._slopes(view, units), self.ramp_steps or 0)
-        if self.ramp_steps is not None:
-            upward = self._upward(view, generator, self.ramp_steps)
-            return upward if view.no_module else replace(upward, activation=slope)
-        if view.no_module:
-            raise NotApplicable(view.no_module)
-        return Edits(activation=slope)
+        chosen = units if self.per_unit else torch.ones_like(units)
+        if self.ramp_steps is None:
+            if view.no_module:
+                raise NotApplicable(view.no_module)
+            return Edits(activation=Activation("leaky_relu", torch.where(chosen, self.slope, 0.0)))
+        upward = self._upward(view, generator, self.ramp_steps)
+        slopes = torch.where(chosen, self._by_depth(view), 0.0)
+        return (
+            upward if view.no_module else replace(upward, activation=Activation("leaky_relu", slopes, self.ramp_steps))
+        )
 
-    def _slopes(self, view: SiteView, units: Tensor) -> Tensor:
+    def _by_depth(self, view: SiteView) -> Tensor:
+        """Tell the slope with which each unit puts out no more than ``slope`` times the spread of its inputs."""
         below = -view.quantile(0.5) / (view.spread / _NORMAL_SPREAD)
-        slopes = torch.where(below > 1, self.slope / below, self.slope).float()  # also where nothing is known
-        return torch.where(units if self.per_unit else torch.ones_like(units), slopes, 0.0)
+        return torch.where(below > 1, self.slope / below, self.slope).float()  # also where nothing is known
 
     def _upward(self, view: SiteView, generator: torch.Generator, steps: int) -> Edits:
         try:

@@ -15,8 +15,8 @@ OBJECTS = {
     "reset": Reset(),
     "thermal_kick": ThermalKick(depth=3.0),
     "bias_warming": BiasWarming(steps=15),
-    "leaky": LeakySlope(slope=0.1),
-    "ramp": LeakySlope(slope=0.1, ramp_steps=12),
+    "leaky": LeakySlope(ramp_steps=None, attempts=1),
+    "ramp": LeakySlope(ramp_steps=12),
     "gelu": SwapActivation(activation="gelu"),
 }
 EAGER = {"every_n_steps": 1, "window": 4, "min_samples": 2, "threshold": 0.0}

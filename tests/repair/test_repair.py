@@ -22,6 +22,7 @@ from lightning_deadrelu.remedies import (
     Reset,
     SwapActivation,
     ThermalKick,
+    WakeUp,
     Write,
 )
 from lightning_deadrelu.repair.event import Event
@@ -35,13 +36,16 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:You're resuming from a checkpoint that ended before the epoch ended",
     "ignore:Be aware that when using `ckpt_path`",
 )
-FLAGS = ["reset", "thermal_kick", "bias_warming", "leaky", "leaky_relu", "rrelu", "elu", "selu", "gelu", "silu"]
+FLAGS = ["auto", "reset", "thermal_kick", "bias_warming", "wake_up", "leaky", "leaky_relu", "rrelu", "elu", "selu"]
+FLAGS += ["gelu", "silu"]
 OBJECTS = {
     "reset": Reset(),
     "thermal_kick": ThermalKick(depth=3.0),
     "bias_warming": BiasWarming(steps=15),
-    "leaky": LeakySlope(slope=0.1),
-    "ramp": LeakySlope(slope=0.1, ramp_steps=12),
+    "at_once": BiasWarming(steps=15, at_once=True),
+    "wake_up": WakeUp(max_steps=20),
+    "leaky": LeakySlope(ramp_steps=None, attempts=1, cooldown=10),
+    "ramp": LeakySlope(ramp_steps=12),
     "gelu": SwapActivation(activation="gelu"),
 }
 EAGER = {"every_n_steps": 1, "window": 4, "min_samples": 2, "threshold": 0.0}
@@ -509,7 +513,7 @@ def test_a_ladder_that_starts_with_an_activation_goes_on_with_a_reset():
     torch.manual_seed(0)
     model, monitor = (
         Net(mlp(3)),
-        DeadReLUMonitor(remedy=[LeakySlope(attempts=1, cooldown=1), "reset"], include=["net.1"], **EAGER),
+        DeadReLUMonitor(remedy=[LeakySlope(ramp_steps=None, attempts=1), "reset"], include=["net.1"], **EAGER),
     )
     fit(model, batches(80, 8), monitor)
     assert actions(monitor)[:5] == ["edited", "failed", "escalated", "edited", "revived"]
@@ -616,7 +620,7 @@ def test_activation_checkpointing(remedy):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remedy", ["reset", "leaky", "gelu"])
+@pytest.mark.parametrize("remedy", ["reset", "wake_up", "leaky", "gelu"])
 def test_a_compiled_model_is_repaired(remedy):
     torch.manual_seed(0)
     monitor = DeadReLUMonitor(remedy=remedy, include=["net.1"], **EAGER)
@@ -780,7 +784,7 @@ def test_the_state_of_a_repair_is_plain(tmp_path):
 def test_a_slope_that_harmed_is_taken_back():
     torch.manual_seed(0)
     model = Net(mlp(3), lr=0.0)  # dead units lie 100 below the hinge
-    monitor = DeadReLUMonitor(remedy=LeakySlope(slope=0.5), include=["net.1"], **EAGER)
+    monitor = DeadReLUMonitor(remedy=LeakySlope(slope=0.5, ramp_steps=None), include=["net.1"], **EAGER)
     fit(model, batches(16, 8), monitor)
     (harmed,) = [event for event in monitor.events if event.action == "harmed"]
     assert "the activation before was put back" in harmed.reason
