@@ -6,18 +6,20 @@ import argparse
 import importlib
 import importlib.util
 import itertools
+import platform
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from pickle import UnpicklingError
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
+from lightning_deadrelu.checkpoint import read_checkpoint
 from lightning_deadrelu.observe.audit import find_dead_units
 from lightning_deadrelu.repair.activation_swap import restore_activations
 from lightning_deadrelu.report import RunReport, summary
@@ -59,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m lightning_deadrelu", description="Find dead ReLU units.")
+    parser.add_argument("--version", action="version", version=_versions(), help="print versions, for a bug report")
     commands = parser.add_subparsers(required=True, metavar="audit")
     command = commands.add_parser(
         "audit",
@@ -86,6 +89,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _versions() -> str:
+    installed = (f"{name} {version(name)}" for name in ("lightning-deadrelu", "torch", "lightning"))
+    return ", ".join([*installed, f"python {platform.python_version()}"])
+
+
 def _fraction(text: str) -> float:
     if not 0 <= (number := float(text)) <= 1:
         raise argparse.ArgumentTypeError(f"{text}: a fraction lies between 0 and 1. Try 0.1 for 10 %")
@@ -98,14 +106,25 @@ def audit(options: argparse.Namespace) -> LivenessReport:
     Raises:
         ValueError: If they cannot be followed.
     """
+    device = _device(options.device)
     model, data = _model(options.model), _data(options.data)
     if options.checkpoint:
         _load(model, options.checkpoint, options.trust)
-    model.train(options.mode == "train").to(options.device)
+    else:
+        print(f"note: no `--checkpoint`, so the weights are those that `{options.model}` makes.", file=sys.stderr)
+    model.train(options.mode == "train").to(device)
     batches = itertools.islice(data, options.max_batches)
     return find_dead_units(
         model, batches, min_samples=options.min_samples, include=options.include, exclude=options.exclude
     )
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except Exception as error:  # which kinds there are depends on the device
+        why = str(error).partition("\n")[0]
+        raise ValueError(f"`--device {name}`: there is no such device here ({why}). Try `--device cpu`.") from error
 
 
 def _write(report: LivenessReport, options: argparse.Namespace) -> None:
@@ -197,7 +216,7 @@ def _file(path: Path) -> ModuleType:
 
 def _load(model: nn.Module, path: Path, trust: bool) -> None:
     """Exchange the activations that training did, then load the weights; the model may be a part of the trained one."""
-    checkpoint = _read(path, trust)
+    checkpoint = read_checkpoint(path, f"--checkpoint {path}", "add `--trust`", weights_only=not trust)
     weights = checkpoint.get("state_dict", checkpoint)
     if "callbacks" in checkpoint:
         restore_activations(model, checkpoint)
@@ -211,19 +230,6 @@ def _load(model: nn.Module, path: Path, trust: bool) -> None:
         raise ValueError(f"`--checkpoint {path}` lacks {_some(missing)}. Give the model that was trained.")
     if unexpected:
         warnings.warn(f"`{path}` holds what the model has not: {_some(unexpected)}.", stacklevel=2)
-
-
-def _read(path: Path, trust: bool) -> Mapping[str, Any]:
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=not trust)
-    except UnpicklingError as error:
-        raise ValueError(
-            f"`--checkpoint {path}` holds more than tensors and plain values. If you trust where it comes from, add"
-            " `--trust`."
-        ) from error
-    if not isinstance(checkpoint, Mapping):
-        raise ValueError(f"`--checkpoint {path}` holds a `{type(checkpoint).__name__}`. Save `model.state_dict()`.")
-    return checkpoint
 
 
 def _prefix(ours: Sequence[str], theirs: Sequence[str], path: Path) -> str:

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import types
+import zipfile
 from collections import deque
 from collections.abc import Mapping, Sequence
 from enum import Enum
+from os import PathLike
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
@@ -19,6 +23,7 @@ FORMAT = 7
 """The number of the layout of a saved monitor; states of another number are not read."""
 
 _NARROWED = frozenset({"narrowed", "dtype"})
+_BEFORE_ZIP = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how files of torch began up to 1.5
 
 
 def encode(value: Any) -> Any:
@@ -151,3 +156,50 @@ def _fields_of(kind: Any) -> dict[str, Any]:
     if dataclasses.is_dataclass(kind):
         return {field.name: hints[field.name] for field in dataclasses.fields(kind) if field.init}
     return {name: hints[name] for name in kind._fields}
+
+
+# -- files -----------------------------------------------------------------------------------------------
+
+
+def read_checkpoint(
+    path: str | PathLike[str], written: str, trust: str, *, weights_only: bool = True
+) -> Mapping[str, Any]:
+    """Read a file that ``torch.save`` or a Trainer wrote.
+
+    Args:
+        path: Of the file.
+        written: What the user wrote, for the messages, such as ``"--checkpoint last.ckpt"``.
+        trust: The edit that says that the file is trusted.
+        weights_only: As of ``torch.load``; False for a trusted file, which then may run any code.
+
+    Raises:
+        ValueError: If it cannot be read, or holds something else.
+    """
+    if reason := _no_checkpoint(Path(path)):
+        raise ValueError(f"`{written}`: {reason}. Give a file that `torch.save` or `trainer.save_checkpoint` wrote.")
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=weights_only)
+    except Exception as error:
+        if weights_only and isinstance(error, UnpicklingError):
+            why = f"it holds more than tensors and plain values. If you trust where it comes from, {trust}"
+        else:
+            why = f"torch cannot read it ({type(error).__name__}: {str(error).partition(chr(10))[0]}). Save it anew"
+        raise ValueError(f"`{written}`: {why}.") from error
+    if not isinstance(loaded, Mapping):
+        raise ValueError(f"`{written}`: it holds a `{type(loaded).__name__}`. Save `model.state_dict()`.")
+    return loaded
+
+
+def _no_checkpoint(path: Path) -> str:
+    """Say why torch cannot have written a file; empty if it can."""
+    if not path.is_file():
+        return "it is a folder" if path.is_dir() else "there is no such file"
+    if not path.stat().st_size:
+        return "the file is empty"
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            whole = any(name.endswith("data.pkl") for name in archive.namelist())
+    else:
+        with path.open("rb") as file:
+            whole = file.read(len(_BEFORE_ZIP)) == _BEFORE_ZIP
+    return "" if whole else "it is no checkpoint, or only the beginning of one"

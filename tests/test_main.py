@@ -1,9 +1,12 @@
 """The command line: what it finds, writes, restores and refuses."""
 
 import json
+import pickle
 import re
 import subprocess
 import sys
+import zipfile
+from importlib import import_module
 
 import pytest
 import torch
@@ -75,7 +78,8 @@ def test_it_prints_what_is_dead(place, capsys):
 def test_it_runs_as_a_module(tmp_path):
     command = [sys.executable, "-m", "lightning_deadrelu", "audit", "nets:broken", "--data", "nets:batches"]
     done = subprocess.run([*command, "--fail-above", "0.1"], capture_output=True, text=True, timeout=120, check=False)
-    assert (done.returncode, done.stderr) == (1, "")
+    assert done.returncode == 1
+    assert done.stderr == "note: no `--checkpoint`, so the weights are those that `nets:broken` makes.\n"
     assert "2 of 8 units are dead" in done.stdout
 
 
@@ -156,6 +160,85 @@ def test_a_checkpoint_that_could_run_code_has_to_be_trusted(tmp_path, capsys):
     path = saved(tmp_path, model=nn.Linear(1, 1), callbacks={})
     assert "add `--trust`" in refusal(capsys, "nets:Net", "--checkpoint", path)
     assert audit("nets:Net", "--checkpoint", path, "--trust") == 0
+
+
+def _truncated(path):
+    torch.save(nn.Linear(4, 8).state_dict(), path)
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def _other_archive(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "nothing")
+
+
+NO_CHECKPOINT = {
+    "missing": (lambda path: None, "there is no such file"),
+    "empty": (lambda path: path.touch(), "the file is empty"),
+    "folder": (lambda path: path.mkdir(), "it is a folder"),
+    "garbage": (lambda path: path.write_bytes(bytes(range(256)) * 9), "it is no checkpoint"),
+    "text": (lambda path: path.write_text("epoch,loss\n0,1.0\n"), "it is no checkpoint"),
+    "pickle": (lambda path: path.write_bytes(pickle.dumps({"state_dict": {}})), "it is no checkpoint"),
+    "other archive": (_other_archive, "it is no checkpoint"),
+    "truncated": (_truncated, "only the beginning of one"),
+    "a list": (lambda path: torch.save([1, 2], path), "it holds a `list`. Save `model.state_dict()`"),
+}
+
+
+@pytest.mark.parametrize("trust", [(), ("--trust",)], ids=["", "trusted"])
+@pytest.mark.parametrize("kind", NO_CHECKPOINT)
+def test_what_is_no_checkpoint_is_refused_in_one_line(kind, trust, tmp_path, capsys):
+    make, why = NO_CHECKPOINT[kind]
+    make(tmp_path / "last.ckpt")
+    told = refusal(capsys, "nets:Net", "--checkpoint", str(tmp_path / "last.ckpt"), *trust)
+    assert why in told
+    assert told.count("\n") == 1
+    assert "--trust" not in told
+
+
+class Gone:
+    """Is of a package that is not installed here."""
+
+    def __reduce__(self):
+        return import_module, ("gone",)
+
+
+def test_a_trusted_file_may_need_what_is_not_installed(tmp_path, capsys):
+    torch.save({"config": Gone()}, tmp_path / "last.ckpt")
+    told = refusal(capsys, "nets:Net", "--checkpoint", str(tmp_path / "last.ckpt"), "--trust")
+    assert "torch cannot read it (ModuleNotFoundError: No module named 'gone')" in told
+
+
+def test_files_from_before_torch_wrote_archives_are_read(tmp_path, capsys):
+    path = saved(tmp_path)
+    torch.save(torch.load(path), path, _use_new_zipfile_serialization=False)
+    audit("nets:Net", "--checkpoint", path)
+    assert "3 of 8 units are dead" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "cpu:x", ""])
+def test_a_device_that_is_not_there_is_refused_in_one_line(device, capsys):
+    told = refusal(capsys, "nets:Net", "--device", device)
+    assert told.startswith(f"error: `--device {device}`: there is no such device here (")
+    assert told.endswith("). Try `--device cpu`.\n")
+    assert told.count("\n") == 1
+
+
+def test_whose_weights_are_audited_is_said(tmp_path, capsys):
+    audit("nets:broken")
+    assert capsys.readouterr().err == "note: no `--checkpoint`, so the weights are those that `nets:broken` makes.\n"
+    audit("nets:broken", "--checkpoint", saved(tmp_path))
+    assert capsys.readouterr().err == ""
+
+
+def test_versions_are_told_in_one_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    told = capsys.readouterr().out
+    assert told.startswith("lightning-deadrelu ")
+    assert all(f", {name} " in told for name in ("torch", "lightning", "python"))
+    assert told.count("\n") == 1
 
 
 REFUSED = {

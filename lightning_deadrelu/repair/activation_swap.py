@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from os import PathLike, fspath
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_deadrelu.checkpoint import read_checkpoint
 from lightning_deadrelu.model.rectifiers import Rectifier
 from lightning_deadrelu.model.sites import Site, clean, matches
 from lightning_deadrelu.repair.substitute_modules import MARK, SUBSTITUTES, Original, build, original_of
@@ -190,7 +190,9 @@ def _takes(model: nn.Module, record: Mapping[str, Any], path: str) -> bool:
     )
 
 
-def restore_activations(model: nn.Module, checkpoint: Mapping[str, Any] | str | PathLike[str]) -> nn.Module:
+def restore_activations(
+    model: nn.Module, checkpoint: Mapping[str, Any] | str | PathLike[str], *, weights_only: bool = True
+) -> nn.Module:
     """Put the activations into a model that a remedy put there in the run behind a checkpoint.
 
     A checkpoint holds weights, and the model's code says what is done with them: what
@@ -201,6 +203,8 @@ def restore_activations(model: nn.Module, checkpoint: Mapping[str, Any] | str | 
         model: The model, as its code builds it; changed in place. It may be a part of the one that was trained, or hold
             it as a part.
         checkpoint: A Lightning checkpoint, loaded, or the path to one.
+        weights_only: As of ``torch.load``: False for a file that holds more than tensors and plain values, as those of
+            many libraries do. It may run any code when it is loaded, so it has to be one that you trust.
 
     Returns:
         The model.
@@ -215,13 +219,18 @@ def restore_activations(model: nn.Module, checkpoint: Mapping[str, Any] | str | 
         >>> restore_activations(model, {"callbacks": {"DeadReLUMonitor": state}})[1]
         LeakyUnits(relu, units=2, dims=(-1,))
     """
-    loaded = checkpoint if isinstance(checkpoint, Mapping) else _load(fspath(checkpoint))
+    loaded = checkpoint if isinstance(checkpoint, Mapping) else _read(fspath(checkpoint), weights_only)
     if "callbacks" not in loaded:
         raise ValueError(
             "`restore_activations`: this checkpoint has no `callbacks`, so it does not tell which activations were"
             " exchanged. Give one that was saved without `save_weights_only=True`."
         )
     return restore(model, _recorded(loaded))
+
+
+def _read(path: str, weights_only: bool) -> Mapping[str, Any]:
+    call = f"restore_activations(model, {path!r}"
+    return read_checkpoint(path, f"{call})", f"try `{call}, weights_only=False)`", weights_only=weights_only)
 
 
 def restore(model: nn.Module, records: Sequence[Mapping[str, Any]]) -> nn.Module:
@@ -260,16 +269,6 @@ def reinstate_(model: nn.Module, keep: Container[str] = ()) -> None:
         old = find_module(model, path)
         if path not in keep and old is not None:
             _replace(model, old, Original(**mark["original"]).module())
-
-
-def _load(path: str) -> Mapping[str, Any]:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
-    except UnpicklingError as error:
-        raise ValueError(
-            f"`restore_activations(model, {path!r})`: the checkpoint holds more than tensors and plain values. If you"
-            f" trust it, give `torch.load({path!r}, map_location='cpu', weights_only=False)` instead of the path."
-        ) from error
 
 
 def _recorded(checkpoint: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -460,8 +460,11 @@ def test_restoring_from_a_file(tmp_path):
     assert torch.equal(restore_activations(mlp(), tmp_path / "last.ckpt")(x), model(x))
     assert torch.equal(restore_activations(mlp(), str(tmp_path / "last.ckpt"))(x), model(x))
     torch.save({**checkpoint(model), "hyper_parameters": {"act": nn.ReLU()}}, tmp_path / "odd.ckpt")
-    with pytest.raises(ValueError, match=r"If you trust it, give `torch.load"):
+    with pytest.raises(ValueError, match=r"try `restore_activations\(model, .*odd.ckpt., weights_only=False\)`"):
         restore_activations(mlp(), tmp_path / "odd.ckpt")
+    assert torch.equal(restore_activations(mlp(), tmp_path / "odd.ckpt", weights_only=False)(x), model(x))
+    with pytest.raises(ValueError, match=r"`restore_activations\(model, .*gone.ckpt.\)`: there is no such file"):
+        restore_activations(mlp(), tmp_path / "gone.ckpt")
 
 
 def test_a_lightning_checkpoint(tmp_path):
