@@ -244,6 +244,12 @@ class DeadReLUMonitor(Results, Callback):
             self._monitor.abort()
 
     @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._monitor:
+            with self._monitor.guard():
+                self._monitor.announcer.tell_outcome(self.run_report, pl_module)
+
+    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._stop()
 

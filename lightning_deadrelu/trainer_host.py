@@ -19,6 +19,7 @@ from lightning_deadrelu.report.loggers import Reporter
 from lightning_deadrelu.report.run_report import RunReport
 
 _SHARDED = frozenset({"FSDPStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy"})
+_LIVE = frozenset({"RichProgressBar"})
 _AVERAGING = frozenset({"WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging"})
 
 
@@ -105,11 +106,15 @@ class TrainerHost:
         self._reporter.alert(crossed, run.report, loggers, first)
 
     def conclude(self, run: RunReport) -> None:
-        from lightning_deadrelu.report import summary
-
         self._reporter.media(run, self._trainer.loggers, final=True)
-        if not self._trainer.fast_dev_run:
-            self.info(summary(run))
+
+    def say_at_end(self, text: str) -> None:
+        if self._trainer.fast_dev_run or not self.is_first_rank:
+            return
+        bar = self._trainer.progress_bar_callback
+        if bar is not None and _known(bar, _LIVE):  # it comes after us, and under it a notebook takes no print
+            bar.teardown(self._trainer, self.model, "fit")
+        print(f"{self._name}: {text}")
 
 
 def _known(value: object, names: AbstractSet[str]) -> str:

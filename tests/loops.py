@@ -58,6 +58,8 @@ class Loop:
     def conclude(self, run: RunReport) -> None:
         self.concluded.append(run)
 
+    say_at_end = warn
+
 
 def net(dead: int = 3, units: int = 8) -> nn.Sequential:
     """A rectifier, ``act``, of whose units the first ``dead`` are dead."""

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from torch import nn
+
 from lightning_deadrelu.explain.finding import Finding
 from lightning_deadrelu.explain.postmortem import DeathEvent
 from lightning_deadrelu.monitor.host import Host
 from lightning_deadrelu.monitor.settings import Settings
+from lightning_deadrelu.repair.activation_swap import RESTORING, records
 from lightning_deadrelu.repair.event import Event
+from lightning_deadrelu.report import RunReport, summary
 from lightning_deadrelu.statistics import LivenessReport
 
 
@@ -76,3 +80,11 @@ class Announcer:
             self._host.warn("\n- ".join(["the check-up found", *map(str, findings)]))
         else:
             self._host.info("the check-up found nothing that kills units.")
+
+    def tell_outcome(self, run: RunReport, model: nn.Module) -> None:
+        """Say what became of all units, and which activations stay in the model; nothing where nothing was watched."""
+        if not run.report.sites:
+            return
+        kinds = ", ".join(f"`{record['path']}` is `{record['kind']}`" for record in records(model))
+        left = kinds and f"Activations that were exchanged for good: {kinds}; {RESTORING}."
+        self._host.say_at_end("\n".join(filter(None, [summary(run), left])))

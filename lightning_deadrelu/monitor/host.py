@@ -87,4 +87,7 @@ class Host(Protocol):
         """
 
     def conclude(self, run: RunReport) -> None:
-        """Say at the end of training what became of the units; on rank 0 alone."""
+        """Log at the end of training what became of the units; on rank 0 alone."""
+
+    def say_at_end(self, text: str) -> None:
+        """Say what came of the run, when nothing else is on the screen; once for all ranks."""

@@ -126,7 +126,7 @@ class Monitor:
             self._write_report()
 
     def conclude(self) -> None:
-        """End, and say what became of all units."""
+        """End, and log what became of all units."""
         self.stop()
         if self.host.is_first_rank and self.report is not None and self.report.sites:
             with self.guard():

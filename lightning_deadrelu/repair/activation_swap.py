@@ -14,6 +14,9 @@ from lightning_deadrelu.model.rectifiers import Rectifier
 from lightning_deadrelu.model.sites import Site, clean, matches
 from lightning_deadrelu.repair.substitute_modules import MARK, SUBSTITUTES, Original, build, original_of
 
+RESTORING = "who loads weights without the monitor calls `restore_activations(model, path)` before"
+"""What activations ask for that were exchanged for good."""
+
 _EXACT = ("relu", "relu6", "hardtanh", "threshold")
 # shared rather than copied, so that the handles that users hold go on working
 _HOOKS = (

@@ -13,6 +13,7 @@ from lightning_deadrelu.model.parameters import tensors_of
 from lightning_deadrelu.model.sharding import reshard_
 from lightning_deadrelu.observe.ranks import RankFailure
 from lightning_deadrelu.remedies import Edits, InitDistribution, Remedy, SiteView
+from lightning_deadrelu.repair.activation_swap import RESTORING
 from lightning_deadrelu.repair.editor import Editor, EditorState
 from lightning_deadrelu.repair.event import Event, Loss
 from lightning_deadrelu.repair.optimizer_state import left_alone
@@ -215,7 +216,8 @@ class Repair:
                 self._apply(edits, view)
             names, tensors = edited_names(remedy, view.attribution), tensors_of(self.subject.model)
             kept = left_alone(self.subject.optimizers, tensors, names)
-            request = replace(request, reason="; ".join(filter(None, [request.reason, kept])))
+            for_good = RESTORING if edits.activation and not edits.activation.steps else ""
+            request = replace(request, reason="; ".join(filter(None, [request.reason, kept, for_good])))
             self._record([self.policy.edited(request, view.units, view.report.dead_fraction, self._loss, step)])
 
     def _apply(self, edits: Edits, view: SiteView) -> None:
