@@ -1,6 +1,6 @@
-"""Strike a healthy network with one bad batch, watch its units die, and let a flag bring them back.
+"""Train a narrow network, let one bad batch kill half of it, and let a flag bring units and accuracy back.
 
-python examples/02_repair.py                            two runs with the same blow, without a remedy and with one
+python examples/02_repair.py                            two runs with the same bad batch, without a remedy and with one
 python examples/02_repair.py --remedy bias_warming      another remedy; see `DeadReLUMonitor`
 python examples/02_repair.py --remedy reset leaky       the second where the first does not help
 """
@@ -17,7 +17,6 @@ from typing import Any
 
 os.environ.setdefault("WANDB_SILENT", "true")  # read when wandb is imported
 
-import matplotlib.style
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
@@ -31,11 +30,11 @@ from lightning_deadrelu import DeadReLUMonitor, LivenessReport
 
 
 class Classifier(LightningModule):
-    """Two hidden layers. Nothing in here knows that it is watched, or repaired."""
+    """Two hidden layers of twelve units: each of them counts. Nothing in here knows that it is watched, or repaired."""
 
-    def __init__(self, lr: float, width: int = 128) -> None:
+    def __init__(self, lr: float, bad_step: int, width: int = 12) -> None:
         super().__init__()
-        self.lr = lr
+        self.lr, self.bad_step = lr, bad_step
         self.net = nn.Sequential()
         self.net.add_module("linear1", nn.Linear(64, width))
         self.net.add_module("relu1", nn.ReLU())
@@ -45,6 +44,8 @@ class Classifier(LightningModule):
         self.accuracies: list[tuple[int, float]] = []
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        for group in self.optimizers().param_groups:
+            group["lr"] = self.lr * (1.5 if batch_idx == self.bad_step else 1.0)
         loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
         self.log("loss", loss)
         return loss
@@ -58,19 +59,19 @@ class Classifier(LightningModule):
         return torch.optim.SGD(self.parameters(), self.lr)
 
 
-class Blow(IterableDataset[list[Tensor]]):
-    """Training batches, one of which is 15 times too large and wrongly labelled."""
+class Batches(IterableDataset[list[Tensor]]):
+    """Training batches, one of which is ten times too large and wrongly labelled."""
 
-    def __init__(self, data: TensorDataset, steps: int, at: int) -> None:
+    def __init__(self, data: TensorDataset, steps: int, bad_step: int) -> None:
         self.images, self.labels = data[:]
-        self.steps, self.at = steps, at
+        self.steps, self.bad_step = steps, bad_step
 
     def __iter__(self) -> Iterator[list[Tensor]]:
         generator = torch.Generator().manual_seed(0)  # both runs see the same batches
         for step in range(self.steps):
             rows = torch.randint(len(self.images), (32,), generator=generator)
             images, labels = self.images[rows], self.labels[rows]
-            yield [images * 15, (labels + 1) % 10] if step == self.at else [images, labels]
+            yield [images * 10, (labels + 1) % 10] if step == self.bad_step else [images, labels]
 
 
 class Recorder(DeadReLUMonitor):
@@ -86,10 +87,11 @@ class Recorder(DeadReLUMonitor):
 
 def run(name: str, remedy: list[str] | None, args: argparse.Namespace) -> tuple[Recorder, list[tuple[int, float]]]:
     """Train once, and return the monitor and the accuracies; the seed makes the runs alike until the first edit."""
-    seed_everything(0, verbose=False)
+    seed_everything(args.seed, verbose=False)
     train, held_out = random_split(load(), [0.8, 0.2])
-    model = Classifier(args.lr)
-    monitor = Recorder(every_n_steps=2, remedy=remedy)
+    bad_step = args.steps // 4
+    model = Classifier(args.lr, bad_step)
+    monitor = Recorder(every_n_steps=2, threshold=0, remedy=remedy)
     logger = make_logger(args.logger, args.out, name)
     trainer = Trainer(
         max_steps=args.steps,
@@ -103,7 +105,7 @@ def run(name: str, remedy: list[str] | None, args: argparse.Namespace) -> tuple[
         enable_model_summary=False,
         enable_progress_bar=False,
     )
-    batches = Blow(TensorDataset(*train[:]), args.steps, at=args.steps // 4)
+    batches = Batches(TensorDataset(*train[:]), args.steps, bad_step)
     trainer.fit(model, DataLoader(batches, batch_size=None), DataLoader(held_out, 512))
     tell(name, monitor, model.accuracies[-1][1], logger)
     return monitor, model.accuracies
@@ -135,32 +137,35 @@ def make_logger(kind: str, folder: Path, name: str) -> Logger | bool:
 Curve = list[tuple[int, float]]
 
 
-def draw(runs: dict[str, tuple[Recorder, Curve]], blow: int, path: Path) -> None:
-    matplotlib.style.use("tableau-colorblind10")
-    figure = Figure(figsize=(10, 3.4), layout="constrained")
+def draw(runs: dict[str, tuple[Recorder, Curve]], bad_step: int, title: str, path: Path) -> None:
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
     left, right = figure.subplots(1, 2)
-    for (name, (monitor, accuracies)), style, height in zip(runs.items(), ("--", "-"), (3, 2), strict=True):
+    for (name, (monitor, accuracies)), colour in zip(runs.items(), ("#d55e00", "#0072b2"), strict=True):
         dead = [(report.step, report.dead_fraction) for report in monitor.verdicts]
         for axes, curve in ((left, dead), (right, accuracies)):
-            axes.plot(*zip(*curve, strict=True), style, label=name, linewidth=2, zorder=height)
-    for axes, title in ((left, "dead units"), (right, "accuracy on held-out digits")):
-        finish(axes, title, blow)
-    left.set(ylim=(0, 0.6))
-    left.legend(loc="upper right", frameon=False)
-    figure.savefig(path, dpi=80)
+            axes.plot(*zip(*curve, strict=True), color=colour, linewidth=2.2)
+            axes.annotate(f" {name}", curve[-1], color=colour, va="center", annotation_clip=False)
+    for axes, label, height in ((left, "dead units", 0.97), (right, "accuracy on held-out digits", 0.03)):
+        finish(axes, label, bad_step, height)
+    figure.savefig(path, dpi=160)
 
 
-def finish(axes: Axes, title: str, blow: int) -> None:
-    axes.axvline(blow, color="0.7", linewidth=1, label="the bad batch", zorder=1)
-    axes.set(title=title, xlabel="training batches", ylim=(0, 1))
+def finish(axes: Axes, label: str, bad_step: int, height: float) -> None:
+    axes.axvline(bad_step, color="0.6", linewidth=1, linestyle=":", zorder=1)
+    axes.annotate(" one bad batch", (bad_step, height), color="0.4", va="center")
+    axes.set_title(label, loc="left", fontsize=11)
+    axes.set(xlabel="training batches", ylim=(-0.02, 1.02), xlim=(0, None))
     axes.yaxis.set_major_formatter("{x:.0%}")
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--remedy", nargs="+", default=["reset"], help="flags, the next where the one before failed")
+    parser.add_argument("--remedy", nargs="+", default=["auto"], help="flags, the next where the one before failed")
     parser.add_argument("--lr", type=float, default=0.1, help="learning rate of SGD")
-    parser.add_argument("--steps", type=int, default=2000, help="training batches; a quarter comes before the bad one")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=4000, help="training batches; a quarter comes before the bad one")
     parser.add_argument("--logger", choices=["wandb", "tensorboard", "csv", "none"], default="wandb")
     parser.add_argument("--out", type=Path, default=Path("outputs"), help="folder for runs and the picture")
     args = parser.parse_args()
@@ -169,11 +174,10 @@ def main() -> None:
 
     remedies: dict[str, list[str] | None] = {"no remedy": None, ", then ".join(args.remedy): args.remedy}
     runs = {name: run(name, remedy, args) for name, remedy in remedies.items()}
-    draw(runs, args.steps // 4, args.out / "repair.png")
-    dead, accuracies = ([f"{one:.1%}" for one in pair] for pair in zip(*map(ends, runs.values()), strict=True))
-    print(
-        f"\nDead units: {dead[0]} without a remedy, {dead[1]} with it. Accuracy: {accuracies[0]} and {accuracies[1]}."
-    )
+    dead, accuracies = ([f"{one:.0%}" for one in pair] for pair in zip(*map(ends, runs.values()), strict=True))
+    finding = f"{dead[0]} of the units stay dead without a remedy, {dead[1]} with it; accuracy {accuracies[0]} and {accuracies[1]}"
+    draw(runs, args.steps // 4, finding, args.out / "repair.png")
+    print(f"\n{finding}.")
     print(f"Picture: {args.out / 'repair.png'}")
 
 
