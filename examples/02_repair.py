@@ -175,7 +175,8 @@ def main() -> None:
     remedies: dict[str, list[str] | None] = {"no remedy": None, ", then ".join(args.remedy): args.remedy}
     runs = {name: run(name, remedy, args) for name, remedy in remedies.items()}
     dead, accuracies = ([f"{one:.0%}" for one in pair] for pair in zip(*map(ends, runs.values()), strict=True))
-    finding = f"{dead[0]} of the units stay dead without a remedy, {dead[1]} with it; accuracy {accuracies[0]} and {accuracies[1]}"
+    finding = f"{dead[0]} of the units stay dead without a remedy, {dead[1]} with it"
+    finding += f"; accuracy {accuracies[0]} and {accuracies[1]}"
     draw(runs, args.steps // 4, finding, args.out / "repair.png")
     print(f"\n{finding}.")
     print(f"Picture: {args.out / 'repair.png'}")
