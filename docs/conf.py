@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
+import warnings
 from importlib.metadata import version as installed
+from pathlib import Path
+from typing import Any
+
+from sphinx_gallery.scrapers import figure_rst
+
+sys.path.append(str(Path(__file__).parents[1] / "examples" / "causes"))
 
 project = "lightning-deadrelu"
 author = "The lightning-deadrelu developers"
@@ -17,11 +25,12 @@ extensions = [
     "sphinx.ext.intersphinx",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
+    "sphinx_gallery.gen_gallery",
 ]
-exclude_patterns = ["_build", "gallery/**/*.ipynb"]
+exclude_patterns = ["_build", "gallery/**/*.ipynb", "gallery/**/*.zip"]
 myst_enable_extensions = ["colon_fence", "deflist", "attrs_inline"]
 myst_heading_anchors = 3
-nitpicky = False
+suppress_warnings = ["config.cache"]  # a scraper is a function, which cannot be cached
 
 # Links into other projects need a network; without one the names stay plain text.
 intersphinx_mapping = (
@@ -51,3 +60,29 @@ html_theme_options = {
     "source_branch": "main",
     "source_directory": "docs/",
 }
+
+
+def figures_of(block: Any, block_vars: Any, gallery_conf: Any) -> str:
+    """Save what a script of the gallery has drawn, and return the text that shows it."""
+    import common
+
+    paths = [next(block_vars["image_path_iterator"]) for _ in common.DRAWN]
+    for figure, path in zip(common.DRAWN, paths, strict=True):
+        figure.savefig(path, dpi=130)
+    common.DRAWN.clear()
+    text: str = figure_rst(paths, gallery_conf["src_dir"])
+    return text
+
+
+sphinx_gallery_conf = {
+    "examples_dirs": "../examples/causes",
+    "gallery_dirs": "gallery",
+    "filename_pattern": r"\.py$",
+    "ignore_pattern": r"common\.py",
+    "image_scrapers": (figures_of,),
+    "reset_modules": (),
+    "only_warn_on_example_error": False,
+    "show_memory": False,
+    "min_reported_time": 1e9,
+}
+warnings.filterwarnings("ignore", module="sphinx_gallery")

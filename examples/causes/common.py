@@ -27,6 +27,7 @@ for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
     logging.getLogger(name).setLevel(logging.ERROR)
 
 SHORT = 150  # training batches of a short run
+DRAWN: list[Figure] = []  # for the gallery of the documentation
 Batches = list[tuple[Tensor, ...]]
 Curve = list[tuple[int, float]]
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -157,14 +158,15 @@ def show(title: str, label: str, before: Curve, after: Curve, picture: Path | No
     print(f"{title}\n\n{label}, from {before[0][0]} to {before[-1][0]} training batches")
     for name, curve in (("before", before), ("after", after)):
         print(f"{name:6}  {curve[0][1]:4.0%} {sparkline([share for _, share in curve])} {curve[-1][1]:4.0%}")
+    DRAWN.append(draw(title, label, before, after))
     if picture:
-        draw(title, label, before, after).savefig(picture, dpi=100)
+        DRAWN[-1].savefig(picture, dpi=100)
 
 
 def draw(title: str, label: str, before: Curve, after: Curve) -> Figure:
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axes = figure.subplots()
-    for name, curve, color, style in (("before", before, "#c44e52", "-"), ("after the cure", after, "#4c72b0", "--")):
+    for name, curve, color, style in (("before", before, "#d55e00", "-"), ("after the cure", after, "#0072b2", "--")):
         axes.plot(*zip(*curve, strict=True), style, color=color, linewidth=2, label=name)
     axes.set_title(textwrap.fill(title, 64), fontsize=11)
     axes.set(xlabel="training batches", ylabel=label, ylim=(-0.03, 1.03), xlim=(0, None))

@@ -1,17 +1,18 @@
-"""ELU units are never dead, but they can lie in a coma: saturated for every input, with next to no gradient.
+"""ELU units are never dead, but they can lie in a coma: saturated for every input, with next to no gradient
+=========================================================================================================
 
-What happens. Below zero the derivative of ELU is exp(z): 5 % at -3, 0.005 % at -10. A learning rate that is too high
-throws units far below zero, exactly as it does with ReLU (``high_learning_rate.py``). There they put out -1 whatever
-the input. In theory they crawl back; in the time of a training they do not.
+**What happens.** Below zero the derivative of ELU is exp(z): 5 % at -3, 0.005 % at -10. A learning rate that is too
+high throws units far below zero, exactly as it does with ReLU (``high_learning_rate.py``). There they put out -1
+whatever the input. In theory they crawl back; in the time of a training they do not.
 
-How it looks. No unit is called dead, for none is, and none dormant by ReDo's score either: |-1| is no small output.
+**How it looks.** No unit is called dead, for none is, and none dormant by ReDo's score either: -1 is no small output.
 The report's ``peak`` tells: here a unit counts as comatose if its largest input of a window stayed below -3, where
 the derivative is less than 5 % for all data. Smooth activations are watched when they are named: ``include=["elu"]``.
 
-The cure. The same as for ReLU: a lower learning rate, clipping, normalisation. An ELU is no cure for a cause that
+**The cure.** The same as for ReLU: a lower learning rate, clipping, normalisation. An ELU is no cure for a cause that
 goes on.
 
-Source. Clevert et al. 2015, arXiv 1511.07289, for ELU and its saturation.
+**Source.** Clevert et al. 2015, arXiv 1511.07289, for ELU and its saturation.
 
 python examples/causes/elu_coma.py [--picture FILE.png]
 """

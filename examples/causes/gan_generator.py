@@ -1,18 +1,19 @@
-"""A generator with plain rectifiers dies of the fight with its discriminator.
+"""A generator with plain rectifiers dies of the fight with its discriminator
+==========================================================================
 
-What happens. The generator's only signal is the discriminator's gradient, whose direction changes all the time and is
-shared by all samples of a batch: "darker", then "brighter". Adam makes full steps of each, however small the
+**What happens.** The generator's only signal is the discriminator's gradient, whose direction changes all the time
+and is shared by all samples of a batch: "darker", then "brighter". Adam makes full steps of each, however small the
 gradient. A common push moves all pre-activations of a unit together, and over the edge together. The target moves, so
 that the push never ends.
 
-How it looks. The dead fraction climbs all through training, most in the generator's first layer. No loss shows it:
-those of both players go up and down anyway.
+**How it looks.** The dead fraction climbs all through training, most in the generator's first layer. No loss shows
+it: those of both players go up and down anyway.
 
-The cure. BatchNorm before each rectifier of the generator, as in DCGAN: it subtracts what all samples of a batch have
-in common. A LeakyReLU in the discriminator, as here in both runs, keeps gradients coming. A tenth of the learning
-rate killed none either.
+**The cure.** BatchNorm before each rectifier of the generator, as in DCGAN: it subtracts what all samples of a batch
+have in common. A LeakyReLU in the discriminator, as here in both runs, keeps gradients coming. A tenth of the
+learning rate killed none either.
 
-Source. Radford et al. 2015, arXiv 1511.06434 (DCGAN).
+**Source.** Radford et al. 2015, arXiv 1511.06434 (DCGAN).
 
 python examples/causes/gan_generator.py [--picture FILE.png]
 """
