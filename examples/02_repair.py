@@ -44,7 +44,7 @@ class Classifier(LightningModule):
         self.accuracies: list[tuple[int, float]] = []
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        for group in self.optimizers().param_groups:
+        for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = self.lr * (1.5 if batch_idx == self.bad_step else 1.0)
         loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
         self.log("loss", loss)
