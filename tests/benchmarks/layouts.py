@@ -39,7 +39,7 @@ from lightning_deadrelu.monitor import verdicts
 from lightning_deadrelu.monitor.announcer import Announcer
 from lightning_deadrelu.monitor.merge import Merger
 from lightning_deadrelu.monitor.monitor import Monitor
-from lightning_deadrelu.observe import ranks
+from lightning_deadrelu.observe.ranks import Ranks
 from lightning_deadrelu.report.history import RunHistory
 from lightning_deadrelu.report.loggers import Reporter
 from lightning_deadrelu.statistics import Totals, UnitLiveness
@@ -47,9 +47,9 @@ from lightning_deadrelu.statistics import Totals, UnitLiveness
 LAYOUTS = ((17, 512), (64, 9216), (64, 36_864))
 WARM_UP, WINDOW, ROWS, INPUTS = 9, 2, 8, 4
 PARTS = {
-    "agree on a layout": (ranks, "agree"),
+    "agree on a layout": (Ranks, "_laid_out"),
     "lay sums end to end": (Totals, "sums"),
-    "merge": (ranks, "merge"),
+    "merge": (Ranks, "merge"),
     "to the host, with notes for a post-mortem": (Merger, "_on_host"),
     "verdict": (verdicts, "judge"),
     "post-mortem": (FlightRecorder, "explain"),

@@ -5,6 +5,7 @@ from dataclasses import replace
 import absolute
 import causes
 import healthy
+import layouts
 import pytest
 import torch
 from torch.nn.utils import parameters_to_vector
@@ -41,3 +42,8 @@ def test_of_a_healthy_network_nothing_is_said():
     found = causes.outcome(healthy.SETUPS["MLP, SGD, warm-up, cosine"](0))
     assert found.findings == ()
     assert found.first == "nothing"
+
+
+def test_each_part_that_is_timed_is_there():
+    for owner, name in layouts.PARTS.values():
+        assert callable(getattr(owner, name)), name
