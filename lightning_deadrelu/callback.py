@@ -23,7 +23,7 @@ from lightning_deadrelu.monitor.state import MonitorState, exchange_as_in
 from lightning_deadrelu.observe.ranks import Ranks
 from lightning_deadrelu.remedies import Remedy
 from lightning_deadrelu.statistics import LivenessReport
-from lightning_deadrelu.trainer_host import TrainerHost, logging_step, trains
+from lightning_deadrelu.trainer_host import TrainerHost, act_first_on_error, logging_step, trains
 
 
 class DeadReLUMonitor(Results, Callback):
@@ -170,6 +170,7 @@ class DeadReLUMonitor(Results, Callback):
         host = TrainerHost(trainer, self._settings)
         self._monitor = _monitor_on_all_ranks(host, self._settings)
         if self._monitor:
+            act_first_on_error(trainer, self, self._monitor.abort)
             self._monitor.start(self._pending)
             self._pending = None
         else:

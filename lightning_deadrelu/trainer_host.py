@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
+from typing_extensions import override
 
 from lightning_deadrelu.monitor.host import Misuse
 from lightning_deadrelu.monitor.settings import Settings
@@ -115,6 +116,34 @@ class TrainerHost:
         if bar is not None and _known(bar, _LIVE):  # it comes after us, and under it a notebook takes no print
             bar.teardown(self._trainer, self.model, "fit")
         print(f"{self._name}: {text}")
+
+
+class _ErrorListener(Callback):
+    """Stands before all other callbacks, because one that raises when told of an error keeps those behind it untold."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self._act = act
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")
+        self._act()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        trainer.callbacks = [one for one in trainer.callbacks if one is not self]
+
+
+def act_first_on_error(trainer: Trainer, callback: Callback, act: Callable[[], None]) -> None:
+    """Have something done when training ends by an error, before any other callback can raise in its ``on_exception``.
+
+    Args:
+        trainer: The Trainer; until training ends, its list of callbacks has one more in front.
+        callback: Who wants it; one that is listed first needs no help.
+        act: What to do.
+    """
+    if trainer.callbacks[0] is not callback:
+        trainer.callbacks = [_ErrorListener(act), *trainer.callbacks]
 
 
 def _known(value: object, names: AbstractSet[str]) -> str:

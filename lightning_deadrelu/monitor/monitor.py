@@ -118,7 +118,9 @@ class Monitor:
         self.running = False
 
     def abort(self) -> None:
-        """End because of an error; what belongs into a checkpoint that is saved now stays."""
+        """End because of an error; what belongs into a checkpoint that is saved now stays. Harmless when it is over."""
+        if not self.running:
+            return
         self.pause()
         self.watch.close()
         self.running = False

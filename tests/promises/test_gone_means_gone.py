@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import (
 from toys import EVERYTHING, WITHIN, Log, Net, Nosy, Verdicts, bare, batches, fit, mlp, run_of, watchers
 
 from lightning_deadrelu import DeadReLUMonitor
+from lightning_deadrelu.remedies import BiasWarming, LeakySlope, WakeUp
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*the Trainer has no logger", "ignore:.*get no gradient", "ignore:.*no rectifier ran"
@@ -74,6 +75,53 @@ def test_an_epoch_that_is_skipped_half_way_leaves_nothing_behind():
     assert nosy.armed <= WITHIN
     assert watchers() == []
     assert monitor.report.sites[0].samples == 15
+
+
+class Sore(Callback):
+    """Fails again when it is told that training has failed, and so keeps callbacks behind it from being told."""
+
+    def on_exception(self, trainer, pl_module, exception):
+        raise OSError("disk full")
+
+
+def left_behind(model):
+    """What there may be of ours in the process, and in a model."""
+    limits = torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit
+    stance = torch._dynamo.eval_frame._stance
+    hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
+    return watchers(), limits, (stance.stance, stance.backend), hooks, [type(module) for module in model.modules()]
+
+
+CASES = {
+    "watching": (None, False),
+    "watching compiled code": (None, True),
+    "a term": (BiasWarming(at_once=True, steps=99), False),
+    "slopes": (LeakySlope(ramp_steps=99), False),
+    "a push": (WakeUp(), False),
+}
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_stays_where_another_callback_fails_on_hearing_of_an_error(case, error):
+    class Doomed(Net):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            if batch_idx == 9:
+                inside.append(left_behind(plain) != before)
+                raise error("stop here")
+            return loss
+
+    (remedy, compiled), plain, inside = CASES[case], mlp(), []
+    before = left_behind(plain)
+    model = Doomed(torch.compile(plain, backend="eager") if compiled else plain)
+    monitor = DeadReLUMonitor(**{**EVERYTHING, "window": 2}, remedy=remedy)
+    trainer = Trainer(**bare(callbacks=[Sore(), monitor]))
+    with pytest.raises(OSError, match="disk full"):
+        trainer.fit(model, batches(12))
+    assert inside == [True]
+    assert left_behind(plain) == before
+    assert trainer.callbacks[1] is monitor
 
 
 class Copies(Callback):
