@@ -64,6 +64,17 @@ def test_files_that_the_pages_name_exist():
             assert (ROOT / name).exists(), f"{page.name} names {name}"
 
 
+def test_the_messages_that_are_explained_are_those_of_the_code():
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "lightning_deadrelu").rglob("*.py")]
+    code = re.sub(r'"\s*f?"', "", "\n".join(sources))  # join what is broken over lines
+    code = code.replace("{threshold:.0%}", "10%")
+    messages = re.findall(r"^`(.+)`$", page, re.MULTILINE)
+    assert len(messages) > 15
+    for message in messages:
+        assert message in code, message
+
+
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("furo")
