@@ -19,6 +19,7 @@ from importlib.metadata import version as _version
 from lightning_deadrelu.callback import DeadReLUMonitor
 from lightning_deadrelu.explain.checkup import checkup
 from lightning_deadrelu.explain.finding import Finding
+from lightning_deadrelu.loop import watch
 from lightning_deadrelu.observe.audit import find_dead_units
 from lightning_deadrelu.prevention import (
     born_dead_bounds,
@@ -52,4 +53,5 @@ __all__ = [
     "randomized_asymmetric_init_",
     "restore_activations",
     "swap_activations_",
+    "watch",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -14,19 +13,16 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_deadrelu.checkpoint import encode
-from lightning_deadrelu.guarded import RankFailure, guarded, why_it_ends
 from lightning_deadrelu.monitor.monitor import Monitor
-from lightning_deadrelu.monitor.results import Results
+from lightning_deadrelu.monitor.owner import MonitorOwner
 from lightning_deadrelu.monitor.settings import Settings
-from lightning_deadrelu.monitor.state import MonitorState, exchange_as_in
-from lightning_deadrelu.observe.ranks import Ranks
+from lightning_deadrelu.monitor.state import exchange_as_in
 from lightning_deadrelu.remedies import Remedy
 from lightning_deadrelu.statistics import LivenessReport
 from lightning_deadrelu.trainer_host import TrainerHost, act_first_on_error, logging_step, trains
 
 
-class DeadReLUMonitor(Results, Callback):
+class DeadReLUMonitor(MonitorOwner, Callback):
     """Watch every rectifier of a model during ``fit``, and say which of its units are dead.
 
     On one training batch in ``every_n_steps`` it counts, on the device, which units fire. After
@@ -116,7 +112,6 @@ class DeadReLUMonitor(Results, Callback):
         self.name = name
         self._settings = self._checked_settings()
         self._clear(self.name)
-        self._pending: dict[str, Any] | None = None  # what a checkpoint held, until training starts
 
     def _checked_settings(self) -> Settings:
         try:
@@ -167,26 +162,15 @@ class DeadReLUMonitor(Results, Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # only here has every strategy restored its checkpoint
-        host = TrainerHost(trainer, self._settings)
-        self._monitor = _monitor_on_all_ranks(host, self._settings)
-        if self._monitor:
-            act_first_on_error(trainer, self, self._monitor.abort)
-            self._monitor.start(self._pending)
-            self._pending = None
-        else:
-            self._train_unwatched(host)
-
-    def _train_unwatched(self, host: TrainerHost) -> None:
-        """Keep what checkpoints and other callbacks need all the same."""
-        exchange_as_in(self._pending or {}, host.model)
-        self._pending = self._pending or encode(MonitorState.of(host.model))
-        host.show_score(0.0)
+        act_first_on_error(trainer, self, self._abort)
+        self._start(TrainerHost(trainer, self._settings))
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._monitor:
             first = batch_idx % trainer.accumulate_grad_batches == 0
-            self._monitor.begin_batch(batch, first=first, trains=trains(trainer))
+            self._monitor.begin_batch(first=first, trains=trains(trainer))
+            self._monitor.note_batch(batch)
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -241,22 +225,15 @@ class DeadReLUMonitor(Results, Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self._monitor:  # terms in flight are out of the model, but go into a checkpoint that is saved now
-            self._monitor.abort()
+        self._abort()
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._monitor:
-            with self._monitor.guard():
-                self._monitor.announcer.tell_outcome(self.run_report, pl_module)
+        self._tell_outcome(pl_module)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._stop()
-
-    def _stop(self) -> None:
-        if self._monitor:
-            self._monitor.stop()
 
     @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -268,32 +245,14 @@ class DeadReLUMonitor(Results, Callback):
     on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
 
     @override
-    def state_dict(self) -> dict[str, Any]:
-        if self._pending is not None:  # loaded, and not yet taken up
-            return self._pending
-        return self._monitor.state() if self._monitor else {}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         if not (self._monitor and self._monitor.running):  # a search for the learning rate puts back what it found
-            self._pending = state_dict
+            super().load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         # Lightning binds `log` to the model; a copy of the callback must not copy that, nor watch
         state = {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
         return state | {"_monitor": None, "_past": replace(self.run_report, attribution={})}
-
-
-def _monitor_on_all_ranks(host: TrainerHost, settings: Settings) -> Monitor | None:
-    """Make a monitor; None on all ranks if it fails on one."""
-    monitor = None
-    with guarded(lambda error: warnings.warn(f"{settings.name}: {why_it_ends(error)}", stacklevel=4)):
-        monitor = Monitor(settings, host)
-    try:
-        Ranks(host.device, lambda: host.is_joint, lambda: monitor is None).settle()
-    except RankFailure:
-        return None
-    return monitor
 
 
 def _check_alone(trainer: Trainer) -> None:

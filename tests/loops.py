@@ -85,7 +85,8 @@ def train(monitor: Monitor, loop: Loop, batches: Sequence[torch.Tensor]) -> list
     (optimizer,) = loop.optimizers
     reports = []
     for batch in batches:
-        monitor.begin_batch(batch)
+        monitor.begin_batch()
+        monitor.note_batch(batch)
         loss = loop.model(batch).square().mean()
         optimizer.zero_grad()
         monitor.before_backward()

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_deadrelu.attribution import Attributions
@@ -35,9 +34,9 @@ from lightning_deadrelu.statistics import LivenessReport
 class Monitor:
     """Watch the rectifiers of a model while a loop trains it.
 
-    The loop calls :meth:`start`; for each batch :meth:`begin_batch`, :meth:`before_backward`, :meth:`before_step` and
-    :meth:`end_batch`; then :meth:`last_verdict` and :meth:`conclude`, or after an error :meth:`abort`; and :meth:`stop`
-    whatever happened. All ranks have to do so at the same batches.
+    The loop calls :meth:`start`; for each batch :meth:`begin_batch`, :meth:`note_batch`, :meth:`before_backward`,
+    :meth:`before_step` and :meth:`end_batch`; then :meth:`last_verdict` and :meth:`conclude`, or after an error
+    :meth:`abort`; and :meth:`stop` whatever happened. All ranks have to do so at the same batches.
 
     Args:
         settings: What the user asked for.
@@ -162,39 +161,40 @@ class Monitor:
 
     # -- a training batch --------------------------------------------------------------------------------
 
-    def begin_batch(self, batch: Any, *, first: bool = True, trains: bool = True) -> None:
+    def begin_batch(self, *, first: bool = True, trains: bool = True) -> None:
         """Observe a batch if it is its turn; to be called before its forward.
 
         Args:
-            batch: The batch, for the mask.
             first: Whether it starts anew; False where it adds to the gradients of the batch before.
             trains: Whether weights are going to change by it.
         """
         self.pause()
         if first:
             self.progress.observing = trains and self.settings.is_due(self.progress.batches)
-        self._begin_batch(batch, first)
+        self._begin_batch(first)
 
     @unless_failed
-    def _begin_batch(self, batch: Any, first: bool) -> None:
+    def _begin_batch(self, first: bool) -> None:
         self.repair.begin(self.progress.observing)
         if self.evidence:
             self.evidence.begin(self.watch, self.host.model, self.progress.observing, first)
         if self.progress.observing:
-            self.watch.valid = self._valid(batch)
             self.watch.liveness.observation = self.progress.window.observations
             if self.checkup:
                 self.checkup.begin(self.watch)
             self.watch.probe.arm()
 
-    def _valid(self, batch: Any) -> Tensor | None:
-        """Ask the mask; one that fails is refused at the first batch, and later costs the watch alone."""
+    @unless_failed
+    def note_batch(self, batch: Any) -> None:
+        """Ask the mask of a batch; one that fails is refused at the first, and later costs the watch alone."""
+        if not (self.progress.observing and self.settings.mask):
+            return
         try:
-            return self.settings.valid(batch)
+            self.watch.valid = self.settings.valid(batch)
         except Exception as error:
             if self.progress.batches:
                 raise
-            raise self.host.refusal(f"`DeadReLUMonitor(mask=...)`: {error!r}") from error
+            raise self.host.refusal(f"`{self.settings.call}(mask=...)`: {error!r}") from error
 
     @unless_failed
     def before_backward(self) -> None:
@@ -234,7 +234,7 @@ class Monitor:
         progress.step = step
         with self.guard():
             self.repair.end(last)  # also after a failure: terms in flight go on
-        self._note_batch(loss, batch, last)
+        self._note_done(loss, batch, last)
         progress.batches += last
         if not last or not progress.observing:
             return None
@@ -242,7 +242,7 @@ class Monitor:
         return self._close_window() if progress.window.observations == self.settings.window else None
 
     @unless_failed
-    def _note_batch(self, loss: Any, batch: Any, last: bool) -> None:
+    def _note_done(self, loss: Any, batch: Any, last: bool) -> None:
         if self.progress.observing:
             self.repair.note_loss(loss)
         self.verdicts.recorder.after_batch(loss, batch, self.progress.step if last else None)
@@ -384,6 +384,7 @@ def _watch_of(settings: Settings, host: Host) -> Watch:
         blind=_why_split(host),
     )
     watch.substitutes = rectifiers(host.model)
+    watch.masked = settings.mask is not None
     return watch
 
 

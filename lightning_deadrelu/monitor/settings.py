@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
+from lightning_deadrelu.observe.torch_modes import unseen_by_modes
 from lightning_deadrelu.remedies import Remedy, ladder_of
 from lightning_deadrelu.statistics import Rules
 from lightning_deadrelu.validation import Argument
@@ -29,6 +30,9 @@ class Settings:
         Traceback (most recent call last):
         ValueError: `DeadReLUMonitor(window=0)`: it has to be a whole number of at least 1. Try `window=10`.
     """
+
+    call: ClassVar[str] = "DeadReLUMonitor"
+    """What was called with these arguments."""
 
     every_n_steps: int = 10
     window: int = 10
@@ -59,7 +63,7 @@ class Settings:
         self._check_together()
 
     def _argument(self, name: str) -> Argument:
-        return Argument("DeadReLUMonitor", name, getattr(self, name))
+        return Argument(self.call, name, getattr(self, name))
 
     def _check_the_rest(self) -> None:
         fits: Mapping[str, tuple[bool, str, str]] = {
@@ -131,7 +135,8 @@ class Settings:
         Raises:
             TypeError: If ``mask`` returns something else.
         """
-        valid = self.mask(batch) if self.mask else None
+        with unseen_by_modes():
+            valid = self.mask(batch) if self.mask else None
         if valid is not None and (not isinstance(valid, Tensor) or valid.ndim != 2):
             got = f"shape {tuple(valid.shape)}" if isinstance(valid, Tensor) else type(valid).__name__
             raise TypeError(f"`mask` returned {got}; it has to return a boolean tensor of shape (batch, time), or None")

@@ -129,7 +129,7 @@ class Verdicts:
         try:
             self._watch.check_patterns(self._ranks.gather(lambda: self._watch.ran))
         except ValueError as error:
-            raise self._host.refusal(f"DeadReLUMonitor: {error}") from error
+            raise self._host.refusal(f"{self._settings.call}: {error}") from error
         if not any(site.units for site in self._watch.sites):
             unseen = "".join(f" `{name}`: {why}." for name, why in self._watch.unwatched().items())
             self._host.warn(f"no rectifier ran in the observed batches, so there is nothing to watch.{unseen}")

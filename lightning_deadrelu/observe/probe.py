@@ -83,6 +83,11 @@ class Probe(TorchFunctionMode):
         super().__init__()
         self._model: nn.Module = getattr(model, "_orig_mod", model)
         self._sink, self._keep_fused = sink, keep_fused
+        self.needs_gradients = False
+        """Whether forwards without gradients are passed over: a loop may evaluate while the probe looks."""
+        self._rests = False
+        self.on_backward: Callable[[], None] | None = None
+        """Called before a backward that starts while the probe looks."""
         self.unit_dims = dict(unit_dims or {})
         """The dimension that holds the units, by pattern over site names."""
         self._resolver = SiteResolver(self._model, self.unit_dims)
@@ -96,7 +101,7 @@ class Probe(TorchFunctionMode):
         self._in_compiled = False
         self._armed_before = 0
         self._thread = 0  # the module hooks are called on every thread, the mode on this one alone
-        self._fused: nn.Module | None = None  # running as one kernel, which the mode must not see
+        self._passed: nn.Module | None = None  # running, and to be looked at neither by the mode nor by hooks
         self._told = False  # that a call could not be followed
         self.entered: set[str] = set()
         """Paths of the modules whose forward has run while the probe looked."""
@@ -159,7 +164,11 @@ class Probe(TorchFunctionMode):
     @property
     def is_subscribed(self) -> bool:
         """Whether somebody wants more than calls of rectifiers."""
-        return bool(self._call_takers) or any(self._input_takers.values())
+        return bool(self._call_takers or self.on_backward) or any(self._input_takers.values())
+
+    def passes_over(self) -> bool:
+        """Whether a forward that starts now is none that trains."""
+        return self._rests or (self.needs_gradients and not torch.is_grad_enabled())
 
     @property
     def armed(self) -> bool:
@@ -225,8 +234,19 @@ class Probe(TorchFunctionMode):
         self._call_takers.clear()
         self._tell_unfollowed()
 
+    def rest(self) -> None:
+        """Look away until :meth:`resume`, or until armed anew."""
+        self._rests = True
+        remove_mode(self)
+
+    def resume(self) -> None:
+        """Look again, if armed."""
+        if self._rests and self._handles:
+            push_mode(self)
+        self._rests = False
+
     def _forget(self) -> None:
-        self._fused = None
+        self._passed, self._rests = None, False
         self._substitutes.forget()
         self._resolver.forget()
 
@@ -252,15 +272,25 @@ class Probe(TorchFunctionMode):
             return
         path = entry[1]
         self.entered.add(path)
+        outermost = not self._resolver.stack
         self._resolver.stack.append(ModuleCall(path, module))
+        if self._passed is not None:
+            return
+        if outermost and self.passes_over():
+            self._pass(module)
+            return
         if (path in self._input_takers or path in self._substitutes.rectifiers) and not recomputes():
             with guarded(self._fail):
                 self._take_input(path, module, args)
-        if self._keep_fused and self._fused is None and may_be_fused(module):
-            self._fused = module
+        if self._keep_fused and may_be_fused(module):
             if not isinstance(module, nn.MultiheadAttention):  # which has no rectifier inside
                 self.unwatched[path] = "it runs without gradients as one fused kernel"
-            remove_mode(self)
+            self._pass(module)
+
+    def _pass(self, module: nn.Module) -> None:
+        """Look away until a module's forward ends."""
+        self._passed = module
+        remove_mode(self)
 
     def _take_input(self, path: str, module: nn.Module, args: Any) -> None:
         if args and isinstance(args[0], Tensor):
@@ -277,9 +307,10 @@ class Probe(TorchFunctionMode):
                 self._leave_substitute(module, substitute, output)
         if (call := self._resolver.stack.leave(module)) is None:
             return
-        if self._fused is module:
-            self._fused = None
-            push_mode(self)
+        if self._passed is module:
+            self._passed = None
+            if not self._rests:
+                push_mode(self)
         self._resolver.follow_module(call.path, module, output)
 
     def _leave_substitute(self, module: nn.Module, call: Rectified, output: Any) -> None:
@@ -298,6 +329,8 @@ class Probe(TorchFunctionMode):
         kwargs = kwargs or {}
         name = function_name(func)
         if name in _IGNORED or self.failure or self._substitutes.is_running or recomputes():
+            if name == "backward" and self.on_backward and not recomputes():
+                self.on_backward()
             return func(*args, **kwargs)
         found = None
         try:  # not `guarded`, which would take longer than what it guards

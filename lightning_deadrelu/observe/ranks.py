@@ -27,7 +27,16 @@ def is_joint(world_size: int) -> bool:
     Args:
         world_size: How many processes the Trainer spans.
     """
-    return world_size > 1 and dist.is_available() and dist.is_initialized()
+    return world_size > 1 and _has_group()
+
+
+def place_in_group() -> tuple[int, int]:
+    """Return the number of this process, and how many the process group has; 0 and 1 without a group."""
+    return (dist.get_rank(), dist.get_world_size()) if _has_group() else (0, 1)
+
+
+def _has_group() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 class Ranks:

@@ -85,6 +85,8 @@ class Watch:
         self._tracer = Tracer(self.probe.model)
         self.valid: Tensor | None = None
         """True where the current batch holds data, False where padding; None where all is data."""
+        self.masked = False
+        """Whether batches may hold padding."""
         self.offsets: dict[int, Tensor] = {}
         """By number of the site, what is added to each unit's input for a time; a verdict looks past it."""
         self._takers: OrderedDict[int, RectifierTaker] = OrderedDict()
@@ -154,7 +156,7 @@ class Watch:
     def needs_eager_code(self) -> bool:
         """See :class:`~lightning_deadrelu.observe.compiled.Counter`."""
         busy = self.probe.is_subscribed or self.probe.substitutes or self.offsets or self._takers
-        return bool(busy) or self.valid is not None
+        return bool(busy) or self.masked or self.valid is not None
 
     def number_of(self, seen: Seen) -> int | None:
         """See :class:`~lightning_deadrelu.observe.compiled.Counter`."""
