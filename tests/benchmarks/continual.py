@@ -34,11 +34,16 @@ Options = dict[str, Any]
 SETTINGS: dict[str, Options | None] = {
     "none": None,
     "reset": {"threshold": 0, "remedy": "reset"},
+    "auto": {"threshold": 0, "remedy": "auto"},
+    "bias warming": {"threshold": 0, "remedy": "bias_warming"},
+    "wake-up": {"threshold": 0, "remedy": "wake_up"},
+    "leaky": {"threshold": 0, "remedy": "leaky"},
+    "clipping": {"gradient_clip_val": 1.0},
     "reset, every step": {"threshold": 0, "every_n_steps": 1, "remedy": "reset"},
     "reset, every step, little evidence": {
         "threshold": 0,
         "every_n_steps": 1,
-        "min_samples": 30,  # and ten times as many before an edit
+        "min_samples": 30,
         "remedy": "reset",
     },
 }
@@ -119,14 +124,17 @@ def dead_share(net: nn.Sequential, x: Tensor) -> float:
     return sum(shares) / len(shares)
 
 
-def run(seed: int, tasks: int, options: Options | None) -> tuple[float, float, float, int]:
-    """Train through all tasks; return dead share, accuracies held out and online, and how many units were edited."""
+def run(seed: int, tasks: int, options: Options | None) -> tuple[float, float, float, int, int]:
+    """Train through all tasks; return dead share, accuracies held out and online, edits, and sites given up."""
     data = Tasks(seed)
-    model, monitor = Learner(seed, data), DeadReLUMonitor(**(options or {}))
+    options = dict(options or {})
+    clip = options.pop("gradient_clip_val", None)
+    model, monitor = Learner(seed, data), DeadReLUMonitor(**options)
     trainer = Trainer(
         max_epochs=tasks * EPOCHS,
         accelerator="cpu",
         callbacks=[monitor] if options else [],
+        gradient_clip_val=clip,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -134,27 +142,31 @@ def run(seed: int, tasks: int, options: Options | None) -> tuple[float, float, f
     )
     trainer.fit(model, DataLoader(data, batch_size=None))
     dead, held_out, online = (sum(v[-LATE:]) / len(v[-LATE:]) for v in (model.dead, model.held_out, model.online))
-    return dead, held_out, online, sum(len(e.units) for e in monitor.events if e.action == "edited")
+    actions = [event.action for event in monitor.events]
+    return dead, held_out, online, actions.count("edited"), actions.count("given up")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--tasks", type=int, default=40)
     parser.add_argument("--only", choices=list(SETTINGS), action="append", help="may be given several times")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    seeds = range(arguments.first, arguments.first + arguments.seeds)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    print(f"seeds 0 to {arguments.seeds - 1}, {arguments.tasks} tasks, means over the last {LATE}")
-    table = Table("setting", "dead units", "accuracy at task end", "accuracy online", "units edited", "seconds per run")
+    print(f"seeds {seeds[0]} to {seeds[-1]}, {arguments.tasks} tasks, means over the last {LATE}")
+    table = Table("setting", "dead units", "accuracy at task end", "accuracy online", "edits", "given up", "s per run")
     for name in arguments.only or SETTINGS:
         print(f"{name}: DeadReLUMonitor({', '.join(f'{k}={v!r}' for k, v in (SETTINGS[name] or {}).items())})")
         start = time.perf_counter()
-        runs = [run(seed, arguments.tasks, SETTINGS[name]) for seed in range(arguments.seeds)]
-        *shares, edits = zip(*runs, strict=True)
+        runs = [run(seed, arguments.tasks, SETTINGS[name]) for seed in seeds]
+        *shares, edits, given_up = zip(*runs, strict=True)
         seconds = (time.perf_counter() - start) / arguments.seeds
-        table.add_row(name, *map(mean, shares), f"{sum(edits) / len(edits):.0f}", f"{seconds:.0f}")
+        numbers = [f"{sum(count) / len(count):.1f}" for count in (edits, given_up)]
+        table.add_row(name, *map(mean, shares), *numbers, f"{seconds:.0f}")
     Console(width=120).print(table)
 
 

@@ -784,7 +784,7 @@ def test_the_state_of_a_repair_is_plain(tmp_path):
 def test_a_slope_that_harmed_is_taken_back():
     torch.manual_seed(0)
     model = Net(mlp(3), lr=0.0)  # dead units lie 100 below the hinge
-    monitor = DeadReLUMonitor(remedy=LeakySlope(slope=0.5, ramp_steps=None), include=["net.1"], **EAGER)
+    monitor = DeadReLUMonitor(remedy=LeakySlope(slope=0.5, ramp_steps=None, attempts=1), include=["net.1"], **EAGER)
     fit(model, batches(16, 8), monitor)
     (harmed,) = [event for event in monitor.events if event.action == "harmed"]
     assert "the activation before was put back" in harmed.reason
