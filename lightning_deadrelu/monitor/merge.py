@@ -69,9 +69,9 @@ class Merger:
         if self.guard.ended or (self.guard.failure and not self._ranks.joint):
             return None
         self._flush()
-        totals, losses = self._ranks.merge(self._watch, self._repair.losses)
+        totals, losses = self._ranks.merge(self._watch, self._repair.sums)
         if self._ranks.joint:
-            self._repair.losses = losses if self._ranks.holds_merged else torch.zeros_like(losses)
+            self._repair.sums = losses if self._ranks.holds_merged else torch.zeros_like(losses)
         return self._on_host(totals, losses)
 
     @unless_failed

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from lightning_deadrelu.remedies import Remedy
 from lightning_deadrelu.repair.event import Event, Loss
+from lightning_deadrelu.repair.usefulness import useful
 from lightning_deadrelu.statistics import LivenessReport, SiteReport
 
 _SUCCESS = 0.5  # share of the edited units that has to fire afterwards
@@ -114,7 +116,11 @@ class EscalationPolicy:
         self.state = PolicyState({}, [0] * len(self.remedies))
 
     def decide(
-        self, report: LivenessReport, loss: Loss | None = None, busy: Collection[str] = ()
+        self,
+        report: LivenessReport,
+        loss: Loss | None = None,
+        busy: Collection[str] = (),
+        shares: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> tuple[list[Request], list[Event]]:
         """Judge what was done before, and say what to do next.
 
@@ -122,6 +128,7 @@ class EscalationPolicy:
             report: The verdict on a whole window.
             loss: Over that window.
             busy: Sites in which an edit is still under way; they wait.
+            shares: What :class:`~lightning_deadrelu.repair.usefulness.TaylorShares` has added up over that window.
 
         Returns:
             Requests, in the order of execution, and what became of earlier edits.
@@ -133,7 +140,7 @@ class EscalationPolicy:
             if site.name in busy:
                 events += self._judge_harm(progress, site, report.step, loss)
                 continue
-            events += self._judge(progress, site, report.step, loss)
+            events += self._judge(progress, site, report.step, loss, shares.get(site.name))
             request = self._request(self.state.sites[site.name], site, report.step)
             requests += [request] if request else []
         return requests, events
@@ -191,7 +198,14 @@ class EscalationPolicy:
         event = self._outcome("harmed", progress, site, trial, step, why)
         return [event, *self._count_failure(progress, site.name, step)]
 
-    def _judge(self, progress: Progress, site: SiteReport, step: int, loss: Loss | None) -> list[Event]:
+    @property
+    def on_trial(self) -> list[str]:
+        """Names of the sites with an edit whose outcome is not known yet."""
+        return [name for name, progress in self.state.sites.items() if progress.trial is not None]
+
+    def _judge(
+        self, progress: Progress, site: SiteReport, step: int, loss: Loss | None, shares: Tensor | None
+    ) -> list[Event]:
         events = self._judge_harm(progress, site, step, loss)
         trial = progress.trial
         if trial is None:
@@ -201,13 +215,18 @@ class EscalationPolicy:
         if trial.windows > 0 or not site.elements:  # a site that did not run says nothing
             return []
         progress.trial = None
-        return [] if trial.dry else self._conclude(progress, site, trial, step)
+        return [] if trial.dry else self._conclude(progress, site, trial, step, shares)
 
-    def _conclude(self, progress: Progress, site: SiteReport, trial: Trial, step: int) -> list[Event]:
+    def _conclude(
+        self, progress: Progress, site: SiteReport, trial: Trial, step: int, shares: Tensor | None
+    ) -> list[Event]:
         """Judge an edit by which of the edited units fire now."""
         back = trial.units & ~site.silent & ~site.frozen & ~site.rare
         share = int(back.sum()) / int(trial.units.sum())
         why = f"{int(back.sum())} of {int(trial.units.sum())} treated units fire"
+        if shares is not None and bool(shares.any()):
+            matter = back & useful(shares, ~site.silent & ~trial.units)
+            why = f"{why}, {int(matter.sum())} of them matter to the loss"
         progress.harms = progress.rest = 0
         if share >= _SUCCESS:
             progress.failures, progress.back = progress.relapses, back

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from lightning_deadrelu.repair.policy import EscalationPolicy, PolicyState
 from lightning_deadrelu.repair.proposals import Proposal
 from lightning_deadrelu.repair.second_look import Question, SecondLook
 from lightning_deadrelu.repair.subject import Subject, edited_names
+from lightning_deadrelu.repair.usefulness import TaylorShares
 from lightning_deadrelu.repair.writer import Overwritten, init_distributions
 from lightning_deadrelu.statistics import LivenessReport
 
@@ -38,7 +40,8 @@ class RepairState:
         editor: What is under way in the forward.
         init: What parameters were drawn from when training began, by name.
         question: The units asked about.
-        losses: Number, sum and sum of squares of the open window's losses.
+        sums: Over the open window; see :attr:`Repair.sums`.
+        measured: Of how many units it is measured how much they matter, by site.
         loss: Over the last window.
         edited: Units edited since the last report, by site.
         events: What was done.
@@ -48,7 +51,8 @@ class RepairState:
     editor: EditorState
     init: dict[str, InitDistribution]
     question: Question | None
-    losses: Tensor
+    sums: Tensor
+    measured: dict[str, int]
     loss: Loss | None
     edited: dict[str, list[int]]
     events: list[Event]
@@ -83,19 +87,21 @@ class Repair:
         """Units edited since the last report, by site."""
         self.refusal = ""
         """Why nothing can be repaired here; empty if it can."""
-        self.losses = torch.zeros(3, dtype=torch.float64)
-        """Number, sum and sum of squares of the open window's losses, on the device."""
+        self.sums = torch.zeros(3, dtype=torch.float64)
+        """Over the open window, on the device: number, sum and sum of squares of the losses, then what
+        :class:`~lightning_deadrelu.repair.usefulness.TaylorShares` adds up for sites on trial."""
         self._subject: Subject | None = None
         self._init: dict[str, InitDistribution] = {}
         self._question: Question | None = None  # the units asked about
         self._second_look: SecondLook | None = None
+        self._measured: dict[str, int] = {}  # units of the sites on trial, by name
         self._traces = 0  # batches traced, but for those before an edit
         self._loss: Loss | None = None  # over the window behind the question
 
     def attach(self, subject: Subject) -> None:
         """Take up what is to be repaired, before it is trained."""
         self._subject, self._editor = subject, Editor(subject)
-        self.losses = self.losses.to(subject.watch.liveness.magnitude)
+        self.sums = self.sums.to(subject.watch.liveness.magnitude)
         reshard_(subject.model)
         self._init = init_distributions(subject.model) if self.remedies else {}
 
@@ -117,6 +123,9 @@ class Repair:
         watch, forward = self.subject.watch, self._editor.forward
         if observed and self.traces and self._traces < _MOST_TRACES:
             self._trace()
+        if observed and self._measured:
+            places = {watch.layout.site(name): at for name, at in self._places().items() if name in watch.layout}
+            watch.probe.subscribe_calls(TaylorShares(self.sums[3:], places))
         if not self._editor.busy and not self._question:
             return
         self._editor.begin()
@@ -125,6 +134,11 @@ class Repair:
         if observed and self._question and self._second_look is None:
             self._second_look = SecondLook(self.subject, self._question)
             self._second_look.begin()
+
+    def _places(self) -> dict[str, slice]:
+        """Tell where the units of the sites on trial are among the sums behind those of the losses."""
+        ends = accumulate(self._measured.values())
+        return {name: slice(end - self._measured[name], end) for name, end in zip(self._measured, ends, strict=True)}
 
     def _trace(self) -> None:
         """Trace the first observed batch, and some more while there are weights that were not met."""
@@ -153,24 +167,28 @@ class Repair:
     def note_loss(self, loss: Tensor | None) -> None:
         """Add up the losses of observed batches, without looking at them."""
         if self.remedies and isinstance(loss, Tensor) and loss.is_floating_point():
-            mean = loss.detach().mean().to(self.losses.dtype)
-            self.losses = self.losses + torch.stack([torch.ones_like(mean), mean, mean * mean])
+            mean = loss.detach().mean().to(self.sums)
+            self.sums[:3] += torch.stack([torch.ones_like(mean), mean, mean * mean])
 
     # -- the end of a window -----------------------------------------------------------------------------
 
-    def decide(self, report: LivenessReport, losses: Tensor) -> None:
+    def decide(self, report: LivenessReport, sums: Tensor) -> None:
         """Judge earlier edits, and ask for new ones.
 
         Args:
             report: The verdict on a whole window, the same on all ranks.
-            losses: As :attr:`losses`, over all ranks.
+            sums: As :attr:`sums`, over all ranks.
         """
-        self.losses = torch.zeros_like(self.losses)
+        self.sums = torch.zeros_like(self.sums[:3])
         if self.refusal or not self.remedies:
             return
-        self._loss = Loss.of(losses)
+        self._loss = Loss.of(sums[:3])
+        shares = {name: sums[3:][place] for name, place in self._places().items()}
         self._editor.settle(report)
-        requests, events = self.policy.decide(report, self._loss, self._editor.busy)
+        requests, events = self.policy.decide(report, self._loss, self._editor.busy, shares)
+        on_trial = [*self.policy.on_trial, *(request.site for request in requests)]
+        self._measured = {name: self.subject.site(name).units for name in on_trial}
+        self.sums = self.sums.new_zeros(3 + sum(self._measured.values()))
         self._question = Question.of(requests, report, self.subject) if requests else None
         self._record([self._taken_back(event) for event in events])
 
@@ -254,7 +272,8 @@ class Repair:
             self._editor.state,
             self._init,
             self._question,
-            self.losses,
+            self.sums,
+            self._measured,
             self._loss,
             self.edited,
             list(self.events),
@@ -270,6 +289,7 @@ class Repair:
         asked = state.question.requests if state.question else []
         known = [request for request in asked if request.index < len(self.remedies)]
         self._question = replace(state.question, requests=known) if state.question and known else None
-        if self.subject.ranks.holds_merged:  # it holds the losses of all ranks
-            self.losses = state.losses.to(self.losses)
+        self._measured = state.measured
+        sums = state.sums.to(self.sums)
+        self.sums = sums if self.subject.ranks.holds_merged else torch.zeros_like(sums)
         self._loss, self.edited, self.events = state.loss, state.edited, deque(state.events)

@@ -1,0 +1,89 @@
+"""How much units matter to the loss, to first order, told from the backward that is run anyway."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_deadrelu.model.rectifiers import Rectifier
+from lightning_deadrelu.model.sites import Site
+
+_LEAST_SHARE = 0.1  # of the median live unit's
+
+
+class TaylorShares:
+    """Add up, for each unit of some sites, its output times the gradient of the loss with respect to it.
+
+    To first order that is by how much the loss would fall if the unit were taken out. Source: Molchanov et al. 2017,
+    arXiv 1611.06440. It takes the calls of one forward; the sums come about in its backward.
+
+    Args:
+        sums: What is added to, shape ``(units,)``, for the units of all sites end to end, float64.
+        places: Where the units of each site are.
+
+    Example:
+        >>> from lightning_deadrelu.observe.probe import Probe
+        >>> model, site = nn.Sequential(nn.Linear(2, 2), nn.ReLU()), Site("1", False, "relu", ("0.bias", "0.weight"), 2)
+        >>> _ = nn.init.eye_(model[0].weight), nn.init.zeros_(model[0].bias)
+        >>> sums, probe = torch.zeros(2, dtype=torch.float64), Probe(model, lambda *call: None)
+        >>> handle = probe.subscribe_calls(TaylorShares(sums, {site: slice(0, 2)}))
+        >>> with probe:
+        ...     loss = (model(torch.tensor([[1.0, -1.0], [2.0, 3.0]])) * torch.tensor([10.0, 1.0])).sum()
+        >>> loss.backward()
+        >>> sums
+        tensor([30.,  3.], dtype=torch.float64)
+    """
+
+    def __init__(self, sums: Tensor, places: Mapping[Site, slice]) -> None:
+        self._sums, self._places = sums, places
+
+    def begin(self) -> None:
+        """Start a batch."""
+
+    def see(
+        self,
+        name: str,
+        func: Any,
+        args: Any,
+        kwargs: Any,
+        output: Any,
+        frame: tuple[str, nn.Module | None] = ("", None),
+        met: tuple[Site, Rectifier, tuple[int, ...], Tensor] | None = None,
+    ) -> None:
+        """Hang a hook on the node of the autograd graph that a rectifier's call has made."""
+        if met is None or met[0] not in self._places:
+            return
+        out: Tensor = output if isinstance(output, Tensor) else output[0]
+        if out.grad_fn is None:
+            return
+        kept, sums = out.detach(), self._sums[self._places[met[0]]]
+        others = [dim for dim in range(-out.ndim, 0) if dim not in met[2]]
+
+        def add(gradients: tuple[Tensor | None, ...]) -> None:
+            if gradients[0] is not None:
+                shares = (kept * gradients[0]).sum(others, dtype=torch.float64).flatten()
+                sums.add_(shares.to(sums.device).nan_to_num(0.0, 0.0, 0.0))  # where a scaled loss overflowed
+
+        out.grad_fn.register_prehook(add)
+
+    def end(self) -> None:
+        """End the batch."""
+
+
+def useful(shares: Tensor, live: Tensor) -> Tensor:
+    """Tell which units matter to the loss at least a tenth as much as the median live unit, shape ``(units,)``.
+
+    Args:
+        shares: As :class:`TaylorShares` adds them up.
+        live: Which units are compared with, boolean.
+
+    Example:
+        >>> useful(torch.tensor([-3.0, 0.1, 2.0, 0.5]), torch.tensor([True, False, True, False]))
+        tensor([ True, False,  True,  True])
+    """
+    size = shares.abs()
+    typical = size[live].median() if bool(live.any()) else size.new_zeros(())
+    return (size > 0) & (size >= _LEAST_SHARE * typical)
