@@ -179,11 +179,12 @@ class Repair:
             report: The verdict on a whole window, the same on all ranks.
             sums: As :attr:`sums`, over all ranks.
         """
+        places, self._measured = self._places(), {}
         self.sums = torch.zeros_like(self.sums[:3])
         if self.refusal or not self.remedies:
             return
         self._loss = Loss.of(sums[:3])
-        shares = {name: sums[3:][place] for name, place in self._places().items()}
+        shares = {name: sums[3:][place] for name, place in places.items()}
         self._editor.settle(report)
         requests, events = self.policy.decide(report, self._loss, self._editor.busy, shares)
         on_trial = [*self.policy.on_trial, *(request.site for request in requests)]
