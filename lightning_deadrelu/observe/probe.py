@@ -22,14 +22,16 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_deadrelu.guarded import guarded
 from lightning_deadrelu.model.rectifiers import Rectifier
-from lightning_deadrelu.model.sites import Site
+from lightning_deadrelu.model.sites import Site, base_name
 from lightning_deadrelu.model.torch_calls import function_name
 from lightning_deadrelu.observe.call_stack import ModuleCall, may_be_fused
+from lightning_deadrelu.observe.compiled_operators import backends_around, call_compiled, why_unwatched
 from lightning_deadrelu.observe.site_resolver import Rectified, SiteCall, SiteResolver, activations_in
 from lightning_deadrelu.observe.subscribers import CallTaker, InCompiled, Sink, subscribed
 from lightning_deadrelu.observe.substitutes import Substitutes
 from lightning_deadrelu.observe.torch_modes import (
     EagerCompiler,
+    holds_another,
     is_transformed,
     no_caching_modes,
     push_mode,
@@ -198,11 +200,19 @@ class Probe(TorchFunctionMode):
     def _look(self) -> None:
         for taker in self._call_takers.values():
             taker.begin()
+        self._add_hooks()
+        push_mode(self)
+
+    def _add_hooks(self) -> None:
         self._handles = [
             register_module_forward_pre_hook(self._enter_module),
             register_module_forward_hook(self._leave_module, always_call=True),
         ]
-        push_mode(self)
+
+    def _remove_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     def _displace(self) -> None:
         """Go on eagerly, because somebody else needs compiled code to run so."""
@@ -225,9 +235,7 @@ class Probe(TorchFunctionMode):
         if not self._handles:
             return
         remove_mode(self)
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._remove_hooks()
         self._forget()
         for taker in self._call_takers.values():
             taker.end()
@@ -332,6 +340,8 @@ class Probe(TorchFunctionMode):
             if name == "backward" and self.on_backward and not recomputes():
                 self.on_backward()
             return func(*args, **kwargs)
+        if backends := backends_around(func):
+            return self._call_unwatched(name, func, args, kwargs, backends)
         found = None
         try:  # not `guarded`, which would take longer than what it guards
             found = self._resolver.find(name, args, kwargs)
@@ -344,6 +354,27 @@ class Probe(TorchFunctionMode):
                 self._hand_on(name, func, args, kwargs, output, (*met, found.x) if met and found else None)
         except Exception as error:
             self.failure = error
+        return output
+
+    def _call_unwatched(
+        self, name: str, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], backends: list[Any]
+    ) -> Any:
+        """Call an operator that takes functions as nobody looked: compiled, and without a hook for a compiler to meet.
+
+        What it reads is found along the graph of the gradients, as for all that runs out of sight.
+        """
+        if reason := why_unwatched(name):
+            self.unwatched[base_name(self._resolver.stack.path, True, name.removesuffix("_impl"))] = reason
+        if len(backends) == 1 and self.compiled:
+            self.compiled.refuse(f"`torch.{name}` is called outside of the regions")
+        self._remove_hooks()
+        try:
+            alone = not holds_another(Probe)
+            output = call_compiled(func, args, kwargs, backends[-1]) if alone else func(*args, **kwargs)
+        finally:
+            self._add_hooks()
+        with guarded(self._fail):
+            self._resolver.follow(name, args, kwargs, output)
         return output
 
     def _note(

@@ -54,6 +54,9 @@ class InCompiled(Protocol):
     def end(self) -> None:
         """Stop to look."""
 
+    def refuse(self, reason: str) -> None:
+        """Run observed code eagerly from the next batch on."""
+
 
 class RectifierTaker(Protocol):
     """Takes the calls of rectifiers that a watch counts."""

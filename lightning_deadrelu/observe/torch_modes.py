@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import sys
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +23,7 @@ class EagerCompiler:
     goes back to what was before the first.
     """
 
-    _before: ClassVar[AbstractContextManager[None] | None] = None
+    _before: ClassVar[Any] = None  # what `set_stance` returned to the first
     _paused: ClassVar[dict[EagerCompiler, Callable[[], None]]] = {}
 
     def __init__(self) -> None:
@@ -64,6 +64,19 @@ class EagerCompiler:
             EagerCompiler._before = None
         if self._silence in warnings.filters:
             warnings.filters.remove(self._silence)
+
+    @classmethod
+    @contextmanager
+    def as_before(cls) -> Iterator[None]:
+        """Compile for a while as before the first was paused."""
+        from torch._dynamo.eval_frame import _set_stance  # the official one cannot go back to a stance that it left
+
+        ours = _set_stance(cls._before.prev) if cls._before is not None else None
+        try:
+            yield
+        finally:
+            if ours is not None:
+                _set_stance(ours)
 
 
 def _compiles() -> bool:
@@ -118,3 +131,8 @@ def remove_mode(mode: TorchFunctionMode) -> None:
             above.append(top)
     for other in reversed(above):
         _push_mode(other)
+
+
+def holds_another(kind: type[TorchFunctionMode]) -> bool:
+    """Tell within a mode whether one of a kind is still to see the call that is being made."""
+    return any(isinstance(mode, kind) for mode in _get_current_function_mode_stack())

@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._higher_order_ops import map as mapped
+from torch._higher_order_ops import scan, while_loop
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 from toys import EVERYTHING, Net, assert_same, batches, fit, mlp
 
 from lightning_deadrelu import DeadReLUMonitor
+from lightning_deadrelu.observe.watch import Watch
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*the Trainer has no logger", "ignore:.*get no gradient", "ignore:.*no rectifier ran"
@@ -85,3 +89,80 @@ def test_watching_changes_no_bit(case, settings):
     monitor = DeadReLUMonitor(**settings)
     assert_same(everything_after(build, options), everything_after(build, options, monitor))
     assert monitor.report.units
+
+
+def stepped(carry, row, weight):
+    new = torch.relu(carry @ weight + row)
+    return new, new.clone()
+
+
+def decayed(h):
+    with torch.no_grad():
+        return while_loop(lambda i, h: i < 3, lambda i, h: (i + 1, torch.relu(h * 0.5)), (torch.tensor(0), h))[1]
+
+
+def attended(h):
+    q = h.detach().view(1, 2, -1, 4)  # on a CPU it has no backward
+    return h + flex_attention(q, q, q).reshape(h.shape)
+
+
+OPERATORS = {
+    "cond": lambda h, layer: torch.cond(h.sum() > 0, lambda h: layer(h).relu(), lambda h: layer(h), (h,)),
+    "scan": lambda h, layer: scan(lambda c, x: stepped(c, x, layer.weight), torch.zeros(8), h)[1],
+    "map": lambda h, layer: mapped(lambda row: torch.relu(row @ layer.weight), h),
+    "while_loop": lambda h, layer: layer(h) + decayed(h),
+    "flex_attention": lambda h, layer: attended(layer(h)),
+}
+
+
+class WithOperator(nn.Module):
+    """A model with an operator that takes functions, which use the model's parameters."""
+
+    def __init__(self, operator):
+        super().__init__()
+        self.operator = OPERATORS[operator]
+        self.inner, self.layer, self.head = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 1)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.operator(torch.relu(self.inner(x)), self.layer)))
+
+
+def with_operator(operator, compiler):
+    torch._dynamo.reset()
+    model = WithOperator(operator)
+    return Net(torch.compile(model, backend=compiler) if compiler else model)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without", "ignore:The .grad attribute of a Tensor")
+@pytest.mark.parametrize(
+    ("operator", "compiler"),
+    [
+        pytest.param(operator, compiler, marks=() if (operator, compiler) == ("cond", None) else pytest.mark.slow)
+        for operator in OPERATORS
+        for compiler in (None, "eager", "aot_eager")
+    ],
+)
+def test_operators_that_take_functions_train_alike(operator, compiler):
+    options = {"max_epochs": 1, "limit_val_batches": 0}
+
+    def train(*callbacks):
+        torch.manual_seed(3)
+        net = with_operator(operator, compiler)
+        fit(net, batches(4), *callbacks, **options)
+        return net.state_dict(), net.losses
+
+    monitors = DeadReLUMonitor(every_n_steps=1, window=2), DeadReLUMonitor(every_n_steps=2, window=1, name="other")
+    assert_same(train(), train(*monitors))
+    for monitor in monitors:
+        assert len(monitor.report.sites) == 2
+        assert [name for name in monitor.report.unwatched if operator in name] or operator == "flex_attention"
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_a_unit_that_a_hidden_function_reads_is_not_said_to_be_read_by_layers_alone():
+    model = WithOperator("map")
+    watch = Watch(model)
+    watch.trace()
+    with watch:
+        model(torch.randn(6, 4))
+    assert "out of sight" in watch.attributions["relu"].no_outgoing
