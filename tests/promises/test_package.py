@@ -27,10 +27,11 @@ FLOORS = (
     {"monitor"},
     {"trainer_host"},
     {"callback", "loop"},
+    {"environment"},
     {"__init__", "__main__"},
 )
 ONLY_IN = {
-    "lightning": {"callback", "trainer_host", "report/loggers"},
+    "lightning": {"callback", "environment", "trainer_host", "report/loggers"},
     "torch.distributed": {"observe/ranks", "model/sharding"},
     "matplotlib": {"render", "report"},
     "wandb": {"report/loggers"},
