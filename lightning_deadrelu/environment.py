@@ -46,7 +46,7 @@ class MonitorFromEnvironment(DeadReLUMonitor):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._steps_back = any(isinstance(one, DeadReLUMonitor) and one is not self for one in trainer.callbacks)  # type: ignore[attr-defined]
+        self._steps_back = any(isinstance(one, DeadReLUMonitor) and one is not self for one in trainer.callbacks)
         if self._steps_back:
             self.remedy = None  # the one in code is then alone in having any
         super().setup(trainer, pl_module, stage)
