@@ -75,6 +75,9 @@ class DeadReLUMonitor(MonitorOwner, Callback):
         True
     """
 
+    all_rates: bool = False
+    """Count on each observation, not only a window's first and last, how often units fire; to be set before ``fit``."""
+
     def __init__(
         self,
         *,

@@ -83,4 +83,5 @@ class Merger:
         """Bring all that a verdict needs to the host, in one transfer."""
         readings = self._recorder.read(self._watch.layout, self._host.model, losses.device)
         totals, (losses, *rest) = totals.to_host_with(losses, *readings)
+        self._watch.liveness.note_rated(totals)  # the window may go on
         return Counted(totals, losses, Readings(*rest))

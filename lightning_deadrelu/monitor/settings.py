@@ -49,6 +49,7 @@ class Settings:
     alerts: bool = False
     report_dir: str | None = None
     name: str = "dead_relu"
+    all_rates: bool = False
 
     def __post_init__(self) -> None:
         for name, example in _COUNTS.items():
@@ -57,7 +58,7 @@ class Settings:
             self._argument(name).check_share(share)
         for name in ("include", "exclude"):
             self._argument(name).check_patterns()
-        for name in ("gradient_evidence", "checkup", "alerts"):
+        for name in ("gradient_evidence", "checkup", "alerts", "all_rates"):
             self._argument(name).check_flag()
         self._check_the_rest()
         self._check_together()
@@ -104,8 +105,9 @@ class Settings:
 
     @property
     def rules(self) -> Rules:
-        """What a verdict asks for."""
-        return Rules(self.min_samples, self.tau)
+        """What a verdict asks for; a remedy that goes by how often a unit usually fires needs all its rates."""
+        by_rate = any(remedy.significance is not None for remedy in self.rungs)
+        return Rules(self.min_samples, self.tau, self.all_rates or by_rate)
 
     @property
     def selection(self) -> list[Any]:

@@ -133,7 +133,7 @@ class Watch:
         valid = _fit(self.valid, x, dims)
         if place in self.offsets:
             x, out, rectifier = _without(self.offsets[place], x, dims, rectifier)
-        self.liveness.add(place, count(x, out, dims, rectifier, valid))
+        self.liveness.add(place, count(x, out, dims, rectifier, valid, self.liveness.wants_rates(place)))
         for taker in self._takers.values():
             taker(place, rectifier, x, dims, valid)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_deadrelu.model.layout import Layout
 from lightning_deadrelu.model.rectifiers import Rectifier
 
 RELU = Rectifier("relu", plain=True)
@@ -20,34 +21,78 @@ _WIDE = frozenset({torch.float32, torch.float64})
 
 
 class Counts(NamedTuple):
-    """What one call of a rectifier tells about each unit.
+    """What one call of a rectifier tells about each unit; all but peak and samples may be left out, as None and 0.
 
     Args:
         fired: Elements above the hinge, shape ``(units,)``, whole numbers.
         magnitude: Sum of the absolute output, shape ``(units,)``.
-        peak: Largest input, measured from the hinge, shape ``(units,)``.
+        peak: Largest input, measured from the hinge, shape ``(units,)``; NaN may hide it.
         trough: Smallest input, measured from the hinge, shape ``(units,)``.
         samples: Rows or images.
-        elements: Inputs per unit.
+        elements: Inputs per unit that sum and count are of.
     """
 
-    fired: Tensor
-    magnitude: Tensor
+    fired: Tensor | None
+    magnitude: Tensor | None
     peak: Tensor
-    trough: Tensor
+    trough: Tensor | None
     samples: int | Tensor
     elements: int | Tensor
+
+    @property
+    def without_rates(self) -> Counts:
+        """The same, but neither sum nor elements: of who fired, only that they did."""
+        return self._replace(magnitude=None, elements=0)
 
     def joined(self, other: Counts) -> Counts:
         """Merge with another call of one site and observation; the peak passes over NaN, the trough keeps it."""
         return Counts(
-            self.fired.long() + other.fired.long(),
-            self.magnitude + other.magnitude,
+            _merged(_whole_sum, self.fired, other.fired),
+            _merged(torch.add, self.magnitude, other.magnitude),
             self.peak.fmax(other.peak),
-            self.trough.minimum(other.trough),
+            _merged(torch.minimum, self.trough, other.trough),
             self.samples + other.samples,
             self.elements + other.elements,
         )
+
+
+def _merged(merge: Callable[[Tensor, Tensor], Tensor], one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return (other if one is None else one) if one is None or other is None else merge(one, other)
+
+
+def _whole_sum(one: Tensor, other: Tensor) -> Tensor:
+    return one.long() + other.long()
+
+
+class FlatCounts:
+    """The counts of one observation, those of all sites end to end.
+
+    Args:
+        layout: All sites.
+        pending: The counts, by number of the site.
+        like: Of the type and on the device of what stands for a site that has none.
+    """
+
+    def __init__(self, layout: Layout, pending: Mapping[int, Counts], like: Tensor) -> None:
+        self._layout, self._pending, self._like = layout, pending, like
+
+    def of(self, name: str, nothing: float) -> Tensor:
+        """Lay out one field of :class:`Counts`; counts of different types as int64, which float32 would round.
+
+        Args:
+            name: Of the field.
+            nothing: What stands where it is missing.
+        """
+        found = {n: value for n, counts in self._pending.items() if (value := getattr(counts, name)) is not None}
+        if not found:
+            return self._like.new_full((self._layout.units,), nothing)
+        if name == "fired":
+            mixed = len({value.dtype for value in found.values()}) > 1
+            found = {n: value.long() if mixed else value for n, value in found.items()}
+        like = next(iter(found.values()))
+        sizes = ((number, site.units) for number, site in enumerate(self._layout))
+        parts = [found[n] if n in found else like.new_full((units,), nothing) for n, units in sizes]
+        return torch.cat(parts)
 
 
 def count(
@@ -56,8 +101,12 @@ def count(
     dims: tuple[int, ...] = (-1,),
     rectifier: Rectifier = RELU,
     valid: Tensor | None = None,
+    rates: bool = True,
 ) -> Counts:
     """Reduce one call of a rectifier to a few numbers per unit, on the device and without waiting for it.
+
+    The peak tells who fired, in one read of the input, unless an input is not a number. On a CPU, where it costs
+    nothing to look for that, the peak is all that is read without ``rates``.
 
     Args:
         x: The rectifier's input, any shape, not empty.
@@ -66,6 +115,7 @@ def count(
         rectifier: What it is.
         valid: Boolean, True for data and False for padding, of the shape of ``x`` without the unit
             dimension, or None.
+        rates: Whether more is wanted than the peak.
 
     Example:
         >>> x = torch.tensor([[1.0, -1.0], [2.0, -3.0]])
@@ -76,14 +126,17 @@ def count(
     if x.ndim == len(dims):
         x, out = x[None], out[None]
     plan = _planned(x.shape, dims, x.device.type == "cpu")
-    samples, elements, lowest = plan.samples, plan.elements, x
-    if valid is not None:
-        samples = elements = valid.sum()  # type: ignore[assignment]
-        padding = ~valid[..., None]
-        x, lowest, out = (t.masked_fill(padding, v) for t, v in ((x, -math.inf), (x, math.inf), (out, 0.0)))
+    samples, elements = (plan.samples, plan.elements) if valid is None else (valid.sum(),) * 2
+    highest = x if valid is None else x.masked_fill(~valid[..., None], -math.inf)
+    if not rates and x.device.type == "cpu":
+        peak = _reduced(Tensor.amax, highest, plan)
+        if not math.isnan(peak.max()):
+            return Counts(None, None, peak - rectifier.hinge if rectifier.hinge else peak, None, samples, 0)
+    lowest = x if valid is None else x.masked_fill(~valid[..., None], math.inf)
+    out = out if valid is None else out.masked_fill(~valid[..., None], 0.0)
     # the output first: it was written last, and may still be in the cache
-    fired, magnitude = _fired(x, out, plan, rectifier), _magnitude(out, plan, rectifier)
-    peak, trough = _reduced(Tensor.amax, x, plan), _reduced(Tensor.amin, lowest, plan)
+    fired, magnitude = _fired(highest, out, plan, rectifier), _magnitude(out, plan, rectifier)
+    peak, trough = _reduced(Tensor.amax, highest, plan), _reduced(Tensor.amin, lowest, plan)
     if rectifier.hinge:
         peak, trough = peak - rectifier.hinge, trough - rectifier.hinge
     return Counts(fired, magnitude, peak, trough, samples, elements)

@@ -28,10 +28,13 @@ class Rules:
     Args:
         min_samples: A silent unit is dead from this age on.
         tau: A unit is dormant if its mean output is at most this share of its layer's mean.
+        all_rates: Whether counts and sums are read on every observation, at five to ten times the cost; by default on
+            the last of a window, and on the first in which a site runs.
     """
 
     min_samples: int = 299
     tau: float = 0.025
+    all_rates: bool = False
 
 
 def judge(
@@ -86,7 +89,7 @@ def _units(
     fires, sane, proven = totals.last_fired.numpy() >= 0, nonfinite < NAN, totals.proved.numpy() >= 0
     shown = fires | proven
     found = _by_site(totals, before, layout, steps, ~shown)
-    known, hard = found.pop("known"), found.pop("hard")
+    rated, hard = found.pop("rated"), found.pop("hard")
     silent = hard & ~fires & sane
     dead = silent & (found["age"] >= rules.min_samples)
     lives = fires | (proven & ~dead)
@@ -94,8 +97,8 @@ def _units(
     found |= {"dead": dead, "silent": silent, "judged": lives | dead, "newly_dead": newly_dead, "revived": revived}
     found |= {"born_dead": dead & ~(ever | proven), "redied": newly_dead & returned, "nonfinite": nonfinite > FINITE}
     found |= {"rare": lives & found["rare"], "frozen": fires & sane & totals.constant(layout).numpy()}
-    found["dormant"] = known & sane & (found["dormancy"] <= rules.tau)
-    found["always_on"] &= known
+    found["dormant"] = rated & sane & (found["dormancy"] <= rules.tau)
+    found["always_on"] &= rated
     units = {key: torch.from_numpy(values) for key, values in found.items()}
     units["fired_ever"] = before.fired + totals.fired
     units["peak"] = totals.peak.clone()
@@ -116,7 +119,7 @@ def _by_site(
 ) -> dict[str, Array]:
     """Work out what takes numbers of the site, one site at a time, so that a part stays in the cache."""
     magnitude, number = totals.magnitude.numpy(), torch.tensor([-1, *steps], dtype=torch.int32)
-    dtypes = {"known": bool, "hard": bool, "always_on": bool, "rare": bool, "dormancy": magnitude.dtype}
+    dtypes = {"rated": bool, "hard": bool, "always_on": bool, "rare": bool, "dormancy": magnitude.dtype}
     dtypes |= {"age": np.int64, "seen": np.int64, "last_fired": np.int32}
     flat = {key: np.empty(len(quiet), dtype) for key, dtype in dtypes.items()}
     elements = totals.elements.sum(1).tolist()
@@ -124,13 +127,13 @@ def _by_site(
     flat["fired"] = totals.fired.numpy().astype(np.int32 if most < 2**31 else np.int64)  # half the bytes to compare
     after = _after(totals.samples)
     for index, (site, place) in enumerate(zip(layout, layout.places, strict=True)):
-        known, so_far = bool(after[index, 0]), int(before.elements[index]) + elements[index]
+        so_far = int(before.elements[index]) + elements[index]
         part = {key: values[place] for key, values in flat.items()}
-        part["known"][:], part["hard"][:] = known, known and not site.smooth
+        part["rated"][:], part["hard"][:] = elements[index] > 0, bool(after[index, 0]) and not site.smooth
         _compare(part, elements[index])
-        np.maximum(before.seen[place].numpy(), (part["fired"] > 0) * so_far, out=part["seen"])
         _dormancy(part["dormancy"], magnitude[place], max(elements[index], 1))
         behind, proved = totals.last_fired[place].int().add_(1), totals.proved[place].int()  # observations until then
+        np.maximum(before.seen[place].numpy(), (behind.numpy() > 0) * so_far, out=part["seen"])
         torch.index_select(after[index], 0, behind.maximum(proved), out=torch.from_numpy(part["age"]))
         part["age"] += before.age[place].numpy() * quiet[place]
         torch.index_select(number, 0, behind, out=torch.from_numpy(part["last_fired"]))

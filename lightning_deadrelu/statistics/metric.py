@@ -14,7 +14,7 @@ from torchmetrics import Metric
 from lightning_deadrelu.model.layout import Layout
 from lightning_deadrelu.model.rectifiers import Rectifier
 from lightning_deadrelu.model.sites import Site
-from lightning_deadrelu.statistics.counts import RELU, Counts, count
+from lightning_deadrelu.statistics.counts import RELU, Counts, FlatCounts, count
 from lightning_deadrelu.statistics.judge import Rules, judge
 from lightning_deadrelu.statistics.report import LivenessReport
 from lightning_deadrelu.statistics.totals import FINITE, INFINITE, NAN, NOTHING, Totals, UnitHistory
@@ -67,6 +67,7 @@ class UnitLiveness(Metric):
         self._observation = 0
         self._latest = -1  # the observation that the rows of the last one hold
         self._pending: dict[int, Counts] = {}  # calls of the present observation by site
+        self._rated: dict[int, int] = {}  # by site, the first observation whose rates were read
         self.add_state("fired", torch.zeros(0, dtype=torch.int64), "sum")
         self.add_state("magnitude", torch.zeros(0, dtype=dtype), "sum")
         self.add_state("maxima", torch.zeros(len(NOTHING), 0, dtype=peak_dtype or dtype), "max")
@@ -125,13 +126,35 @@ class UnitLiveness(Metric):
         """
         self.make_room()
         if x.numel():
-            self.add(site, count(x, x.clamp(min=0) if out is None else out, dims, rectifier, valid))
+            out = x.clamp(min=0) if out is None else out
+            self.add(site, count(x, out, dims, rectifier, valid, self.wants_rates(site)))
             self.flush()
+
+    def wants_rates(self, site: int) -> bool:
+        """Tell whether more than the peaks of a site is to be read in the present observation.
+
+        It is in a window's last observation, so that rates are of the latest weights, and in the first in which the
+        site runs, so that there are some whenever a verdict is asked for.
+        """
+        if self._rates_all:
+            return True
+        return self._rated.setdefault(site, self._observation) == self._observation
+
+    @property
+    def _rates_all(self) -> bool:
+        """Whether the present observation is one in which rates are read of all sites."""
+        return self.rules.all_rates or self._observation >= self.samples.shape[1] - 1
+
+    def note_rated(self, totals: Totals) -> None:
+        """Take from the counts of all ranks, on the CPU, which sites have rates in the open window."""
+        self._rated = {number: -1 for number, elements in enumerate(totals.elements.sum(1).tolist()) if elements}
 
     def add(self, site: int, counts: Counts) -> None:
         """Add a call to the present observation, which :meth:`fold` ends; cheaper than :meth:`update` per call."""
         if counts.peak.device != self.maxima.device:  # a model spread over several devices
-            counts = Counts(*(torch.as_tensor(value).to(self.maxima.device) for value in counts))
+            counts = Counts._make(None if v is None else torch.as_tensor(v).to(self.maxima.device) for v in counts)
+        if not self.wants_rates(site):
+            counts = counts.without_rates
         before = self._pending.get(site)
         self._pending[site] = counts if before is None else before.joined(counts)
 
@@ -140,21 +163,29 @@ class UnitLiveness(Metric):
         self.make_room()
         if not self._pending:
             return
-        parts = [self._pending.get(number) or self._nothing(site.units) for number, site in enumerate(self.layout)]
-        fired = _joined([part.fired for part in parts], self.fired.dtype)
-        self.fired.add_(fired)
-        self.magnitude.add_(torch.cat([part.magnitude for part in parts]))
-        peak, trough = torch.cat([part.peak for part in parts]), torch.cat([part.trough for part in parts])
-        peak, missing = torch.where(peak.isnan(), -math.inf, peak), trough.isnan()
+        pending, self._pending = self._pending, {}
+        self._add_peaks(FlatCounts(self.layout, pending, self.maxima))
+        rated = {number: counts for number, counts in pending.items() if counts.magnitude is not None}
+        if rated:
+            self._add_rates(FlatCounts(self.layout, rated, self.maxima))
+        self._add_sizes(pending)
+
+    def _add_peaks(self, flat: FlatCounts) -> None:
+        peak, trough = flat.of("peak", -math.inf), flat.of("trough", math.inf)
+        lost = peak.isnan()  # beside a NaN, what was counted tells who fired
+        peak = torch.where(lost, -math.inf, peak)
+        last = torch.where((peak > 0) | (flat.of("fired", 0) > 0), self._observation, -1)
         infinite = peak.isposinf() | trough.isneginf()
-        last = torch.where((peak > 0) | (fired > 0), self._observation, -1)  # the peak is lost beside a NaN
-        nonfinite = torch.where(missing, NAN, torch.where(infinite, INFINITE, FINITE))
-        rows = [peak, last, nonfinite, peak, torch.where(missing, math.inf, -trough)]
+        nonfinite = torch.where(lost | trough.isnan(), NAN, torch.where(infinite, INFINITE, FINITE))
+        _raise_to(self.maxima[:3], peak, last, nonfinite)
+
+    def _add_rates(self, flat: FlatCounts) -> None:
+        self.fired.add_(flat.of("fired", 0).to(self.fired.dtype))
+        self.magnitude.add_(flat.of("magnitude", 0))
         self._begin_latest()
-        own = self.maxima[: len(rows)]
-        torch.maximum(own, torch.stack([row.to(self.maxima.dtype) for row in rows]), out=own)
-        self._add_sizes()
-        self._pending = {}
+        peak, depth = flat.of("peak", -math.inf), -flat.of("trough", math.inf)
+        latest = torch.where(peak.isnan(), -math.inf, peak), torch.where(depth.isnan(), math.inf, depth)
+        _raise_to(self.maxima[_LATEST], *latest)
 
     def record_gradient_proof(self, found: Tensor) -> None:
         """Take in what gradients say.
@@ -166,28 +197,23 @@ class UnitLiveness(Metric):
         own = self.maxima[-2:]
         torch.maximum(own, found.to(own.dtype), out=own)
 
-    def _nothing(self, units: int) -> Counts:
-        """Make the counts of a site that did not run."""
-        zeros = self.maxima.new_zeros(units)
-        return Counts(zeros, zeros, zeros - math.inf, zeros + math.inf, 0, 0)
-
-    def _add_sizes(self) -> None:
+    def _add_sizes(self, pending: Mapping[int, Counts]) -> None:
         """Add samples and elements; where no mask made them tensors, of all sites at once."""
-        sizes = [(counts.samples, counts.elements) for counts in self._pending.values()]
+        sizes = [(counts.samples, counts.elements) for counts in pending.values()]
         if any(isinstance(number, Tensor) for pair in sizes for number in pair):
-            for number, counts in self._pending.items():
+            for number, counts in pending.items():
                 self.samples[number, self._observation].add_(counts.samples)
                 self.elements[number, self._observation].add_(counts.elements)
             return
         table = torch.zeros(len(self.layout), 2, dtype=torch.int64, device="cpu")
-        table[list(self._pending)] = torch.tensor(sizes, device="cpu")
+        table[list(pending)] = torch.tensor(sizes, device="cpu")
         samples, elements = table.to(self.samples.device, non_blocking=True).unbind(1)  # waits for no device
         self.samples[:, self._observation].add_(samples)
         self.elements[:, self._observation].add_(elements)
 
     def _begin_latest(self) -> None:
-        """Forget the inputs of the observation before, unless the present one was begun."""
-        if self._latest != self._observation:
+        """Forget the inputs of the rates before, unless the present observation was begun, or some have none yet."""
+        if self._rates_all and self._latest != self._observation:
             self.maxima[_LATEST].fill_(-math.inf)
             self._latest = self._observation
 
@@ -195,6 +221,8 @@ class UnitLiveness(Metric):
         """Take over the counts of one site of another metric."""
         self.make_room()
         self._latest = other._latest
+        if theirs in other._rated:
+            self._rated[ours] = other._rated[theirs]
         self.samples[ours], self.elements[ours] = other.samples[theirs], other.elements[theirs]
         for name in ("fired", "magnitude", "maxima"):
             getattr(self, name)[..., self.layout.place(ours)] = getattr(other, name)[..., other.layout.place(theirs)]
@@ -234,15 +262,13 @@ class UnitLiveness(Metric):
         super().reset()
         for name, state in states.items():
             setattr(self, name, _cleared(name, state))
-        self._pending = {}
+        self._pending, self._rated = {}, {}
         self._observation, self._latest = 0, -1
 
 
-def _joined(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """Concatenate counts; those of different types one by one, because float32 would not hold them all."""
-    if len({part.dtype for part in parts}) > 1:
-        parts = [part.to(dtype) for part in parts]
-    return torch.cat(parts).to(dtype)
+def _raise_to(rows: Tensor, *values: Tensor) -> None:
+    """Raise each row where a value is above it, in place."""
+    torch.maximum(rows, torch.stack([value.to(rows.dtype) for value in values]), out=rows)
 
 
 def _fresh(name: str, like: Tensor, sites: Sequence[Site]) -> Tensor:

@@ -33,7 +33,8 @@ class SiteReport:
         kind: ``"relu"``, ``"relu6"``, ``"hardtanh"``, ...
         units: How many units there are.
         samples: Samples observed in the window, on all ranks.
-        elements: Inputs observed per unit in the window.
+        elements: Inputs per unit of the observations whose rates were read: the window's last, and its first in which
+            the site ran. Rare, always on and dormant are judged by these, frozen by the last of them.
         trainable: Whether an optimizer trains what feeds it; frozen sites stay out of the headlines.
         smooth: Whether no input is exactly dead, as with GELU: only dormancy is judged.
         dead: Silent in the window, and for at least ``min_samples`` samples. Bool.
@@ -42,7 +43,8 @@ class SiteReport:
         always_on: Fired on all elements: the unit is linear. Bool.
         frozen: Fired, but put out one value whatever the input: it is downstream of a dead layer. Bool.
         dormant: Dormancy at most ``tau``. Bool.
-        nonfinite: Met an infinity or a value that is not a number. Bool.
+        nonfinite: Met an infinity or a value that is not a number; what is infinitely low is noticed with the rates
+            alone. Bool.
         judged: Whether the evidence suffices: it lives, or its age reached ``min_samples``. Bool.
         born_dead: Dead, and has never fired, nor been proved to. Bool.
         newly_dead: Dead, and was not at the verdict before. Bool.
@@ -54,7 +56,7 @@ class SiteReport:
         last_fired: The step of the last observation in which the unit fired, int32; -1 if it never did.
         fired: Elements that fired, whole numbers.
         fired_ever: Elements that fired since the start of fit, int64.
-        seen: Elements observed up to the end of the last window in which the unit fired, int64.
+        seen: Elements up to the end of the last window in which the unit fired, int64.
     """
 
     name: str

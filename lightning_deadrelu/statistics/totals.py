@@ -32,10 +32,11 @@ class Totals:
     """The counts of one window; see :class:`UnitLiveness`.
 
     Args:
-        fired: Elements that fired, shape ``(units,)``, int64; merges by sum.
+        fired: Elements that fired, of those below, shape ``(units,)``, int64; merges by sum.
         samples: Samples by site and observation, shape ``(sites, window)``, int64; merges by sum.
-        elements: Elements per unit by site and observation, shape ``(sites, window)``, int64; merges by sum.
-        magnitude: Sum of the absolute output, shape ``(units,)``; merges by sum.
+        elements: Elements per unit by site and observation, shape ``(sites, window)``, int64; merges by sum. They are
+            0 where the peaks alone were read.
+        magnitude: Sum of the absolute output of these elements, shape ``(units,)``; merges by sum.
         maxima: What merges by maximum, shape ``(7, units)``; the properties below name its rows.
     """
 
@@ -62,12 +63,12 @@ class Totals:
 
     @property
     def latest_peak(self) -> Tensor:
-        """Largest input of the last observation, measured from the hinge."""
+        """Largest input of the last observation that has elements, measured from the hinge."""
         return self._row("latest_peak")
 
     @property
     def latest_depth(self) -> Tensor:
-        """Smallest input of the last observation, measured from the hinge, with the sign changed."""
+        """Smallest input of the last observation that has elements, from the hinge, with the sign changed."""
         return self._row("latest_depth")
 
     @property
@@ -84,7 +85,9 @@ class Totals:
         return self.maxima[_ROWS[name]]
 
     def constant(self, layout: Layout) -> Tensor:
-        """Tell whose output was the same for all inputs of the last observation, boolean, shape ``(units,)``.
+        """Tell whose output was the same for all inputs of one observation, boolean, shape ``(units,)``.
+
+        It is the last of the window, and where that is still to come the first in which the site ran.
 
         It takes two elements or more, of all ranks together. The outputs of a unit at its cap are all the same; few
         inputs may meet there by chance, so that such a unit has to have been at the cap throughout the window.
@@ -92,8 +95,9 @@ class Totals:
         Args:
             layout: The layout of the counts, which are on the CPU.
         """
-        ran = self.elements.sum(0).nonzero()
-        latest = self.elements[:, ran[-1, 0]].tolist() if len(ran) else [0] * len(layout)
+        numbers = torch.arange(self.elements.shape[1])
+        ran = torch.where(self.elements > 0, numbers, 0).amax(1, keepdim=True)
+        latest = self.elements.gather(1, ran).flatten().tolist()
         found = torch.zeros_like(self.fired, dtype=torch.bool)
         for number, (site, place) in enumerate(zip(layout, layout.places, strict=True)):
             if latest[number] < 2:

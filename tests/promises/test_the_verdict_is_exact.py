@@ -35,8 +35,11 @@ class Recorded(Net):
         return loss
 
 
-def brute_force(observations, min_samples, window):
-    """Go through all observations, unit by unit; yield each window's {site: (silent, dead, age, firing rate)}."""
+def brute_force(observations, min_samples, window, all_rates=False):
+    """Go through all observations, unit by unit; yield each window's {site: (silent, dead, age, firing rate)}.
+
+    The rate is that of the first and last observation; the last is still to come where a window is cut short.
+    """
     age = {}
     for start in range(0, len(observations), window):
         verdict = {}
@@ -45,16 +48,23 @@ def brute_force(observations, min_samples, window):
             units = next(outs[name][0].shape[1] for outs in part if name in outs)
             rows = []
             for unit in range(units):
-                fired = samples = 0
-                for outs in part:
+                fired = samples = hits_rated = samples_rated = 0
+                for number, outs in enumerate(part):
                     values = [value for out in outs.get(name, ()) for value in out[:, unit].tolist()]
                     hits = sum(value > 0 for value in values)
                     age[name, unit] = 0 if hits else age.get((name, unit), 0) + len(values)
                     fired, samples = fired + hits, samples + len(values)
+                    if all_rates or number in (0, window - 1):
+                        hits_rated, samples_rated = hits_rated + hits, samples_rated + len(values)
                     if hits:
                         age[name, unit] = 0
                 rows.append(
-                    (fired == 0, fired == 0 and age[name, unit] >= min_samples, age[name, unit], fired / samples)
+                    (
+                        fired == 0,
+                        fired == 0 and age[name, unit] >= min_samples,
+                        age[name, unit],
+                        hits_rated / samples_rated,
+                    )
                 )
             verdict[name] = rows
         yield verdict
@@ -78,16 +88,18 @@ EXACT = {
 }
 
 
-@pytest.mark.parametrize("case", EXACT)
-def test_verdicts_equal_a_brute_force_loop(case):
+@pytest.mark.parametrize(("case", "all_rates"), [*((case, False) for case in EXACT), ("accumulated", True)])
+def test_verdicts_equal_a_brute_force_loop(case, all_rates):
     settings, options = EXACT[case]
     monitor, model = Verdicts(**settings), Recorded(lr=0.3)
+    monitor.all_rates = all_rates
     fit(model, batches(22, 7, shuffle=True), monitor, max_epochs=2, **options)
     group = options.get("accumulate_grad_batches", 1)
     epochs = model.seen[:22], model.seen[22:]
     groups = [epoch[start : start + group] for epoch in epochs for start in range(0, 22, group)]
     joined = [{name: [out for seen in part for out in seen[name]] for name in part[0]} for part in groups]
-    expected = list(brute_force(joined[:: settings["every_n_steps"]], settings["min_samples"], settings["window"]))
+    observed = joined[:: settings["every_n_steps"]]
+    expected = list(brute_force(observed, settings["min_samples"], settings["window"], all_rates))
     windows = monitor.reports if len(monitor.reports) == len(expected) else monitor.reports[1:]  # one was provisional
     assert len(windows) == len(expected) > 0
     for report, verdict in zip(windows, expected, strict=True):
@@ -101,7 +113,7 @@ def test_a_provisional_verdict_before_the_first_validation_does_not_end_the_wind
     observed = model.seen[::2]
     assert [step for step, _ in log.verdicts()] == [4, 6, 11]
     provisional, first, last = monitor.reports
-    assert_equals_brute_force(provisional, next(brute_force(observed[:3], 1, 3)))
+    assert_equals_brute_force(provisional, next(brute_force(observed[:3], 1, 4)))
     expected = list(brute_force(observed, 1, 4))
     assert_equals_brute_force(first, expected[0])
     assert_equals_brute_force(last, expected[1])

@@ -4,7 +4,11 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_deadrelu.model.rectifiers import Rectifier
 from lightning_deadrelu.statistics import Rules, UnitLiveness, count
@@ -83,3 +87,36 @@ def test_counts_are_exact_beyond_what_float32_holds():
     for rectifier in (RELU, Rectifier("threshold")):
         counts = count(x, x, rectifier=rectifier)
         assert int(counts.fired) == counts.samples == counts.elements == 2**24 + 1
+
+
+numbers = st.sampled_from([-math.inf, -2.0, -0.0, 0.0, 1e-40, 0.5, 3.0, math.inf, math.nan])
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    arrays.arrays("float32", st.tuples(st.integers(1, 6), st.integers(1, 4)), elements=numbers).map(torch.from_numpy)
+)
+def test_the_peak_alone_tells_who_fired_and_what_is_no_number(x):
+    whole, alone = UnitLiveness({"relu": x.shape[1]}), UnitLiveness({"relu": x.shape[1]})
+    whole.add(0, count(x, x.relu()))
+    alone.add(0, count(x, x.relu(), rates=False))
+    one, other = whole.totals(), alone.totals()
+    for name in ("peak", "last_fired"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+    assert torch.equal(one.nonfinite == 2, other.nonfinite == 2)
+    fires = [any(z > 0 for z in column) for column in x.T.tolist()]
+    assert (other.last_fired >= 0).tolist() == fires
+
+
+def test_the_peak_is_read_once_and_alone():
+    x, reads = torch.randn(8, 5), []
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            reads.extend(func.__name__.split(".")[0] for arg in args if arg is x)
+            return func(*args, **(kwargs or {}))
+
+    with Reads():
+        counts = count(x, x.relu(), rates=False)
+    assert reads == ["relu", "amax"]
+    assert (counts.fired, counts.magnitude, counts.trough, counts.elements) == (None, None, None, 0)

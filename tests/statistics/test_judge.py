@@ -15,21 +15,22 @@ from lightning_deadrelu.statistics import Rules, Totals, UnitHistory, UnitLivene
 from lightning_deadrelu.statistics.judge import _least_usual
 
 
-def report_of(windows, min_samples, ranks=1):
+def report_of(windows, min_samples, ranks=1, all_rates=False):
     """Run windows of observations; an observation is a list of calls, dealt out to ranks in turn."""
+    rules = Rules(min_samples, all_rates=all_rates)
     history, reports = UnitHistory.empty(), []
     for window in windows:
-        metrics = [UnitLiveness({"relu": _width(windows)}, window=len(window)) for _ in range(ranks)]
+        metrics = [UnitLiveness({"relu": _width(windows)}, window=len(window), rules=rules) for _ in range(ranks)]
         for number, observation in enumerate(window):
-            calls = observation if isinstance(observation, list) else [observation]
             for metric in metrics:
                 metric.observation = number
-            for place, x in enumerate(calls):
+            for place, x in enumerate(_calls(observation)):
                 if len(x):
-                    metrics[place % ranks].add(0, count(x, x.relu()))
+                    metric = metrics[place % ranks]
+                    metric.add(0, count(x, x.relu(), rates=metric.wants_rates(0)))
         for metric in metrics:
             metric.observation = len(window)
-        report, history = judge(merge(metrics), history, metrics[0].layout, Rules(min_samples))
+        report, history = judge(merge(metrics), history, metrics[0].layout, rules)
         reports.append(report)
     return reports
 
@@ -45,13 +46,31 @@ def merge(metrics) -> Totals:
     return metrics[0].totals().merged(sums, maxima).to_host()
 
 
-def slow_verdicts(windows, min_samples):
+def _calls(observation):
+    return observation if isinstance(observation, list) else [observation]
+
+
+def rated_calls(window, ranks):
+    """List, for each observation, the calls whose rates are read: its last's, and those of a rank's first."""
+    firsts = {}
+    for number, observation in enumerate(window):
+        for place, x in enumerate(_calls(observation)):
+            if len(x):
+                firsts.setdefault(place % ranks, number)
+    return [
+        [x for place, x in enumerate(_calls(one)) if number == len(window) - 1 or firsts.get(place % ranks) == number]
+        for number, one in enumerate(window)
+    ]
+
+
+def slow_verdicts(windows, min_samples, ranks=1, all_rates=False):
     """Walk over all numbers, unit by unit, with plain Python lists."""
     verdicts = []
     units = _width(windows)
     age, ever, was_dead, came_back = [0] * units, [False] * units, [False] * units, [False] * units
     hits_ever, so_far, seen = [0] * units, [0] * units, [0] * units
     for window in windows:
+        rated = window if all_rates else rated_calls(window, ranks)
         row = {
             "silent": [],
             "dead": [],
@@ -63,16 +82,19 @@ def slow_verdicts(windows, min_samples):
             "frozen": [],
             "rate": [],
             "usual": [],
+            "always_on": [],
+            "rare": [],
         }
         for unit in range(units):
-            fired = elements = 0
+            fired = samples = 0
             for observation in window:
-                calls = observation if isinstance(observation, list) else [observation]
-                numbers = [z for x in calls for z in x[:, unit].tolist()]
+                numbers = _numbers(observation, unit)
                 hits = sum(z > 0 for z in numbers)
-                fired, elements = fired + hits, elements + len(numbers)
+                fired, samples = fired + hits, samples + len(numbers)
                 age[unit] = 0 if hits else age[unit] + len(numbers)
-            silent = elements > 0 and fired == 0
+            counted = [z for observation in rated for z in _numbers(observation, unit)]
+            rated_hits = sum(z > 0 for z in counted)
+            silent = samples > 0 and fired == 0
             dead = silent and age[unit] >= min_samples
             row["silent"].append(silent)
             row["dead"].append(dead)
@@ -82,8 +104,10 @@ def slow_verdicts(windows, min_samples):
             row["revived"].append(fired > 0 and was_dead[unit])
             row["redied"].append(dead and not was_dead[unit] and came_back[unit])
             row["frozen"].append(fired > 0 and _is_constant(window[-1], unit))
-            row["rate"].append(fired / elements if elements else 0.0)
-            hits_ever[unit], so_far[unit] = hits_ever[unit] + fired, so_far[unit] + elements
+            row["rate"].append(rated_hits / len(counted) if counted else 0.0)
+            row["always_on"].append(rated_hits == len(counted) > 0)
+            row["rare"].append(fired > 0 and max(rated_hits, 1) < 0.01 * len(counted))
+            hits_ever[unit], so_far[unit] = hits_ever[unit] + rated_hits, so_far[unit] + len(counted)
             seen[unit] = so_far[unit] if fired else seen[unit]
             row["usual"].append(hits_ever[unit] / seen[unit] if seen[unit] else 0.0)
             came_back[unit] |= fired > 0 and was_dead[unit]
@@ -93,10 +117,13 @@ def slow_verdicts(windows, min_samples):
     return verdicts
 
 
+def _numbers(observation, unit):
+    return [z for x in _calls(observation) for z in x[:, unit].tolist()]
+
+
 def _is_constant(observation, unit):
     """Whether all elements of an observation are equal, and there are two."""
-    calls = observation if isinstance(observation, list) else [observation]
-    numbers = [z for x in calls for z in x[:, unit].tolist()]
+    numbers = _numbers(observation, unit)
     return len(numbers) > 1 and len(set(numbers)) == 1
 
 
@@ -112,12 +139,13 @@ windows_strategy = st.lists(
 
 
 @settings(max_examples=150, deadline=None)
-@given(windows_strategy, st.integers(1, 12), st.integers(1, 3))
-def test_verdicts_equal_a_loop_over_all_activations_on_any_number_of_ranks(windows, min_samples, ranks):
-    expected = slow_verdicts(windows, min_samples)
-    for report, verdict in zip(report_of(windows, min_samples, ranks), expected, strict=True):
+@given(windows_strategy, st.integers(1, 12), st.integers(1, 3), st.booleans())
+def test_verdicts_equal_a_loop_over_all_activations_on_any_number_of_ranks(windows, min_samples, ranks, all_rates):
+    expected = slow_verdicts(windows, min_samples, ranks, all_rates)
+    for report, verdict in zip(report_of(windows, min_samples, ranks, all_rates), expected, strict=True):
         site = report.sites[0]
-        for name in ("silent", "dead", "age", "born_dead", "newly_dead", "revived", "redied", "frozen"):
+        masks = ("born_dead", "newly_dead", "revived", "redied", "frozen", "always_on", "rare")
+        for name in ("silent", "dead", "age", *masks):
             assert getattr(site, name).tolist() == verdict[name], name
         assert site.firing_rate.tolist() == pytest.approx(verdict["rate"])
         assert site.usual_rate.tolist() == pytest.approx(verdict["usual"])
@@ -223,8 +251,8 @@ def slowly_judged(totals, at, index, smooth, rules, known, steps):
     lives = fires or (proven and not dead)
     row = {"silent": silent, "dead": dead, "age": age, "judged": lives or dead, "nonfinite": nonfinite > 0}
     row |= {"rare": lives and max(fired, 1) / max(elements, 1) < 0.01, "always_on": ran and fired == elements}
-    ran_last = [number for number, one in enumerate(totals.elements.sum(0).tolist()) if one][-1:]
-    enough = ran_last and int(totals.elements[index, ran_last[0]]) > 1
+    last_counted = [one for one in totals.elements[index].tolist() if one][-1:]
+    enough = last_counted and last_counted[0] > 1
     row |= {
         "frozen": fires and nonfinite < 2 and bool(enough) and high == -depth,
         "firing_rate": fired / max(elements, 1),
@@ -236,7 +264,7 @@ def slowly_judged(totals, at, index, smooth, rules, known, steps):
     known |= {"age": age, "ever": known["ever"] or fires or proven, "revived": known["revived"] or row["revived"]}
     known |= {"dead": dead or (known["dead"] and not lives), "fired": known["fired"] + fired}
     known["so_far"] += elements
-    known["seen"] = known["so_far"] if fired else known["seen"]
+    known["seen"] = known["so_far"] if fires else known["seen"]
     usual = known["fired"] / max(known["seen"], 1)
     return row | {"last_fired": known["last_fired"], "usual_rate": usual, "peak": peak}
 

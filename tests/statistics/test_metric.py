@@ -204,3 +204,46 @@ def test_windows_of_ten_million_samples_are_counted_exactly():
     site = metric.report()["relu"]
     assert (site.age.tolist(), site.age.dtype) == ([20_000_002], torch.int64)
     assert site.samples == site.elements == 20_000_002
+
+
+def test_rates_are_read_on_the_first_observation_of_a_site_and_on_the_last():
+    metric = UnitLiveness({"a": 1, "b": 1}, window=6)
+    for _ in range(2):
+        for number in range(6):
+            metric.observation = number
+            for site in (0, 1) if number in (2, 3, 5) else (0,):
+                metric.update(torch.ones(4, 1), site=site)
+                metric.update(-torch.ones(4, 1), site=site)
+        metric.observation = 6
+        assert metric.elements.tolist() == [[8, 0, 0, 0, 0, 8], [0, 0, 8, 0, 0, 8]]
+        assert metric.samples.tolist() == [[8] * 6, [0, 0, 8, 8, 0, 8]]
+        report = metric.report()
+        assert [site.firing_rate.item() for site in report.sites] == [0.5, 0.5]
+        assert not any(site.always_on.any() or site.frozen.any() for site in report.sites)
+        metric.reset()
+
+
+def test_ages_are_exact_where_a_not_a_number_hides_the_peak():
+    metric = UnitLiveness({"relu": 2}, window=9)
+    for number in range(5):
+        metric.observation = number
+        x = torch.full((10, 2), -1.0)
+        if number == 3:
+            x[0] = math.nan
+            x[1, 0] = 1.0
+        metric.update(x)
+    site = metric.report()["relu"]
+    assert site.age.tolist() == [10, 50]
+    assert site.silent.tolist() == [False, False]
+    assert site.elements == 10
+
+
+def test_a_site_that_has_rates_on_any_rank_needs_no_more_until_the_last_observation():
+    left, right = (UnitLiveness({"relu": 1}, window=3) for _ in range(2))
+    left.update(torch.ones(4, 1))
+    right.note_rated(left.totals())
+    assert [metric.wants_rates(0) for metric in (left, right)] == [True, False]
+    right.observation = 2
+    assert right.wants_rates(0)
+    right.reset()
+    assert right.wants_rates(0)
