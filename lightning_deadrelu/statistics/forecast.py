@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_deadrelu.statistics import LivenessReport, SiteReport
+from lightning_deadrelu.statistics.report import LivenessReport, SiteReport
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_deadrelu.statistics.report_table import plot_report, report_html, report_text
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -240,16 +242,10 @@ class LivenessReport:
         Args:
             ax: Where to draw; a new figure by default.
         """
-        from lightning_deadrelu.statistics.report_table import plot_report
-
         return plot_report(self, ax)
 
     def __str__(self) -> str:
-        from lightning_deadrelu.statistics.report_table import report_text
-
         return report_text(self)
 
     def _repr_html_(self) -> str:
-        from lightning_deadrelu.statistics.report_table import report_html
-
         return report_html(self)

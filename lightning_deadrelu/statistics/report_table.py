@@ -12,12 +12,13 @@ from torch import Tensor
 from lightning_deadrelu.render import figures
 from lightning_deadrelu.render.names import shortened_names
 from lightning_deadrelu.render.table import Cell, Column, html_table, text_table
-from lightning_deadrelu.statistics.report import LivenessReport, SiteReport
 from lightning_deadrelu.statistics.unit_state import State, state_shares
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from lightning_deadrelu.statistics.report import LivenessReport, SiteReport
 
 COLUMNS = (
     Column("layer", "layer", text=True),
@@ -85,6 +86,7 @@ def report_html(report: LivenessReport) -> str:
         report: What to show.
 
     Example:
+        >>> from lightning_deadrelu.statistics import LivenessReport
         >>> report_html(LivenessReport(()))
         '<p>No rectifier was watched.</p>'
     """
@@ -122,6 +124,7 @@ def headline(
         repaired: What was done.
 
     Example:
+        >>> from lightning_deadrelu.statistics import LivenessReport
         >>> headline(LivenessReport(()))
         'No rectifier was watched.'
     """

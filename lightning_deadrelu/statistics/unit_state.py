@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_deadrelu.statistics.report import SiteReport
+if TYPE_CHECKING:
+    from lightning_deadrelu.statistics.report import SiteReport
 
 
 class State(IntEnum):

@@ -42,30 +42,23 @@ ONLY_IN = {
 PRIVATE_TORCH = {"observe/torch_modes", "observe/compiled", "observe/compiled_graph", "observe/compiled_limits"}
 MOST_LINES, MOST_LINES_OF_A_CLASS = 400, 250
 # What does not hold yet: take an entry out with the change that mends it.
-UPWARD = {
-    ("observe/gradient_evidence", "repair/writer"),
-}
-THROUGH_INIT = {("statistics/forecast", "statistics/__init__")}
-WITH_PRIVATE_TORCH: set[str] = set()
-TOO_LONG = {"repair/activation_swap", "repair/repair"}
+TOO_LONG = {"repair/activation_swap"}
 CLASSES_TOO_LONG = {
     ("attribution/tracer", "Tracer"),
     ("monitor/monitor", "Monitor"),
     ("observe/probe", "Probe"),
-    ("repair/repair", "Repair"),
 }
 
 SOURCES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
 TREES = {where: ast.parse(path.read_text(encoding="utf-8")) for where, path in SOURCES.items()}
 
 
-def imports(where: str, *, lazy: bool = True) -> set[str]:
-    """List what a file imports, for types alone left out; ``lazy=False`` leaves out imports within functions too."""
+def imports(where: str) -> set[str]:
+    """List what a file imports, also within functions; for types alone left out."""
     skipped = {
         node
         for block in ast.walk(TREES[where])
-        if (isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test))
-        or (not lazy and isinstance(block, ast.FunctionDef))
+        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
         for node in ast.walk(block)
     }
     found = set()
@@ -78,10 +71,10 @@ def imports(where: str, *, lazy: bool = True) -> set[str]:
     return found
 
 
-def own_imports(where: str, *, lazy: bool = True) -> set[str]:
+def own_imports(where: str) -> set[str]:
     """List the files of ours that a file imports, a folder's ``__init__`` where the name comes from there."""
     prefix, found = "lightning_deadrelu.", set()
-    for name in imports(where, lazy=lazy):
+    for name in imports(where):
         parts = name.removeprefix(prefix).split(".") if name.startswith(prefix) else []
         ways = ["/".join(parts[:length]) for length in range(len(parts), 0, -1)]
         ways = [known for way in ways for known in (way, f"{way}/__init__") if known in SOURCES]
@@ -117,16 +110,16 @@ def test_imports_point_down():
     floor = {part: number for number, parts in enumerate(FLOORS) for part in parts}
     arrows = {(where, other) for where in SOURCES for other in own_imports(where)}
     parts = {arrow: tuple(place.partition("/")[0] for place in arrow) for arrow in arrows}
-    assert {arrow for arrow, (own, other) in parts.items() if own != other and floor[other] >= floor[own]} <= UPWARD
+    assert {arrow for arrow, (own, other) in parts.items() if own != other and floor[other] >= floor[own]} == set()
 
 
 def test_no_circles():
-    tuple(TopologicalSorter({where: own_imports(where, lazy=False) for where in SOURCES}).static_order())
+    tuple(TopologicalSorter({where: own_imports(where) for where in SOURCES}).static_order())
 
 
 def test_no_file_imports_its_neighbours_through_their_folder():
     arrows = {(where, f"{where.rpartition('/')[0]}/__init__") for where in SOURCES}
-    assert {(where, init) for where, init in arrows if init in own_imports(where)} <= THROUGH_INIT
+    assert {(where, init) for where, init in arrows if init in own_imports(where)} == set()
 
 
 @pytest.mark.parametrize("package", ONLY_IN)
@@ -142,7 +135,7 @@ def test_what_is_imported_in_few_places(package):
 
 def test_private_torch_is_named_in_few_places():
     found = {where: names for where, tree in TREES.items() if (names := private_torch(tree))}
-    assert {where: found[where] for where in found.keys() - PRIVATE_TORCH - WITH_PRIVATE_TORCH} == {}
+    assert {where: found[where] for where in found.keys() - PRIVATE_TORCH} == {}
 
 
 def test_files_and_classes_are_short():
