@@ -28,7 +28,8 @@ from lightning_deadrelu.prevention import (
     randomized_asymmetric_init_,
 )
 from lightning_deadrelu.remedies import BiasWarming, LeakySlope, Remedy, Reset, SwapActivation, ThermalKick
-from lightning_deadrelu.repair.activation_swap import restore_activations, swap_activations_
+from lightning_deadrelu.repair.activation_swap import swap_activations_
+from lightning_deadrelu.repair.restore_activations import restore_activations
 from lightning_deadrelu.statistics import LivenessReport, SiteReport, UnitLiveness
 
 __version__ = _version("lightning-deadrelu")

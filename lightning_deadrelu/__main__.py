@@ -21,7 +21,7 @@ from torch import nn
 
 from lightning_deadrelu.checkpoint import read_checkpoint
 from lightning_deadrelu.observe.audit import find_dead_units
-from lightning_deadrelu.repair.activation_swap import restore_activations
+from lightning_deadrelu.repair.restore_activations import restore_activations
 from lightning_deadrelu.report import RunReport, summary
 from lightning_deadrelu.report.html_page import to_html
 from lightning_deadrelu.report.json_export import to_json

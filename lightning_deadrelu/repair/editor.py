@@ -10,9 +10,10 @@ from torch import Tensor
 from lightning_deadrelu.model.parameters import tensors_of
 from lightning_deadrelu.model.sharding import reshard_
 from lightning_deadrelu.remedies import Activation, Edits, SiteView
-from lightning_deadrelu.repair.activation_swap import apply_record, records, rectifiers, reinstate_, substitute_
+from lightning_deadrelu.repair.activation_swap import records, rectifiers, reinstate_, substitute_
 from lightning_deadrelu.repair.forward_edits import ForwardEdits, ForwardEditsState
 from lightning_deadrelu.repair.lift import Lifting, Lifts
+from lightning_deadrelu.repair.restore_activations import apply_record
 from lightning_deadrelu.repair.subject import Subject
 from lightning_deadrelu.repair.wake_up import WakeUps, Waking
 from lightning_deadrelu.repair.writer import Overwritten, write_
