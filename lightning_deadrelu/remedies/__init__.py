@@ -18,12 +18,16 @@ from lightning_deadrelu.remedies.site_remedies import SwapActivation
 from lightning_deadrelu.remedies.unit_remedies import Reset, ThermalKick
 from lightning_deadrelu.statistics.confirmation import LEVELS
 
+Law = InitDistribution
+"""The former name of :class:`InitDistribution`."""
+
 __all__ = [
     "LEVELS",
     "Activation",
     "BiasWarming",
     "Edits",
     "InitDistribution",
+    "Law",
     "LeakySlope",
     "Lift",
     "NotApplicable",
