@@ -61,7 +61,7 @@ class Connectivity:
             self.views.setdefault(origin.name, set()).add((origin.dims, origin.shape))
         for read in outcome.reads:
             known = self.reads.setdefault(read.rows, [])
-            if not any(_alike(read, other) for other in known):
+            if not any(_is_same_read(read, other) for other in known):
                 known.append(read)
 
     def feed(self, site: Site, flow: Flow, units: Tensor) -> None:
@@ -242,7 +242,7 @@ def _rows_in(outcome: Outcome) -> list[Origin]:
     return [stream.origin for stream in streams if isinstance(stream.origin, Origin) and stream.origin.role != OUTLET]
 
 
-def _alike(read: Read, other: Read) -> bool:
+def _is_same_read(read: Read, other: Read) -> bool:
     return read.sites.keys() == other.sites.keys() and all(
         _same_units(units, other.sites[site]) for site, units in read.sites.items()
     )

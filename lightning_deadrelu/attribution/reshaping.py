@@ -150,7 +150,7 @@ def _repeated(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
     return [labels.repeat(times)]
 
 
-def _turned(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
+def _rolled(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
     if call.name == "roll" and call.argument(2, "dims") in (None, ()):
         labels = filled(labels, main.shape, range(main.ndim))
     return _replayed(call, main, labels)
@@ -170,7 +170,7 @@ def tidy(labels: Tensor) -> Tensor:
     return labels
 
 
-def _alike(labels: Tensor, dims: Iterable[int]) -> Tensor:
+def _constant_along(labels: Tensor, dims: Iterable[int]) -> Tensor:
     less = shrunk(labels, list(dims))
     if less is None:
         raise NotFollowable("it joins units")
@@ -180,11 +180,11 @@ def _alike(labels: Tensor, dims: Iterable[int]) -> Tensor:
 def _pooled(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
     found = POOL.match(call.name)
     positions = int(found[1]) if found else 0
-    return [_alike(labels, range(-positions, 0))] * len(call.outputs)
+    return [_constant_along(labels, range(-positions, 0))] * len(call.outputs)
 
 
 def _resized(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
-    return [_alike(labels, range(2, main.ndim))]
+    return [_constant_along(labels, range(2, main.ndim))]
 
 
 def _reduced(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
@@ -194,7 +194,7 @@ def _reduced(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
     if dim is None or isinstance(dim, (bool, torch.dtype)) or dim == ():
         dim = range(main.ndim)
     dims = [one % main.ndim for one in ([dim] if isinstance(dim, int) else dim)]
-    alike = _alike(labels, dims)
+    alike = _constant_along(labels, dims)
     if call.output.ndim == main.ndim:
         return [alike] * len(call.outputs)
     kept = [size for place, size in enumerate(alike.shape) if place not in dims]
@@ -203,7 +203,7 @@ def _reduced(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
 
 def _taken_along(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
     dim = call.argument(2 if call.name == "topk" else 1, "dim", -1)
-    return [_alike(labels, [dim])] * len(call.outputs)
+    return [_constant_along(labels, [dim])] * len(call.outputs)
 
 
 def _padded(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
@@ -271,7 +271,7 @@ _MOVERS: dict[str, Callable[[TracedCall, Tensor, Tensor], list[Tensor]]] = {
     "getitem": _got,
     "repeat": _repeated,
     "tile": _repeated,
-    "flip": _turned,
-    "roll": _turned,
+    "flip": _rolled,
+    "roll": _rolled,
     "pad": _padded,
 }

@@ -288,7 +288,8 @@ class Monitor:
     def _look(self, counted: Counted) -> LivenessReport:
         verdict = self._show_open(counted)
         window = self.progress.window
-        window.told, window.told_edits = self.verdicts.told(verdict), _total(self.repair.edited)
+        window.reported = self.verdicts.units.with_deaths_of(verdict.after)
+        window.reported_edits = _total(self.repair.edited)
         return verdict.news
 
     def last_verdict(self) -> LivenessReport | None:
@@ -349,7 +350,7 @@ class Monitor:
         self.host.show_score(self.progress.score)
         self.host.publish(
             self.run_report,
-            edited=_total(self.repair.edited) - self.progress.window.told_edits,
+            edited=_total(self.repair.edited) - self.progress.window.reported_edits,
             at_risk=self.verdicts.history.at_risk_fraction,
             crossed=self.announcer.tell_crossed(report),
             closed=closed,

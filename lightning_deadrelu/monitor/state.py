@@ -14,8 +14,9 @@ from lightning_deadrelu.explain.postmortem.recorder import RecorderState
 from lightning_deadrelu.model.sites import Site
 from lightning_deadrelu.monitor.announcer import Said
 from lightning_deadrelu.observe.gradient_evidence import GradientEvidenceState
-from lightning_deadrelu.repair.activation_swap import records, reinstate_, restore
+from lightning_deadrelu.repair.activation_swap import records, reinstate_
 from lightning_deadrelu.repair.repair import RepairState
+from lightning_deadrelu.repair.restore_activations import restore
 from lightning_deadrelu.report.history import RunHistoryState
 from lightning_deadrelu.statistics import Totals, UnitHistory
 
@@ -27,14 +28,14 @@ class Window:
     Args:
         steps: The training batch, as loggers count, of each observation that is done.
         unjudged: Whether there was an observation since the last verdict.
-        told_edits: Units edited in this window of which a verdict has told already.
-        told: Who was dead at the last verdict, if that was in this window.
+        reported_edits: Units edited in this window that a verdict has reported already.
+        reported: Who was dead at the last verdict, if that was in this window.
     """
 
     steps: list[int] = field(default_factory=list)
     unjudged: bool = False
-    told_edits: int = 0
-    told: UnitHistory | None = None
+    reported_edits: int = 0
+    reported: UnitHistory | None = None
 
     def close_observation(self, step: int) -> None:
         """End an observation."""

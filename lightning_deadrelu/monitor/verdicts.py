@@ -79,8 +79,8 @@ class Verdicts:
             self._evidence.without_refuted(counted.totals, self._watch.layout) if self._evidence else counted.totals
         )
         whole, after = self._judge_since(self.units, totals, window, step)
-        told = window.told
-        news = whole if told is None else self._judge_since(told, totals, window, step)[0]
+        reported = window.reported
+        news = whole if reported is None else self._judge_since(reported, totals, window, step)[0]
         return Verdict(whole, news, after)
 
     def _judge_since(
@@ -97,10 +97,6 @@ class Verdicts:
             steps=window.steps,
             unwatched=self._watch.unwatched(),
         )
-
-    def told(self, verdict: Verdict) -> UnitHistory:
-        """Return what is known from the windows before, and who is dead by a verdict on a window that goes on."""
-        return self.units.told(verdict.after)
 
     def keep_open(self, verdict: Verdict, counted: Counted, edited: Mapping[str, Sequence[int]]) -> None:
         """Explain and show a window that goes on, until it is judged anew."""

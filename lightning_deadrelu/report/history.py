@@ -36,12 +36,8 @@ class RunHistory:
         self.raster = Raster()
         self.at_risk_fraction = 0.0
         """Share of the units whose peak falls towards zero, at the last window's end."""
-        self._peaks = Peaks()
-
-    @property
-    def peaks(self) -> Peaks:
+        self.peaks = Peaks()
         """Largest inputs of the last windows by site, shape ``(windows, units)``, the latest last."""
-        return self._peaks
 
     def close(self, report: LivenessReport, edited: Mapping[str, Sequence[int]]) -> None:
         """Take in a window that has ended.
@@ -51,7 +47,7 @@ class RunHistory:
             edited: Units edited since the window before, by site.
         """
         self.raster.add(report, edited)
-        self.at_risk_fraction = at_risk_fraction(report, self._peaks.add(report))
+        self.at_risk_fraction = at_risk_fraction(report, self.peaks.add(report))
 
     def with_open(self, report: LivenessReport, edited: Mapping[str, Sequence[int]]) -> Raster:
         """Return the history with a window that has not ended, which a resumed run will end."""
@@ -62,10 +58,10 @@ class RunHistory:
     @property
     def state(self) -> RunHistoryState:
         """What :meth:`restore` goes on from."""
-        return RunHistoryState(self.raster.state, self._peaks.state, self.at_risk_fraction)
+        return RunHistoryState(self.raster.state, dict(self.peaks), self.at_risk_fraction)
 
     def restore(self, state: RunHistoryState) -> None:
         """Go on from a state."""
         self.raster.restore(state.raster)
-        self._peaks.restore(state.peaks)
+        self.peaks.restore(state.peaks)
         self.at_risk_fraction = state.at_risk_fraction

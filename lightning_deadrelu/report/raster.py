@@ -24,7 +24,7 @@ Picture = np.ndarray[Any, np.dtype[np.uint8]]
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
-def rows_of(units: int) -> Tensor:
+def units_shown(units: int) -> Tensor:
     """Choose the units that a raster shows, at most 256: all, or one of each stretch of neighbours.
 
     A row that merged units would either hide deaths (a majority) or exaggerate them (the worst); a sample does
@@ -35,7 +35,7 @@ def rows_of(units: int) -> Tensor:
         units: How many the site has.
 
     Example:
-        >>> rows_of(4), len(rows_of(1000)), rows_of(1000)[:4]
+        >>> units_shown(4), len(units_shown(1000)), units_shown(1000)[:4]
         (tensor([0, 1, 2, 3]), 256, tensor([ 0,  6,  8, 15]))
     """
     if units <= MOST_ROWS:
@@ -115,7 +115,7 @@ class _Track:
 
     @classmethod
     def of(cls, kind: str, units: int) -> _Track:
-        rows = rows_of(units)
+        rows = units_shown(units)
         return cls(kind, units, rows, torch.zeros(MOST_COLUMNS, len(rows), dtype=torch.uint8))
 
     def halve(self) -> None:
@@ -128,7 +128,7 @@ class _Track:
 class Raster:
     """The states of all units over the windows of a run, and the headline curves, in bounded memory.
 
-    A site has at most 256 rows (see :func:`rows_of`) and 512 columns. Once the columns are full, neighbours merge
+    A site has at most 256 rows (see :func:`units_shown`) and 512 columns. Once the columns are full, neighbours merge
     two by two and from then on each column takes twice as many windows, so that the axis stays even. In a merged
     column the most telling state counts, in the order of :class:`State`: repaired, dead, not finite, frozen,
     dormant, rare, always on, alive, not judged. Curves merge alike: what counts events adds up, of all else the
@@ -146,18 +146,10 @@ class Raster:
         self._steps: list[int] = []
         self._curves: dict[str, list[float]] = {}
         self._site_curves: dict[str, list[float]] = {}
-        self._stride = 1
-        self._windows = 0
-
-    @property
-    def windows(self) -> int:
-        """Windows added so far."""
-        return self._windows
-
-    @property
-    def stride(self) -> int:
+        self.stride = 1
         """Windows in each column; the last may hold fewer."""
-        return self._stride
+        self.windows = 0
+        """Windows added so far."""
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -177,10 +169,11 @@ class Raster:
     @property
     def sites(self) -> Mapping[str, SiteRaster]:
         """The history of each site, in the order of first execution."""
-        return {name: self._site(name, track) for name, track in self._tracks.items()}
-
-    def _site(self, name: str, track: _Track) -> SiteRaster:
-        return SiteRaster(name, track.kind, track.units, track.rows, track.columns[: len(self._steps)].T, self.steps)
+        used = len(self._steps)
+        return {
+            name: SiteRaster(name, track.kind, track.units, track.rows, track.columns[:used].T, self.steps)
+            for name, track in self._tracks.items()
+        }
 
     def add(self, report: LivenessReport, edited: Mapping[str, Sequence[int]] = MappingProxyType({})) -> None:
         """Append a closed window.
@@ -189,10 +182,10 @@ class Raster:
             report: Its verdict.
             edited: Units edited since the last window, by the site's name.
         """
-        fresh = self._windows % self._stride == 0
+        fresh = self.windows % self.stride == 0
         if fresh and len(self._steps) == MOST_COLUMNS:
             self._halve()
-        self._windows += 1
+        self.windows += 1
         if fresh:
             self._steps.append(report.step)
         self._steps[-1] = report.step
@@ -220,7 +213,7 @@ class Raster:
             curve[-1] = _later(key, curve[-1], values.get(key, math.nan))
 
     def _halve(self) -> None:
-        self._stride *= 2
+        self.stride *= 2
         self._steps = self._steps[1::2]
         for track in self._tracks.values():
             track.halve()
@@ -238,8 +231,8 @@ class Raster:
         states = [track.columns[:used].T.flatten() for track in self._tracks.values()]  # runs along time pack well
         values = [*self._curves.values(), *self._site_curves.values()]
         return RasterState(
-            self._windows,
-            self._stride,
+            self.windows,
+            self.stride,
             list(self._steps),
             sites,
             _packed(torch.cat(states) if states else torch.zeros(0, dtype=torch.uint8)),
@@ -249,7 +242,7 @@ class Raster:
 
     def restore(self, state: RasterState) -> None:
         """Go on from a state."""
-        self._windows, self._stride, self._steps = state.windows, state.stride, list(state.steps)
+        self.windows, self.stride, self._steps = state.windows, state.stride, list(state.steps)
         used, at, states = len(self._steps), 0, _unpacked(state.states)
         self._tracks = {}
         for name, kind, units in state.sites:

@@ -214,17 +214,8 @@ class Peaks(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._rings)
 
-    def windows_left(self, site: str) -> Tensor:
-        """Forecast in how many windows each unit of a site falls silent; infinite where it does not sink."""
-        return forecast(self[site]).windows_left
-
-    @property
-    def state(self) -> dict[str, Tensor]:
-        """The peaks by site, as :meth:`restore` takes them."""
-        return dict(self)
-
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a saved :attr:`state`; of a longer memory, keep what fits."""
+        """Go on from saved peaks; of a longer memory, keep what fits."""
         self._rings = {name: _Ring(self._windows, peaks.shape[1]) for name, peaks in state.items()}
         for name, peaks in state.items():
             for peak in peaks[-self._windows :]:

@@ -63,7 +63,7 @@ def judge(
     Returns:
         The report, and the history for the next window.
     """
-    before = history.extended(layout)
+    before = history.extended(layout.units, len(layout))
     steps = [*steps, *[step] * (totals.samples.shape[1] - len(steps))]  # an observation may be under way
     found, history = _units(totals, before, layout, rules, steps)
     parts = zip(*(values.split([site.units for site in layout]) for values in found.values()), strict=True)

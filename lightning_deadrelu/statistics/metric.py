@@ -150,7 +150,7 @@ class UnitLiveness(Metric):
         self._rated = {number: -1 for number, elements in enumerate(totals.elements.sum(1).tolist()) if elements}
 
     def add(self, site: int, counts: Counts) -> None:
-        """Add a call to the present observation, which :meth:`fold` ends; cheaper than :meth:`update` per call."""
+        """Add a call to the present observation, which :meth:`flush` ends; cheaper than :meth:`update` per call."""
         if counts.peak.device != self.maxima.device:  # a model spread over several devices
             counts = Counts._make(None if v is None else torch.as_tensor(v).to(self.maxima.device) for v in counts)
         if not self.wants_rates(site):
@@ -159,7 +159,7 @@ class UnitLiveness(Metric):
         self._pending[site] = counts if before is None else before.joined(counts)
 
     def flush(self) -> None:
-        """Take what was added since the last fold into the state. Harmless when there is nothing."""
+        """Take what was added since the last flush into the state. Harmless when there is nothing."""
         self.make_room()
         if not self._pending:
             return

@@ -170,25 +170,18 @@ class UnitHistory:
         never, elements = torch.full((units,), -1, dtype=torch.int32), torch.zeros(sites, dtype=torch.int64)
         return cls(zero, none, none.clone(), none.clone(), zero.clone(), zero.clone(), never, elements)
 
-    def extended(self, layout: Layout) -> UnitHistory:
-        """Add unknown units at the end, for the sites that were met since.
-
-        Args:
-            layout: All sites met.
-        """
-        return self._extended(layout.units, len(layout))
-
-    def _extended(self, units: int, sites: int) -> UnitHistory:
+    def extended(self, units: int, sites: int) -> UnitHistory:
+        """Add unknown units at the end, for the sites that were met since, up to so many units and sites."""
         if sites == len(self.elements):
             return self
         new = UnitHistory.empty(units - len(self.age), sites - len(self.elements))
         return UnitHistory(*(torch.cat([getattr(self, f.name), getattr(new, f.name)]) for f in fields(self)))
 
-    def told(self, later: UnitHistory) -> UnitHistory:
-        """Take over who is dead from a verdict on a window that goes on, so that nobody is told of it twice.
+    def with_deaths_of(self, later: UnitHistory) -> UnitHistory:
+        """Take over who is dead from a verdict on a window that goes on, so that no death is reported twice.
 
         Args:
             later: What :func:`judge` returned with that verdict.
         """
-        whole = self._extended(len(later.age), len(later.elements))
+        whole = self.extended(len(later.age), len(later.elements))
         return replace(whole, dead=later.dead, revived=later.revived)

@@ -18,7 +18,7 @@ from lightning_deadrelu.report.raster import (
     RasterState,
     SiteRaster,
     image_of,
-    rows_of,
+    units_shown,
 )
 from lightning_deadrelu.statistics.unit_state import State, state_shares, states_of
 
@@ -74,7 +74,7 @@ def test_a_name_that_passes_to_a_layer_of_another_size_starts_anew():
 
 @pytest.mark.parametrize("units", [1, 2, 255, 256, 257, 300, 4096, 100_000])
 def test_rows_are_units_in_order_and_no_stretch_is_left_out(units):
-    rows = rows_of(units)
+    rows = units_shown(units)
     assert len(rows) == min(units, MOST_ROWS)
     assert torch.equal(rows, rows.unique())
     assert int(rows.max()) < units

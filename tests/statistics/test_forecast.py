@@ -94,8 +94,8 @@ def test_the_forecast_is_right():
     peaks = Peaks()
     for window in range(9):
         peaks.add(judged(sinking(window)))
-    assert peaks.windows_left("relu")[0] == pytest.approx(12 - 8, abs=0.1)
-    assert peaks.windows_left("relu")[1:].isinf().all()
+    assert forecast(peaks["relu"]).windows_left[0] == pytest.approx(12 - 8, abs=0.1)
+    assert forecast(peaks["relu"]).windows_left[1:].isinf().all()
 
 
 def test_the_dead_are_no_longer_at_risk():
@@ -118,7 +118,7 @@ def test_only_suspects_are_forecast_and_nobody_is_left_out(windows):
         kept = [*kept, peak.float()][-windows:]
         found = peaks.add(LivenessReport((replace(site, peak=peak),)))["relu"]
         assert torch.equal(found, forecast(torch.stack(kept)).at_risk)
-        assert torch.equal(peaks.state["relu"].nan_to_num(9.9), torch.stack(kept).nan_to_num(9.9))
+        assert torch.equal(peaks["relu"].nan_to_num(9.9), torch.stack(kept).nan_to_num(9.9))
         warned += int(found.sum())
     assert warned > 100
 
@@ -127,7 +127,7 @@ def test_memory_is_bounded():
     peaks = Peaks(windows=7)
     for window in range(30):
         peaks.add(judged(sinking(window)))
-    (ring,) = peaks.state.values()
+    (ring,) = peaks.values()
     assert ring.shape == (7, 8)
 
 
@@ -137,24 +137,24 @@ def test_saved_and_loaded_goes_on(tmp_path):
         through.add(judged(sinking(window)))
         torch.manual_seed(window)
         first.add(judged(sinking(window)))
-    torch.save(first.state, tmp_path / "state.pt")
+    torch.save(dict(first), tmp_path / "state.pt")
     second = Peaks()
     second.restore(torch.load(tmp_path / "state.pt", weights_only=True))
     for window in range(4, 10):
         report = judged(sinking(window))
         assert torch.equal(through.add(report)["relu"][:1], second.add(report)["relu"][:1])
     shorter = Peaks(windows=6)
-    shorter.restore(second.state)
-    assert len(shorter.state["relu"]) == 6
+    shorter.restore(second)
+    assert len(shorter["relu"]) == 6
 
 
 def test_a_site_that_did_not_run_waits_and_another_width_starts_anew():
     peaks, report = Peaks(), judged(sinking(0))
     peaks.add(report)
     assert not peaks.add(LivenessReport((replace(report.sites[0], samples=0),)))
-    assert len(peaks.state["relu"]) == 1
+    assert len(peaks["relu"]) == 1
     peaks.add(judged(sinking(1, units=5)))
-    assert peaks.state["relu"].shape == (1, 5)
+    assert peaks["relu"].shape == (1, 5)
 
 
 def test_smooth_sites_never_sink():

@@ -109,7 +109,7 @@ def test_a_death_told_within_a_window_is_not_told_again_at_its_end():
     metric.update(torch.tensor([[-1.0, -1.0]] * 4))
     early, later = judge(metric.totals(), known, metric.layout, metric.rules)
     assert early["relu"].newly_dead.tolist() == [True, True]
-    known = known.told(later)
+    known = known.with_deaths_of(later)
     metric.observation = 1
     metric.update(torch.tensor([[-1.0, 1.0]] * 4))
     last, _ = judge(metric.totals(), known, metric.layout, metric.rules)

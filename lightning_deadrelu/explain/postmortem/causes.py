@@ -27,7 +27,7 @@ _SHIFT = 3.0
 class Cause(NamedTuple):
     """A cause, before it is known where it struck, in the terms of a finding."""
 
-    name: str
+    cause: str
     measured: str
     confidence: Confidence
     edit: str

@@ -55,20 +55,11 @@ def explain(
 
 def _event(kind: Kind, dying: DyingUnits, cause: Cause, moved: bool = True, where: str = "") -> DeathEvent:
     known = moved and math.isfinite(dying.moved) and dying.moved != 0
-    finding = None
-    if cause.name != "unknown":
-        finding = Finding(
-            cause=cause.name,
-            where=where or dying.site,
-            measured=cause.measured,
-            confidence=cause.confidence,
-            edit=cause.edit,
-            source=cause.source,
-        )
+    finding = None if cause.cause == "unknown" else Finding(where=where or dying.site, **cause._asdict())
     first, last = int(dying.last_fired.min()), int(dying.silent_from.max())
     change = float(f"{dying.moved:.4g}") if known else None
     units = (len(dying.units),)
-    return DeathEvent(kind, cause.name, (dying.site,), units, first, last, cause.measured, change, finding)
+    return DeathEvent(kind, cause.cause, (dying.site,), units, first, last, cause.measured, change, finding)
 
 
 def _upstream(dying: DyingUnits) -> DeathEvent:
