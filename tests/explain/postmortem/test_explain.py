@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
-from toys import Loader, fit
+from toys import Loader, fit, run_of
 from two_ranks import ddp_trainer, on_two_ranks
 
 from lightning_deadrelu import DeadReLUMonitor
@@ -158,8 +158,8 @@ def test_a_resumed_run_tells_the_same(tmp_path):
     whole, resumed = (DeadReLUMonitor(**WATCH) for _ in range(2))
     keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=46, save_top_k=-1, auto_insert_metric_name=False)
     fit(Pushed(rate=at(41, 100.0, 1e-3)), Loader(inputs()), whole, keep, enable_checkpointing=True)
-    state = torch.load(tmp_path / "46.ckpt", weights_only=True)["callbacks"][whole.state_key]["recorder"]
-    assert state["steps"]["values"].shape == (46, 5)
+    state = torch.load(tmp_path / "46.ckpt", weights_only=True)["callbacks"][whole.state_key]
+    assert run_of(state).recorder.steps.values.shape == (46, 5)
     fit(Pushed(rate=at(41, 100.0, 1e-3)), Loader(inputs()), resumed, ckpt=tmp_path / "46.ckpt")
     assert resumed.deaths == whole.deaths
     assert len(whole.deaths) == 1
