@@ -149,13 +149,13 @@ class Outcome(NamedTuple):
     """What a call did: the flow of each output, and what it read."""
 
     flows: tuple[Flow, ...] = ()
-    leaks: tuple[UnaccountedRead, ...] = ()
+    unaccounted: tuple[UnaccountedRead, ...] = ()
     reads: tuple[Read, ...] = ()
     uses: tuple[Origin, ...] = ()
 
 
-def leaks_of(flow: Flow, before: str, behind: str) -> tuple[UnaccountedRead, ...]:
-    """Leak all that a flow holds.
+def unaccounted_reads(flow: Flow, before: str, behind: str) -> tuple[UnaccountedRead, ...]:
+    """Read all that a flow holds where it cannot be accounted for.
 
     Args:
         flow: Of the tensor read.
@@ -163,11 +163,11 @@ def leaks_of(flow: Flow, before: str, behind: str) -> tuple[UnaccountedRead, ...
         behind: Why, for what comes from sites.
     """
     names = [UnaccountedRead(name, torch.empty(0), before) for name in sorted(flow.learned)]
-    spilt = [
+    rows = [
         UnaccountedRead(origin, labels, before if isinstance(origin, Origin) else behind)
         for origin, labels in flow.streams
     ]
-    return (*names, *spilt)
+    return (*names, *rows)
 
 
 def along(count: int, ndim: int, dim: int) -> Tensor:

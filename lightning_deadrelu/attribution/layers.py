@@ -20,9 +20,9 @@ from lightning_deadrelu.attribution.labels import (
     UnaccountedRead,
     Weight,
     along,
-    leaks_of,
     over,
     shrunk,
+    unaccounted_reads,
 )
 from lightning_deadrelu.model.sites import Site
 from lightning_deadrelu.model.torch_calls import CONVOLUTIONS, LAST_NORMS, MIXING_NORMS, PRODUCTS
@@ -73,17 +73,17 @@ def apply(call: TracedCall) -> Outcome:
         return _without_weight(call, layer)
     makes, meets = layer.rows(weight)
     streams = [Stream(makes, along(makes.rows, call.output.ndim, layer.out))]
-    leaks = list(leaks_of(call.look(layer.x), *_readers(call)))
+    unaccounted = list(unaccounted_reads(call.look(layer.x), *_readers(call)))
     reads: tuple[Read, ...] = ()
     if meets is not None:
-        reads, leaks = _read(call, layer, meets)
+        reads, unaccounted = _read(call, layer, meets)
     own, more = _bias(call, layer)
     streams += own
     streams += _outlet(call, makes.rows, layer.out)
     why = JOINED if isinstance(layer.bias, Tensor) and layer.bias.ndim > 1 else ""
     if call.name == "embedding" and call.argument(2, "padding_idx") is not None:
         why = PADDED
-    return Outcome((Flow(tuple(streams), why),), (*leaks, *more), reads, (makes,))
+    return Outcome((Flow(tuple(streams), why),), (*unaccounted, *more), reads, (makes,))
 
 
 def _layer(call: TracedCall) -> Layer:
@@ -165,8 +165,8 @@ def _without_weight(call: TracedCall, layer: Layer) -> Outcome:
     before, _ = _readers(call)
     if not learned.learned and not own and not learned.streams:
         why = "its weight is no parameter"
-    leaks = [leak for flow in flows for leak in leaks_of(flow, before, f"`{call.name}` reads it: {why}")]
-    return Outcome((Flow(why=why),), tuple(leaks))
+    unaccounted = [read for flow in flows for read in unaccounted_reads(flow, before, f"`{call.name}` reads it: {why}")]
+    return Outcome((Flow(why=why),), tuple(unaccounted))
 
 
 def _readers(call: TracedCall) -> tuple[str, str]:
@@ -179,15 +179,15 @@ def _read(call: TracedCall, layer: Layer, rows: Origin) -> tuple[tuple[Read, ...
     if flow.zero:
         return (), []
     mine: dict[Site, tuple[Tensor, ...]] = {}
-    leaks = list(leaks_of(flow._replace(streams=tuple(flow.before)), *_readers(call)))
+    unaccounted = list(unaccounted_reads(flow._replace(streams=tuple(flow.before)), *_readers(call)))
     for stream in flow.behind:
         units = _features(layer, stream.labels, rows.rows)
         if units is None:
-            leaks += leaks_of(Flow((stream,)), *_readers(call))
+            unaccounted += unaccounted_reads(Flow((stream,)), *_readers(call))
         else:
             assert isinstance(stream.origin, Site)
             mine[stream.origin] = (*mine.get(stream.origin, ()), units)
-    return (Read(rows, mine),), leaks
+    return (Read(rows, mine),), unaccounted
 
 
 def _features(layer: Layer, labels: Tensor, count: int) -> Tensor | None:
@@ -201,7 +201,7 @@ def _bias(call: TracedCall, layer: Layer) -> tuple[list[Stream], tuple[Unaccount
         return [], ()
     flow = call.look(layer.bias)
     if flow.weight is None or layer.bias.ndim != 1:
-        return [], leaks_of(flow, *_readers(call))
+        return [], unaccounted_reads(flow, *_readers(call))
     origin = Origin(flow.weight.name, "bias", (0,), flow.weight.shape)
     return [Stream(origin, along(origin.rows, call.output.ndim, layer.out))], ()
 
@@ -212,22 +212,22 @@ def _bias(call: TracedCall, layer: Layer) -> tuple[list[Stream], tuple[Unaccount
 def normalise(call: TracedCall) -> Outcome:
     """Follow a norm: per channel it adds its own rows; over units it cuts off what came before."""
     flow = call.look(call.argument(0, "input"))
-    own, leaks = _own_rows(call)
+    own, unaccounted = _own_rows(call)
     learned = any(origin.role in ("scale", "shift") for origin in _origins(own))
     silenced = f"a `{call.name}` behind it makes a constant of a silent unit"
-    leaks += leaks_of(flow._replace(streams=tuple(flow.behind)), f"`{call.name}`", silenced)
+    unaccounted += unaccounted_reads(flow._replace(streams=tuple(flow.behind)), f"`{call.name}`", silenced)
     kept, why = flow.before, flow.why or ("it normalises what another activation puts out" if flow.behind else "")
     if call.name in MIXING_NORMS or (why and learned):
-        leaks += leaks_of(Flow(tuple(kept)), f"`{call.name}`", silenced)
+        unaccounted += unaccounted_reads(Flow(tuple(kept)), f"`{call.name}`", silenced)
         kept, why = [], "" if learned else why or f"`{call.name}` mixes the units of the layer before it"
     idle = [stream for stream in kept if _is_idle(call, stream.origin, learned)]
-    leaks += leaks_of(Flow(tuple(idle)), f"`{call.name}`", "")
+    unaccounted += unaccounted_reads(Flow(tuple(idle)), f"`{call.name}`", "")
     kept = [stream for stream in kept if not _is_idle(call, stream.origin, learned)]
     channels = call.name not in LAST_NORMS
     place = 1 - call.output.ndim if channels else -1
     flat = channels or all(len(origin.sizes) == 1 for origin in _origins(own))
     outlet = _outlet(call, call.output.shape[place], place) if flat else []
-    return Outcome((Flow((*kept, *own, *outlet), why),), tuple(leaks), (), tuple(_origins(own)))
+    return Outcome((Flow((*kept, *own, *outlet), why),), tuple(unaccounted), (), tuple(_origins(own)))
 
 
 def _origins(streams: list[Stream]) -> list[Origin]:
@@ -243,7 +243,7 @@ def _is_idle(call: TracedCall, origin: Any, learned: bool) -> bool:
 def _own_rows(call: TracedCall) -> tuple[list[Stream], list[UnaccountedRead]]:
     """Follow a norm's scale and shift, and its running statistics."""
     own: list[Stream] = []
-    leaks: list[UnaccountedRead] = []
+    unaccounted: list[UnaccountedRead] = []
     for role, (place, word) in _places(call.name).items():
         tensor = call.argument(place, word)
         if not isinstance(tensor, Tensor):
@@ -251,12 +251,12 @@ def _own_rows(call: TracedCall) -> tuple[list[Stream], list[UnaccountedRead]]:
         flow, ndim = call.look(tensor), call.output.ndim
         name = flow.weight.name if flow.weight else flow.buffer
         if not name:
-            leaks += leaks_of(flow, f"`{call.name}`", "")
+            unaccounted += unaccounted_reads(flow, f"`{call.name}`", "")
             continue
         origin = Origin(name, role, tuple(range(tensor.ndim)), tuple(tensor.shape))
         last = call.name in LAST_NORMS
         own.append(Stream(origin, over(tensor.shape, ndim) if last else along(origin.rows, ndim, 1)))
-    return own, leaks
+    return own, unaccounted
 
 
 def _places(name: str) -> dict[str, tuple[int, str]]:

@@ -19,8 +19,8 @@ from lightning_deadrelu.attribution.labels import (
     TracedCall,
     UnaccountedRead,
     grown,
-    leaks_of,
     over,
+    unaccounted_reads,
 )
 from lightning_deadrelu.model.torch_calls import JOINS, NORMS, SUMS, ZERO_TO_ZERO
 
@@ -101,12 +101,12 @@ def _same_weight(call: TracedCall, flow: Flow) -> Any:
 
 def _unknown(call: TracedCall, reader: str) -> Outcome:
     flows = [call.look(tensor) for tensor in call.operands]
-    leaks = [leak for flow in flows for leak in leaks_of(flow, reader, f"{reader} reads it")]
+    unaccounted = [read for flow in flows for read in unaccounted_reads(flow, reader, f"{reader} reads it")]
     why = next((flow.why for flow in flows if flow.why), "")
     if any(flow.streams or flow.learned for flow in flows):
         why = f"what feeds it passes through {reader}"
     constant = all(flow.constant for flow in flows)
-    return Outcome((Flow(why=why, constant=constant),) * len(call.outputs), tuple(leaks))
+    return Outcome((Flow(why=why, constant=constant),) * len(call.outputs), tuple(unaccounted))
 
 
 # -- one input -------------------------------------------------------------------------------------------
@@ -117,11 +117,13 @@ def _move(call: TracedCall) -> Outcome:
     assert mover is not None
     main, *others = call.operands[:1] if call.name.endswith("_as") else call.operands
     flow = call.look(main)
-    leaks = [
-        leak for other in others for leak in leaks_of(call.look(other), f"`{call.name}`", f"`{call.name}` reads it")
+    unaccounted = [
+        read
+        for other in others
+        for read in unaccounted_reads(call.look(other), f"`{call.name}`", f"`{call.name}` reads it")
     ]
     if call.name == "pad" and call.argument(3, "value") and call.argument(2, "mode", "constant") == "constant":
-        leaks += leaks_of(Flow(tuple(flow.behind)), "", "`pad` puts something in the place of nothing")
+        unaccounted += unaccounted_reads(Flow(tuple(flow.behind)), "", "`pad` puts something in the place of nothing")
         flow = flow._replace(streams=tuple(flow.before))
     moved: list[list[Stream]] = [[] for _ in call.outputs]
     passing, lost = _passing(call, flow)
@@ -129,7 +131,7 @@ def _move(call: TracedCall) -> Outcome:
         for place, labels in zip(moved, mover(call, main, stream.labels), strict=True):
             place.append(stream._replace(labels=labels))
     flows = (flow._replace(streams=tuple(streams), weight=None, derived=flow.learned) for streams in moved)
-    return Outcome(tuple(flows), (*leaks, *lost))
+    return Outcome(tuple(flows), (*unaccounted, *lost))
 
 
 def _passing(call: TracedCall, flow: Flow) -> tuple[list[Stream], list[UnaccountedRead]]:
@@ -138,7 +140,7 @@ def _passing(call: TracedCall, flow: Flow) -> tuple[list[Stream], list[Unaccount
         return list(flow.streams), []
     lost = tuple(stream for stream in flow.streams if _is_outlet(stream))
     kept = [stream for stream in flow.streams if not _is_outlet(stream)]
-    return kept, list(leaks_of(Flow(lost), f"`{call.name}`", ""))
+    return kept, list(unaccounted_reads(Flow(lost), f"`{call.name}`", ""))
 
 
 def _negate(call: TracedCall) -> Outcome:
@@ -152,17 +154,17 @@ def _silent(call: TracedCall) -> Outcome:
     flow = call.look(call.operands[0])
     others = [call.look(tensor) for tensor in call.operands[1:]]
     reader = f"`{call.name}`"
-    leaks = [leak for other in others for leak in leaks_of(other, reader, f"{reader} reads it")]
+    unaccounted = [read for other in others for read in unaccounted_reads(other, reader, f"{reader} reads it")]
     if not _keeps_zero(call):
         raise NotFollowable("it makes something of nothing")
     kept = flow.behind
     if call.name == "masked_fill":
         kept, lost = _passing(call, flow)
-        leaks += [*lost, *leaks_of(flow._replace(streams=()), reader, "")]
+        unaccounted += [*lost, *unaccounted_reads(flow._replace(streams=()), reader, "")]
     else:
-        leaks += leaks_of(flow._replace(streams=tuple(flow.before)), reader, "")
+        unaccounted += unaccounted_reads(flow._replace(streams=tuple(flow.before)), reader, "")
     why = flow.why or ("" if len(kept) == len(flow.streams) else f"what feeds it passes through {reader}")
-    return Outcome((Flow(tuple(kept), why, constant=flow.constant),), tuple(leaks))
+    return Outcome((Flow(tuple(kept), why, constant=flow.constant),), tuple(unaccounted))
 
 
 def _keeps_zero(call: TracedCall) -> bool:
@@ -185,7 +187,7 @@ def _keeps_zero(call: TracedCall) -> bool:
 
 def _join(call: TracedCall) -> Outcome:
     flows = [call.look(tensor) for tensor in call.operands]
-    names = [leak for flow in flows for leak in leaks_of(flow._replace(streams=()), f"`{call.name}`", "")]
+    names = [read for flow in flows for read in unaccounted_reads(flow._replace(streams=()), f"`{call.name}`", "")]
     streams = [
         Stream(
             origin,
@@ -221,7 +223,7 @@ def _add(call: TracedCall) -> Outcome:
     if call.kwargs.get("alpha", 1) != 1:
         raise NotFollowable("it is weighted")
     streams: list[Stream] = []
-    leaks: list[UnaccountedRead] = []
+    unaccounted: list[UnaccountedRead] = []
     why = ""
     negated = _subtracted(call)
     reader = f"`{call.name}`"
@@ -230,13 +232,13 @@ def _add(call: TracedCall) -> Outcome:
         lost = [stream for stream in flow.before if tensor is negated and _is_outlet(stream)]
         kept = [stream for stream in flow.before if not (tensor is negated and _is_outlet(stream))]
         streams += [stream._replace(labels=grown(stream.labels, ndim)) for stream in kept]
-        spilt = flow._replace(streams=(*flow.behind, *lost))
-        leaks += leaks_of(spilt, reader, f"{reader} reads it (an identity path)")
+        rest = flow._replace(streams=(*flow.behind, *lost))
+        unaccounted += unaccounted_reads(rest, reader, f"{reader} reads it (an identity path)")
         foreign = not flow.before and not flow.constant and _may_be_activation(tensor, call.output)
         why = why or flow.why or (layers.JOINED if foreign or flow.behind else "")
         why = why or (NEGATED if tensor is negated and flow.streams else "")
     constant = all(call.look(tensor).constant for tensor in call.operands)
-    return Outcome((Flow(tuple(streams), why, constant=constant),), tuple(leaks))
+    return Outcome((Flow(tuple(streams), why, constant=constant),), tuple(unaccounted))
 
 
 def _may_be_activation(tensor: Tensor, out: Tensor) -> bool:
@@ -270,20 +272,20 @@ def _multiply(call: TracedCall) -> Outcome:
     gated = sum(bool(_layers_in(call, tensor)) for tensor in call.operands) > 1
     gated = gated or any(flow.behind for flow in flows)
     streams: list[Stream] = []
-    leaks: list[UnaccountedRead] = []
+    unaccounted: list[UnaccountedRead] = []
     for tensor, flow in zip(call.operands, flows, strict=True):
         lost = call.name == "div" and tensor is divisor
         row = call.look(tensor).weight is not None
         before = [] if lost or (gated and not row) else flow.before
         kept = [stream for stream in (*before, *([] if lost else flow.behind)) if not _is_outlet(stream)]
         gone = [stream for stream in flow.streams if not any(stream is other for other in kept)]
-        leaks += leaks_of(flow._replace(streams=tuple(gone)), reader, f"{reader} reads it")
+        unaccounted += unaccounted_reads(flow._replace(streams=tuple(gone)), reader, f"{reader} reads it")
         streams += [stream._replace(labels=grown(stream.labels, ndim)) for stream in kept]
     why = next((flow.why for flow in flows if flow.why), "") or _sign(call)
     if gated and not any(isinstance(stream.origin, Origin) for stream in streams):
         why = why or f"what feeds it passes through {reader}"
     constant = all(call.look(tensor).constant for tensor in call.operands)
-    return Outcome((Flow(tuple(streams), why, constant=constant),), tuple(leaks))
+    return Outcome((Flow(tuple(streams), why, constant=constant),), tuple(unaccounted))
 
 
 def _layers_in(call: TracedCall, tensor: Tensor) -> list[Stream]:

@@ -801,7 +801,7 @@ def test_attributions_print_as_a_table() -> None:
     assert list(shown) == ["1"]
     assert isinstance(shown["1"], Attribution)
     head, row = str(shown).splitlines()
-    assert head.split() == ["site", "fed", "by", "bias", "that", "counts", "read", "by", "refused", "because"]
+    assert head.split() == ["layer", "fed", "by", "bias", "that", "counts", "read", "by", "refused", "because"]
     assert row.split() == ["1", "0.weight,", "0.bias", "0.bias", "2.weight", "-"]
 
 

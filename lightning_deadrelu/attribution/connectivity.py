@@ -34,9 +34,9 @@ class Connectivity:
     def __init__(self) -> None:
         self.fed: dict[Site, dict[Origin, Tensor]] = {}
         self.why: dict[Site, str] = {}
-        self.mute: dict[Site, str] = {}
-        self.leaked: dict[Origin | Site, dict[str, Tensor]] = {}
-        self.odd: dict[str, str] = {}
+        self.nonzero_when_silent: dict[Site, str] = {}
+        self.unaccounted: dict[Origin | Site, dict[str, Tensor]] = {}
+        self.other_uses: dict[str, str] = {}
         self.sharded: set[str] = set()
         self.sharing: dict[str, str] = {}
         self.views: dict[str, set[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
@@ -44,16 +44,16 @@ class Connectivity:
 
     # -- what was seen
 
-    def leak(self, leaks: Iterable[UnaccountedRead]) -> None:
+    def note_unaccounted(self, unaccounted: Iterable[UnaccountedRead]) -> None:
         """Note what was read where it cannot be accounted for."""
-        for leak in leaks:
-            if isinstance(leak.origin, str):
-                self.odd.setdefault(leak.origin, leak.reason)
+        for read in unaccounted:
+            if isinstance(read.origin, str):
+                self.other_uses.setdefault(read.origin, read.reason)
                 continue
-            count = leak.origin.units if isinstance(leak.origin, Site) else leak.origin.rows
-            reasons = self.leaked.setdefault(leak.origin, {})
-            mask = reasons.setdefault(leak.reason, torch.zeros(count, dtype=torch.bool, device="cpu"))
-            mask[leak.labels[leak.labels >= 0].flatten()] = True
+            count = read.origin.units if isinstance(read.origin, Site) else read.origin.rows
+            reasons = self.unaccounted.setdefault(read.origin, {})
+            mask = reasons.setdefault(read.reason, torch.zeros(count, dtype=torch.bool, device="cpu"))
+            mask[read.labels[read.labels >= 0].flatten()] = True
 
     def note(self, outcome: Outcome) -> None:
         """Note what a call read, and which entries it used."""
@@ -71,7 +71,7 @@ class Connectivity:
             assert isinstance(origin, Origin)
             new = pairs(labels, units)
             if origin.role == OUTLET and bool((labels < 0).any()):
-                self.leak([UnaccountedRead(origin, labels, f"only a part of each unit of `{_name(site)}`")])
+                self.note_unaccounted([UnaccountedRead(origin, labels, f"only a part of each unit of `{_name(site)}`")])
             fed[origin] = distinct(torch.cat([fed[origin], new])) if origin in fed else new
         why = flow.why or ("" if flow.before else _UNFED)
         if flow.behind:
@@ -81,9 +81,9 @@ class Connectivity:
         if why and not self.why.get(site):
             self.why[site] = why
 
-    def is_spent(self, stream: Stream) -> bool:
-        """Whether a stream was leaked, so that following it further brings nothing."""
-        reasons = self.leaked.get(stream.origin)
+    def is_refused(self, stream: Stream) -> bool:
+        """Whether a stream was read where it cannot be accounted for, so that following it further brings nothing."""
+        reasons = self.unaccounted.get(stream.origin)
         if not reasons:
             return False
         if isinstance(stream.origin, Site):
@@ -91,18 +91,18 @@ class Connectivity:
         mask = torch.stack(list(reasons.values())).any(0)
         return bool(mask[stream.labels[stream.labels >= 0]].all())
 
-    def spent_reason(self, stream: Stream) -> str:
-        """Say why a stream was leaked."""
+    def refusal_of(self, stream: Stream) -> str:
+        """Say why a stream is followed no further."""
         assert isinstance(stream.origin, Origin)
-        return f"`{stream.origin.name}` also feeds {next(iter(self.leaked[stream.origin]))}"
+        return f"`{stream.origin.name}` also feeds {next(iter(self.unaccounted[stream.origin]))}"
 
     # -- what follows
 
     @property
     def used(self) -> frozenset[str]:
         """Names of the parameters and buffers in use, whatever for."""
-        spilt = {one.name for one in self.leaked if isinstance(one, Origin) and one.role != OUTLET}
-        return frozenset(self.views) | frozenset(self.odd) | spilt
+        others = {one.name for one in self.unaccounted if isinstance(one, Origin) and one.role != OUTLET}
+        return frozenset(self.views) | frozenset(self.other_uses) | others
 
     @property
     def order(self) -> tuple[str, ...]:
@@ -111,7 +111,7 @@ class Connectivity:
 
     def other_readers(self, name: str) -> frozenset[str]:
         """Name the functions that read what a layer's weight puts out, where they read it not unit by unit."""
-        mine = (reasons for one, reasons in self.leaked.items() if isinstance(one, Origin) and one.name == name)
+        mine = (reasons for one, reasons in self.unaccounted.items() if isinstance(one, Origin) and one.name == name)
         return frozenset[str]().union(*mine)
 
     def attributions(self) -> dict[Site, Attribution]:
@@ -161,7 +161,7 @@ class Connectivity:
         rows = self.fed[site][origin][:, 0]
         if len(rows.unique()) < len(rows):
             return f"a slice of `{origin.name}` feeds several units"
-        for reason, mask in self.leaked.get(origin, {}).items():
+        for reason, mask in self.unaccounted.get(origin, {}).items():
             if mask[rows].any():
                 return f"`{origin.name}` also feeds {reason}"
         for other, fed in self.fed.items():
@@ -174,14 +174,14 @@ class Connectivity:
             return "its parameters are sharded"
         if name in self.sharing:
             return f"`{name}` shares memory with `{self.sharing[name]}`"
-        if name in self.odd:
-            return f"`{name}` is also used by {self.odd[name]}"
+        if name in self.other_uses:
+            return f"`{name}` is also used by {self.other_uses[name]}"
         if len(self.views.get(name, ())) > 1:
             return f"`{name}` is used in several ways (tied weights)"
         return ""
 
     def _outgoing(self, site: Site) -> tuple[tuple[Slice, ...], str]:
-        if refused := self.mute.get(site) or next(iter(self.leaked.get(site, ())), ""):
+        if refused := self.nonzero_when_silent.get(site) or next(iter(self.unaccounted.get(site, ())), ""):
             return (), refused
         slices = []
         for rows, reads in self.reads.items():

@@ -1,0 +1,173 @@
+"""What flows in each tensor of a batch: labels of those that were seen, and what code out of sight has read."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_deadrelu.attribution.connectivity import Connectivity
+from lightning_deadrelu.attribution.labels import Flow, TracedCall, Weight, unaccounted_reads
+from lightning_deadrelu.attribution.storage import Memory, storage_of
+from lightning_deadrelu.model.sharding import is_sharded
+from lightning_deadrelu.model.sites import clean
+from lightning_deadrelu.model.torch_calls import ParameterNames, TensorTable, node_number
+
+_MOST_NODES = 10_000
+_OUT_OF_SIGHT = "code out of sight"
+_IN_SIGHT = frozenset({"CheckpointFunctionBackward", "RegisterPostBackwardFunctionBackward"})  # checkpoints, and FSDP2
+
+
+class TensorFlows:
+    """The flow of each tensor that a batch has made so far.
+
+    Args:
+        model: Its parameters and buffers are known from the start.
+        connectivity: Is told what was read where it cannot be accounted for.
+    """
+
+    def __init__(self, model: nn.Module, connectivity: Connectivity) -> None:
+        self._model, self._connectivity = model, connectivity
+        self._names = ParameterNames(model)
+        self._buffers: dict[int, tuple[Tensor, Flow]] = {}
+        self._known: TensorTable[tuple[Flow, bool]] = TensorTable()  # and whether autograd knew of it then
+        self._stored: dict[int, list[tuple[weakref.ref[Tensor], Flow]]] = {}
+        self._nodes: dict[int, list[Flow]] = {}
+        self._memory = Memory()
+
+    def begin(self) -> None:
+        """Look at the model's tensors before a batch."""
+        for name, buffer in self._model.named_buffers():
+            self._buffers[id(buffer)] = buffer, Flow(constant=True, buffer=clean(name))
+            self._memory.add(clean(name), buffer)
+        self._names = ParameterNames(self._model)
+        self._name_parameters()
+
+    def _name_parameters(self) -> None:
+        for name, tensor in self._names.look():
+            if not nn.parameter.is_lazy(tensor):
+                self._memory.add(name, tensor)
+        self._connectivity.sharing.update(self._memory.sharing())
+
+    def end(self) -> None:
+        """Let go of the batch, but for what the model keeps of it."""
+        for name, buffer in self._model.named_buffers() if self._known else ():
+            if (entry := self._known.get(buffer)) is not None:  # it was assigned, not written to
+                self._note_kept(entry[0], clean(name))
+        self._buffers.clear()
+        self._names.forget()
+        self._known.clear()
+        self._stored.clear()
+        self._nodes.clear()
+        self._memory = Memory()
+
+    def look(self, tensor: Tensor, changed: set[int]) -> Flow:
+        """Tell what flows in a tensor.
+
+        Args:
+            tensor: The tensor.
+            changed: By ``id``, what the call that is looked at has made or written to.
+        """
+        if (named := self._named(tensor)) is not None:
+            return named
+        if (entry := self._known.get(tensor)) is None:
+            return self._found(tensor)
+        flow, made_plainly = entry
+        if id(tensor) not in changed:
+            if self._known.is_changed(tensor):
+                return self._changed(tensor, flow)
+            if made_plainly and _is_made_out_of_sight(tensor):
+                return self._emerged(tensor, flow)
+        return flow
+
+    def _named(self, tensor: Tensor) -> Flow | None:
+        """Look for a tensor among the model's own."""
+        if (name := self._names.find(tensor)) is not None:
+            if is_sharded(tensor) and torch.is_grad_enabled():  # and no optimizer's step
+                self._connectivity.sharded.add(name)
+            return Flow(constant=True, weight=Weight(name, tuple(tensor.shape)))
+        buffer = self._buffers.get(id(tensor))
+        return buffer[1] if buffer is not None and buffer[0] is tensor else None
+
+    def _changed(self, tensor: Tensor, flow: Flow) -> Flow:
+        """Give up on what was changed through another view of the same memory."""
+        held = self._stored.get(storage_of(tensor), ())
+        for other in (flow, *(other for ref, other in held if ref() is not None)):  # its place may be another's by now
+            self._connectivity.note_unaccounted(unaccounted_reads(other, "a change in place", "a view of it is read"))
+        found = Flow(why="it is changed in place")
+        self.remember(tensor, found)
+        return found
+
+    def _found(self, tensor: Tensor) -> Flow:
+        """Meet a tensor that no seen function returned: an input, or the work of code out of sight."""
+        node = tensor.grad_fn
+        if self._names.is_gathered(tensor):
+            self._name_parameters()
+            if (named := self._named(tensor)) is not None:
+                return named
+        if node is None:
+            return Flow(constant=True, derived=names) if (names := self._memory.names(tensor)) else Flow()
+        if node_number(node) in self._nodes:
+            found = Flow(why="it was unpacked out of sight")
+            for flow in self._nodes[node_number(node)]:
+                self._connectivity.note_unaccounted(unaccounted_reads(flow, _OUT_OF_SIGHT, f"{_OUT_OF_SIGHT} reads it"))
+        else:
+            self._walk(node)
+            found = Flow(why="what feeds it is computed out of sight")
+        self.remember(tensor, found)
+        return found
+
+    def _emerged(self, tensor: Tensor, flow: Flow) -> Flow:
+        """Meet what a custom autograd function puts out: calls in it were seen, but who knows whether all were."""
+        self._connectivity.note_unaccounted(unaccounted_reads(flow, _OUT_OF_SIGHT, f"{_OUT_OF_SIGHT} reads it"))
+        self._walk(tensor.grad_fn)
+        found = Flow(why="what feeds it is computed out of sight")
+        self.remember(tensor, found)
+        return found
+
+    def _walk(self, node: Any) -> None:
+        """Find what code out of sight has read, along the graph of the gradients."""
+        left, seen = [node], {node}
+        while left:
+            node = left.pop()
+            if hasattr(node, "variable"):
+                self._connectivity.note_unaccounted(
+                    unaccounted_reads(self.look(node.variable, {id(node.variable)}), _OUT_OF_SIGHT, "")
+                )
+                continue
+            known = self._nodes.get(node_number(node))
+            for flow in known or ():
+                self._connectivity.note_unaccounted(unaccounted_reads(flow, _OUT_OF_SIGHT, f"{_OUT_OF_SIGHT} reads it"))
+            new = [] if known is not None else [one for one, _ in node.next_functions if one not in seen]
+            new = [one for one in new if one is not None]
+            left += new
+            seen.update(new)
+            if len(seen) > _MOST_NODES:
+                raise RuntimeError("too much is computed out of sight")
+
+    def remember(self, tensor: Tensor, flow: Flow) -> None:
+        """Note what flows in a tensor."""
+        self._known.put(tensor, (flow, tensor.grad_fn is None))
+        if flow.streams:
+            self._stored.setdefault(storage_of(tensor), []).append((weakref.ref(tensor), flow))
+        if (node := tensor.grad_fn) is not None:
+            self._nodes.setdefault(node_number(node), []).append(flow)
+
+    def keep(self, call: TracedCall) -> None:
+        """Give up on what is written to the model's own memory: there it outlives the batch, out of sight."""
+        names = sorted(frozenset[str]().union(*map(self._memory.names, call.outputs)))
+        for tensor in call.operands if names else ():
+            self._note_kept(call.look(tensor), names[0])
+
+    def _note_kept(self, flow: Flow, name: str) -> None:
+        """Count what a tensor of the model holds of activations as read."""
+        kept = unaccounted_reads(Flow(flow.streams), f"the tensor `{name}`", f"the tensor `{name}` keeps it")
+        self._connectivity.note_unaccounted((*kept, *flow.pending))
+
+
+def _is_made_out_of_sight(tensor: Tensor) -> bool:
+    """Whether a function of autograd, made by hand, returned it; those of torch run what is seen, or nothing."""
+    node = tensor.grad_fn
+    return node is not None and type(node).__name__ not in _IN_SIGHT
