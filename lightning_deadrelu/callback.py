@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -155,12 +157,7 @@ class DeadReLUMonitor(MonitorOwner, Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._settings = self._checked_settings()
-        _check_alone(trainer)
-        if not trainer.loggers and not trainer.barebones:
-            rank_zero_warn(
-                f"{self.name}: the Trainer has no logger, so nothing is logged. The verdicts are in"
-                " `monitor.report`; for curves, pass `Trainer(logger=...)`."
-            )
+        _check_trainer(trainer, self)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -216,7 +213,7 @@ class DeadReLUMonitor(MonitorOwner, Callback):
 
     def _tell(self, trainer: Trainer, pl_module: LightningModule, report: LivenessReport | None) -> None:
         if report is not None:
-            self.report = report
+            self._show(report)
             self.on_verdict(trainer, pl_module, report)
 
     @override
@@ -252,18 +249,41 @@ class DeadReLUMonitor(MonitorOwner, Callback):
         if not (self._monitor and self._monitor.running):  # a search for the learning rate puts back what it found
             super().load_state_dict(state_dict)
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Lightning binds `log` to the model; a copy of the callback must not copy that, nor watch
-        state = {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
-        return state | {"_monitor": None, "_past": replace(self.run_report, attribution={})}
+
+def _check_trainer(trainer: Trainer, monitor: DeadReLUMonitor) -> None:
+    """Refuse what cannot work beside this monitor or at the end, and say what is missing."""
+    _check_others([one for one in trainer.callbacks if isinstance(one, DeadReLUMonitor)])
+    if monitor.report_dir is not None and trainer.is_global_zero and (reason := _unwritable(Path(monitor.report_dir))):
+        raise MisconfigurationException(
+            f"`DeadReLUMonitor(report_dir={monitor.report_dir!r})`: the report is written when training ends, and"
+            f' {reason}. Try `report_dir="reports"`.'
+        )
+    if not trainer.loggers and not trainer.barebones:
+        rank_zero_warn(
+            f"{monitor.name}: the Trainer has no logger, so nothing is logged. The verdicts are in `monitor.report`;"
+            " for curves, pass `Trainer(logger=...)`."
+        )
 
 
-def _check_alone(trainer: Trainer) -> None:
-    """Refuse a second monitor with a remedy: both would edit the same units."""
-    monitors = [one for one in trainer.callbacks if isinstance(one, DeadReLUMonitor)]
+def _check_others(monitors: Sequence[DeadReLUMonitor]) -> None:
+    """Refuse monitors that log under the same keys, or edit the same units."""
+    names = [one.name for one in monitors]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise MisconfigurationException(
+            f"`DeadReLUMonitor(name={twice!r})` is there {names.count(twice)} times, and all would log under the same"
+            f' keys. Give each a name of its own, such as `name="{twice}_2"`.'
+        )
     names = [one.name for one in monitors if one.remedy is not None]
     if len(names) > 1:
         raise MisconfigurationException(
             f"The monitors {names} all have a remedy, and would edit the same units. Give one of them all,"
             " as a list, and the others `remedy=None`."
         )
+
+
+def _unwritable(folder: Path) -> str:
+    """Say why nothing can be written into a folder, which need not exist yet; empty if it can."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        return f"`{there}` is a file"
+    return "" if os.access(there, os.W_OK | os.X_OK) else f"`{there}` may not be written into"

@@ -264,7 +264,7 @@ class Monitor:
     def _note_observation(self) -> None:
         self.watch.liveness.observation = self.progress.window.observations
         self.verdicts.recorder.observed(self.progress.step)
-        if not self._ranks.joint and self.watch.sites:
+        if not self._ranks.joint and (self.watch.sites or self.watch.probe.out_of_range):
             self.verdicts.match_patterns()
 
     @unless_failed

@@ -29,6 +29,7 @@ class MonitorOwner(Results):
         self._monitor = _monitor_on_all_ranks(host, self._settings)
         if self._monitor:
             self._monitor.start(self._pending)
+            self._show(self._monitor.report)
             self._pending = None
         else:
             self._run_unwatched(host)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import weakref
+from copy import deepcopy
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import Self
 
 from lightning_deadrelu.attribution import Attributions
 from lightning_deadrelu.explain.finding import Finding
 from lightning_deadrelu.explain.postmortem import DeathEvent
+from lightning_deadrelu.guarded import why_it_ends
 from lightning_deadrelu.monitor.monitor import Monitor
 from lightning_deadrelu.repair.event import Event
 from lightning_deadrelu.report.run_report import RunReport
@@ -18,21 +24,46 @@ if TYPE_CHECKING:
 
 
 class Results:
-    """What every way to run a monitor shows of it."""
+    """What every way to run a monitor shows of it; what a copy of it finds is shown as well."""
 
     _monitor: Monitor | None  # from the start of a run on
+    _shown: Monitor | None  # this, or that of a copy where this has not run
     _past: RunReport  # of a run that is over, in a copy
+    _originals: tuple[weakref.ref[Results], ...] = ()  # of which this is a copy, the last first
     report: LivenessReport | None
     """The latest verdict; None before the first."""
 
     def _clear(self, name: str) -> None:
-        self._monitor, self.report = None, None
+        self._monitor, self._shown, self.report = None, None, None
         self._past = RunReport(LivenessReport(()), name=name)
+
+    def _show(self, report: LivenessReport | None) -> None:
+        """Show a verdict, also in the originals that have not run: a library that copies leaves its user with these."""
+        self._shown, self.report = self._monitor, report
+        for original in filter(None, (reference() for reference in self._originals)):
+            if original._monitor is None:
+                original._shown, original.report = self._monitor, report
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Lightning binds `log` to the model; a copy must not copy that, nor watch
+        state = {key: value for key, value in vars(self).items() if key not in ("log", "log_dict", "_originals")}
+        return state | {"_monitor": None, "_shown": None, "_past": replace(self.run_report, attribution={})}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        memo[id(self)] = copied = self.__copy__()
+        vars(copied).update(deepcopy(self.__getstate__(), memo))
+        return copied
+
+    def __copy__(self) -> Self:
+        copied = type(self).__new__(type(self))
+        vars(copied).update(self.__getstate__())
+        copied._originals = (weakref.ref(self), *self._originals)
+        return copied
 
     @property
     def run_report(self) -> RunReport:
         """All that is known of the run so far, in one object."""
-        return self._monitor.run_report if self._monitor else self._past
+        return self._shown.run_report if self._shown else self._past
 
     @property
     def events(self) -> tuple[Event, ...]:
@@ -55,18 +86,36 @@ class Results:
 
         None before the first observed batch. For a look alone, take ``remedy=Reset(dry_run=True)``.
         """
-        return self._monitor.attribution if self._monitor else None
+        return self._shown.attribution if self._shown else None
 
     @property
     def failure(self) -> Exception | None:
         """Why the model is watched no longer; None while all is well."""
-        return self._monitor.guard.failure if self._monitor else None
+        return self._shown.guard.failure if self._shown else None
 
     def summary(self) -> str:
         """Tell what became of each site over the run, in the order of execution, under a sentence that says it all."""
         from lightning_deadrelu.report import summary
 
-        return summary(self.run_report)
+        return self._why_nothing() or summary(self.run_report)
+
+    def _why_nothing(self) -> str:
+        """Say why there is no verdict, and when there will be one; empty if there is."""
+        if self.report is not None:
+            return ""
+        if self._shown is None:
+            return (
+                "`monitor.summary()`: this monitor has seen no training yet, or a copy of it in another process has."
+                " Call it after `fit`; what a copy finds is in the loggers, and in files with `report_dir=...`."
+            )
+        if self.failure:
+            return f"`monitor.summary()`: there is no verdict, because {why_it_ends(self.failure)}"
+        settings = self._shown.settings
+        batches = settings.every_n_steps * (settings.window - 1) + 1
+        return (
+            f"`monitor.summary()`: there is no verdict yet; the first comes after {batches} training batches, or when"
+            " training or its first epoch ends."
+        )
 
     def plot(self) -> tuple[Figure, tuple[Axes, ...]]:
         """Draw the run: dead units over time, and what became of the units of the worst sites; needs matplotlib.

@@ -77,7 +77,7 @@ class Settings:
             "report_dir": (_is_path(self.report_dir), "it is the path of a folder", 'report_dir="reports"'),
             "name": (
                 isinstance(self.name, str) and self.name.isidentifier(),
-                "metric keys start with it",
+                "metric keys start with it, and after it comes a slash; it takes letters, digits and underscores",
                 'name="dead_relu"',
             ),
         }

@@ -127,5 +127,14 @@ class Verdicts:
         except ValueError as error:
             raise self._host.refusal(f"{self._settings.call}: {error}") from error
         if not any(site.units for site in self._watch.sites):
-            unseen = "".join(f" `{name}`: {why}." for name, why in self._watch.unwatched().items())
-            self._host.warn(f"no rectifier ran in the observed batches, so there is nothing to watch.{unseen}")
+            self._host.warn(f"no rectifier ran in the observed batches, so there is nothing to watch.{self._instead()}")
+
+    def _instead(self) -> str:
+        """Say what is there in place of a rectifier that could be watched."""
+        unseen = [f" `{name}`: {why}." for name, why in self._watch.unwatched().items()]
+        if smooth := sorted({site.kind for site in self._watch.sites if site.smooth}):
+            unseen.append(
+                f" Smooth activations ran ({', '.join(smooth)}), of which no unit can be dead; to have them watched for"
+                f" dormancy, try `include={smooth}`."
+            )
+        return "".join(unseen) or " Take the monitor out, or give it a model with a ReLU."

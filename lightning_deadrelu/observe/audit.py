@@ -42,7 +42,7 @@ def find_dead_units(
 
     Raises:
         ValueError: If there is no batch, or a pattern matches no site.
-        TypeError: If ``include`` or ``exclude`` is a string.
+        TypeError: If ``include`` or ``exclude`` is a string, or ``model`` no module, or ``batches`` one batch alone.
         RuntimeError: If the audit itself failed.
 
     Example:
@@ -53,6 +53,7 @@ def find_dead_units(
     """
     if min_samples < 1:
         raise ValueError(f"`min_samples={min_samples}`: a verdict needs at least 1 sample. Try `min_samples=299`.")
+    _check_data(model, batches)
     watch = Watch(model, include=include, exclude=exclude, rules=Rules(min_samples))
     seen = False
     with _as_found(model), torch.no_grad(), watch:
@@ -66,6 +67,19 @@ def find_dead_units(
     watch.check_patterns()
     totals = watch.liveness.totals().to_host()
     return judge(totals, UnitHistory.empty(), watch.layout, watch.liveness.rules, unwatched=watch.unwatched())[0]
+
+
+def _check_data(model: object, batches: object) -> None:
+    """Refuse arguments in the wrong places, and one batch that would be taken apart as if it were many."""
+    call = f"`find_dead_units({type(model).__name__}, {type(batches).__name__})`"
+    if not isinstance(model, nn.Module):
+        swapped = isinstance(batches, nn.Module)
+        mend = "Swap them: `find_dead_units(model, batches)`" if swapped else "Pass an `nn.Module`"
+        raise TypeError(f"{call}: the first argument is the model, and this is none. {mend}.")
+    if isinstance(batches, (Tensor, Mapping)):
+        raise TypeError(f"{call}: this is one batch, and would be taken apart. Try `find_dead_units(model, [batch])`.")
+    if isinstance(batches, nn.Module) or not isinstance(batches, Iterable):
+        raise TypeError(f"{call}: the second argument holds no batches. Pass a `DataLoader`, or a list of batches.")
 
 
 def trace(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] | None = None) -> Watch:

@@ -133,6 +133,11 @@ class Probe(TorchFunctionMode):
         """Why, by name, a rectifier that ran is not watched."""
         return self._resolver.unwatched
 
+    @property
+    def out_of_range(self) -> dict[str, str]:
+        """By name of the site, which of ``unit_dims`` is a dimension that its input has not."""
+        return self._resolver.out_of_range
+
     def name(self, tensor: Any) -> str | None:
         """Name a parameter of the model; None for any other value."""
         return self._resolver.origins.name(tensor)

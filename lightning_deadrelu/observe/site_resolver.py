@@ -84,6 +84,8 @@ class SiteResolver:
         """The model's modules with their paths, by ``id``."""
         self.unwatched: dict[str, str] = {}
         """Why, by name, a rectifier that ran is not watched."""
+        self.out_of_range: dict[str, str] = {}
+        """By name, which of ``unit_dims`` is a dimension that the input has not."""
         self._places: dict[tuple[Any, ...], _Place] = {}
         self._site_calls: dict[tuple[Any, ...], tuple[SiteCall, _Place]] = {}
         self._widths: dict[tuple[Any, ...], set[int]] = {}
@@ -211,9 +213,19 @@ class SiteResolver:
     def _dims(self, name: str, known: Provenance, x: Tensor) -> tuple[int, ...] | None:
         for pattern, dim in self._unit_dims.items():
             if matches(name, pattern):
-                return (dim if dim < 0 else dim - x.ndim,)
+                return self._named_dim(name, pattern, dim, x)
         fits = known.dims is not None and all(-dim <= x.ndim for dim in known.dims)
         return (known.dims or guess_dims(x.ndim)) if fits else None
+
+    def _named_dim(self, name: str, pattern: str, dim: int, x: Tensor) -> tuple[int, ...] | None:
+        if -x.ndim <= dim < x.ndim:
+            return (dim if dim < 0 else dim - x.ndim,)
+        self.out_of_range.setdefault(
+            name,
+            f"`unit_dims={{{pattern!r}: {dim}}}`: the input of `{name}` has shape {tuple(x.shape)}, and so dimensions"
+            f" from {-x.ndim} to {x.ndim - 1}. Try `unit_dims={{{name!r}: {x.ndim - 1}}}`.",
+        )
+        return None
 
     def _place(self, known: Provenance) -> _Place | None:
         """Tell the owner of this call and what tells it from the owner's other calls; None if it is no site."""

@@ -30,11 +30,13 @@ class Ran(NamedTuple):
         names: Of the sites, and of rectifiers that are not watched.
         late: Paths of the modules that have not run.
         kinds: Of the sites.
+        out_of_range: What of ``unit_dims`` names a dimension that an input has not.
     """
 
     names: tuple[str, ...]
     late: tuple[str, ...]
     kinds: tuple[str, ...]
+    out_of_range: tuple[str, ...]
 
 
 class Watch:
@@ -249,7 +251,8 @@ class Watch:
         """What patterns may name, as far as this process knows: other ranks may have run other layers."""
         modules = [clean(name) for name, _ in self._model.named_modules()]
         late = tuple(name for name in modules if name and name not in self.probe.entered)
-        return Ran((*self.layout.names, *self.unwatched()), late, tuple(site.kind for site in self.sites))
+        kinds = tuple(site.kind for site in self.sites)
+        return Ran((*self.layout.names, *self.unwatched()), late, kinds, tuple(self.probe.out_of_range.values()))
 
     def check_patterns(self, ran: Sequence[Ran] = ()) -> None:
         """Refuse patterns that match nothing that ran or is known to exist.
@@ -258,9 +261,12 @@ class Watch:
             ran: :attr:`ran` of each rank, so that all come to the same answer; by default that of this process.
 
         Raises:
-            ValueError: If a pattern of ``include``, ``exclude`` or ``unit_dims`` matches no site on any rank.
+            ValueError: If a pattern of ``include``, ``exclude`` or ``unit_dims`` matches no site on any rank, or names
+                a dimension that an input has not on one.
         """
         ran = ran or [self.ran]
+        for wrong in (wrong for one in ran for wrong in one.out_of_range):
+            raise ValueError(wrong)
         names = list(dict.fromkeys(name for one in ran for name in one.names))
         late = set(ran[0].late).intersection(*(one.late for one in ran))
         kinds = [kind for one in ran for kind in one.kinds]
