@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_deadrelu.attribution import layers, reshaping
+from lightning_deadrelu.attribution import layers, products, reshaping
 from lightning_deadrelu.attribution.labels import (
     OUTLET,
     Flow,
@@ -22,7 +22,7 @@ from lightning_deadrelu.attribution.labels import (
     over,
     unaccounted_reads,
 )
-from lightning_deadrelu.model.torch_calls import JOINS, NORMS, SUMS, ZERO_TO_ZERO
+from lightning_deadrelu.model.torch_calls import ACTIVATION_PRODUCTS, JOINS, NORMS, SCATTERS, SUMS, ZERO_TO_ZERO
 
 NEGATED = "its input is negated on the way"
 
@@ -46,8 +46,12 @@ def follow(call: TracedCall) -> Outcome:
 
 def _rule(call: TracedCall) -> Callable[[TracedCall], Outcome] | None:
     name = call.name
+    if name in ACTIVATION_PRODUCTS and not any(call.look(tensor).learned for tensor in call.operands):
+        return products.multiply
     if layers.is_layer(name):
         return layers.apply
+    if name in SCATTERS:
+        return products.scatter
     if name in NORMS:
         return layers.normalise
     if name in SUMS:

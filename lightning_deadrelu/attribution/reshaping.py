@@ -28,6 +28,7 @@ from lightning_deadrelu.model.torch_calls import (
 
 _KEEP_SUMS = IDENTITIES | RESHAPES | PERMUTES | SPLITS | EXPANDS | SHUFFLES | RESIZES | JOINS
 _KEEP_SUMS |= {"mean", "amax", "max", "unbind", "narrow", "select", "getitem", "repeat", "tile", "flip", "roll"}
+_KEEP_SUMS |= {"index_select", "gather"}
 
 
 def keeps_sums(call: TracedCall) -> bool:
@@ -206,6 +207,17 @@ def _taken_along(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]
     return [_constant_along(labels, [dim])] * len(call.outputs)
 
 
+def _picked(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
+    """Take elements one by one along a dimension; each stays where it is along the others."""
+    index = call.argument(2, "index")
+    if call.name == "take_along_dim" or index is None or call.operands[0] is not main:
+        raise NotFollowable("its units are picked by an index tensor")
+    alike = _constant_along(labels, [call.argument(1, "dim")])
+    for dim, size in enumerate(alike.shape):
+        alike = alike.narrow(dim, 0, call.output.shape[dim]) if size > 1 else alike
+    return [alike]
+
+
 def _padded(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
     changed = [dim for dim in range(main.ndim) if main.shape[dim] != call.output.shape[dim]]
     if all(labels.shape[dim] == 1 for dim in changed):
@@ -265,6 +277,7 @@ _MOVERS: dict[str, Callable[[TracedCall, Tensor, Tensor], list[Tensor]]] = {
     **dict.fromkeys(REDUCTIONS, _reduced),
     **dict.fromkeys(ALONG, _taken_along),
     **dict.fromkeys(RESIZES, _resized),
+    "gather": _picked,
     "unbind": _unbound,
     "narrow": _narrowed,
     "select": _selected,

@@ -36,9 +36,11 @@ class TensorFlows:
         self._stored: dict[int, list[tuple[weakref.ref[Tensor], Flow]]] = {}
         self._nodes: dict[int, list[Flow]] = {}
         self._memory = Memory()
+        self._first_node = 0
 
     def begin(self) -> None:
         """Look at the model's tensors before a batch."""
+        self._first_node = _next_node()
         for name, buffer in self._model.named_buffers():
             self._buffers[id(buffer)] = buffer, Flow(constant=True, buffer=clean(name))
             self._memory.add(clean(name), buffer)
@@ -109,6 +111,8 @@ class TensorFlows:
                 return named
         if node is None:
             return Flow(constant=True, derived=names) if (names := self._memory.names(tensor)) else Flow()
+        if self._is_old(node):
+            return Flow()
         if node_number(node) in self._nodes:
             found = Flow(why="it was unpacked out of sight")
             for flow in self._nodes[node_number(node)]:
@@ -141,11 +145,15 @@ class TensorFlows:
             for flow in known or ():
                 self._connectivity.note_unaccounted(unaccounted_reads(flow, _OUT_OF_SIGHT, f"{_OUT_OF_SIGHT} reads it"))
             new = [] if known is not None else [one for one, _ in node.next_functions if one not in seen]
-            new = [one for one in new if one is not None]
+            new = [one for one in new if one is not None and not self._is_old(one)]
             left += new
             seen.update(new)
             if len(seen) > _MOST_NODES:
                 raise RuntimeError("too much is computed out of sight")
+
+    def _is_old(self, node: Any) -> bool:
+        """Whether a node was there before the batch (a loss that is kept): it can have read nothing of the batch."""
+        return node_number(node) < self._first_node
 
     def remember(self, tensor: Tensor, flow: Flow) -> None:
         """Note what flows in a tensor."""
@@ -165,6 +173,12 @@ class TensorFlows:
         """Count what a tensor of the model holds of activations as read."""
         kept = unaccounted_reads(Flow(flow.streams), f"the tensor `{name}`", f"the tensor `{name}` keeps it")
         self._connectivity.note_unaccounted((*kept, *flow.pending))
+
+
+def _next_node() -> int:
+    """Number the next node of autograd's graph, at the cost of one that is dropped."""
+    with torch.enable_grad():
+        return node_number(torch.zeros((), requires_grad=True, device="cpu").view(()).grad_fn) + 1
 
 
 def _is_made_out_of_sight(tensor: Tensor) -> bool:

@@ -7,6 +7,7 @@ function of torch is added here, to the families it belongs to.
 from __future__ import annotations
 
 import re
+import string
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -86,8 +87,13 @@ POOL = re.compile(r"(?:adaptive_)?(?:avg|max|lp)_pool([123])d(?:_with_indices)?$
 LAYERS = frozenset({"linear", "bilinear", "embedding", "embedding_bag", "multi_head_attention_forward"})
 PRODUCTS = frozenset({"matmul", "mm", "mv"})
 CONTRACTIONS = LAYERS | PRODUCTS | {"rmatmul", "bmm", "inner", "addmm", "addbmm", "baddbmm", "addmv", "einsum"}
-CONTRACTIONS |= {"tensordot", "scaled_dot_product_attention", "scaled_mm", "grouped_mm"}
+CONTRACTIONS |= {"tensordot", "scaled_dot_product_attention", "flex_attention", "scaled_mm", "grouped_mm", "sparse_mm"}
 CONTRACTIONS |= {f"{kind}{cell}" for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu") for cell in ("", "_cell")}
+ATTENTIONS = frozenset({"scaled_dot_product_attention", "flex_attention"})
+ACTIVATION_PRODUCTS = PRODUCTS | {"rmatmul", "bmm", "einsum", "sparse_mm", "scaled_dot_product_attention"}
+"""Functions that may multiply activations with one another."""
+SCATTERS = frozenset({"scatter", "scatter_add", "scatter_reduce", "index_add", "index_reduce", "index_copy"})
+"""Functions that gather samples where an index tells."""
 CONVOLUTIONS = {f"conv{kind}{n}d": n for kind in ("", "_transpose") for n in (1, 2, 3)}
 """Each with its number of positions."""
 ANY_CONVOLUTION = frozenset(CONVOLUTIONS) | {"convolution"}
@@ -187,6 +193,49 @@ def dimension_runs(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[lis
                 right, j = right * new[j], j + 1
         runs.append((sources, targets))
     return runs
+
+
+def contraction(call: Call) -> tuple[list[tuple[Tensor, str]], str] | None:
+    """Spell a product as ``einsum`` does: a letter for each dimension of each operand, and of the result.
+
+    Of an attention only the values are operands. None where the call is spelt in a way that is not known.
+
+    Example:
+        >>> import torch
+        >>> x, y = torch.zeros(5, 2, 3), torch.zeros(3, 4)
+        >>> terms, result = contraction(Call("matmul", (x, y), {}, [x @ y]))
+        >>> [letters for _, letters in terms], result
+        (['aik', 'kj'], 'aij')
+    """
+    if call.name == "einsum":
+        return _spelt(call)
+    batch = "abcdefgh"[: call.output.ndim - 2]
+    if call.name in ATTENTIONS:
+        values = call.argument(2, "value")
+        return [(values, batch + "kj")], batch + "ij"
+    if len(call.operands) != 2 or any(operand.ndim < 2 for operand in call.operands):
+        return None
+    left, right = reversed(call.operands) if call.name == "rmatmul" else call.operands
+    own = [batch[len(batch) - (operand.ndim - 2) :] for operand in (left, right)]
+    return [(left, own[0] + "ik"), (right, own[1] + "kj")], batch + "ij"
+
+
+def _spelt(call: Call) -> tuple[list[tuple[Tensor, str]], str] | None:
+    """Write the dots of an equation out."""
+    equation = call.args[0] if call.args else None
+    if not isinstance(equation, str) or "->" not in equation:
+        return None
+    terms, result = re.sub(r"\s", "", equation).split("->")
+    parts = terms.split(",")
+    free = [letter for letter in string.ascii_letters if letter not in equation]
+    dots = max(operand.ndim - len(part.replace("...", "")) for part, operand in zip(parts, call.operands, strict=True))
+
+    def whole(part: str, count: int) -> str:
+        return part.replace("...", "".join(free[dots - count : dots]))
+
+    sizes = [operand.ndim - len(part.replace("...", "")) for part, operand in zip(parts, call.operands, strict=True)]
+    named = [(operand, whole(*one)) for operand, one in zip(call.operands, zip(parts, sizes, strict=True), strict=True)]
+    return named, whole(result, call.output.ndim - len(result.replace("...", "")))
 
 
 # -- tensors ---------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from lightning_deadrelu.model.torch_calls import (
     RESHAPES,
     TRANSPOSES,
     Call,
+    contraction,
     dimension_runs,
 )
 from lightning_deadrelu.observe.torch_modes import shares_memory
@@ -140,12 +141,22 @@ def _contract(call: Call, weights: Known) -> Provenance:
 
 
 def _mix(call: Call, activations: Known) -> Provenance:
-    """Follow the last operand: attention weights times values keep the values' features."""
-    place = 2 if call.name == "scaled_dot_product_attention" and len(call.operands) > 2 else -1
-    values = [lineage for tensor, lineage in activations if tensor is call.operands[place]]
-    if values and values[0].dims and -1 in values[0].dims:
-        return values[0]._replace(weight=False)
+    """Follow a product of activations: what is summed up is gone, and the other features stay (those of values)."""
+    terms, result = contraction(call) or ([(call.operands[-1], "ij")], "ij")
+    for tensor, letters in reversed(terms):
+        own = next((lineage for other, lineage in activations if other is tensor), None)
+        dims = _carried(own.dims, letters, result) if own and own.dims else None
+        if own and dims:
+            return own._replace(dims=dims, weight=False)
     return Provenance(_union(activations), None)
+
+
+def _carried(dims: tuple[int, ...], letters: str, result: str) -> Dims:
+    """Say where dimensions are in a result; None if some are summed up."""
+    letters = letters.rjust(max(-dim for dim in dims), "?")
+    own = [letters[dim] for dim in dims]
+    places = tuple(result.index(letter) - len(result) for letter in own if letter in result)
+    return places if len(places) == len(dims) else None
 
 
 def of_module(parameters: Sequence[tuple[str, Tensor]], output: Tensor) -> Provenance | None:
@@ -219,7 +230,7 @@ def _einsum_dims(call: Call, weight: Tensor) -> Dims:
 def _pass_on(call: Call, weights: Known, activations: Known) -> Provenance:
     nearest = min((lineage.passed for _, lineage in activations), default=0)
     near = [(tensor, lineage) for tensor, lineage in activations if lineage.passed == nearest]
-    main, lineage = near[0] if near else (call.output, Provenance())
+    main, lineage = next((pair for pair in near if pair[1].dims), near[0]) if near else (call.output, Provenance())
     joined = any(other.joined or other.producers != lineage.producers for _, other in near)
     dims = _norm_dims(call) or _travel(call, main, lineage)
     own_norm = bool(weights) and call.name in NORMS

@@ -235,6 +235,31 @@ def test_a_layer_starts_anew() -> None:
     assert not found.weight
 
 
+ADJACENCY = torch.rand(5, 5, generator=torch.Generator().manual_seed(1))
+MIXES: dict[str, Callable[[Tensor], Tensor]] = {
+    "adjacency on the left": lambda h: ADJACENCY @ h,
+    "adjacency on the right": lambda h: (h.T @ ADJACENCY).T,
+    "bmm": lambda h: torch.bmm(h.T[None], ADJACENCY[None]).transpose(1, 2)[0],
+    "einsum, adjacency last": lambda h: torch.einsum("vc,wv->wc", h, ADJACENCY),
+    "image attention": lambda h: (h.T[None] @ (h @ h.T).softmax(-1)).reshape(6, 5).permute(1, 0),
+    "concatenated": lambda h: torch.cat([ADJACENCY @ h, h], 0),
+    "concatenated, scores first": lambda h: torch.cat([torch.ones(5, 5) @ h * (h @ h.T).mean(), ADJACENCY @ h]),
+    "attention": lambda h: torch.nn.functional.scaled_dot_product_attention(h[None], h[None], h[None])[0],
+    "scattered": lambda h: torch.zeros(5, 6).index_add_(0, torch.tensor([1, 2, 0, 0, 4]), h),
+}
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_units_are_followed_through_products_of_activations(name: str) -> None:
+    seen: list[Any] = []
+    model = Net(lambda model, x: MIXES[name](model.a(x)).relu(), a=torch.nn.Linear(4, 6))
+    with Probe(model, lambda site, rectifier, x, out, dims: seen.append((site.units, dims, site.source))):
+        model(torch.randn(5, 4))
+    ((units, dims, source),) = seen
+    assert (units, dims) == (6, (-1,))
+    assert set(source) == {"a.weight", "a.bias"}
+
+
 def test_the_nearest_producers_count() -> None:
     far = DATA._replace(producers=frozenset({"far"}), passed=1)
     found = run(torch.add, torch.ones(5, 3), torch.ones(5, 3), known={0: far, 1: DATA})
