@@ -27,7 +27,7 @@ from lightning_deadrelu.prevention import (
     init_for_relu_,
     randomized_asymmetric_init_,
 )
-from lightning_deadrelu.remedies import BiasWarming, LeakySlope, Remedy, Reset, SwapActivation, ThermalKick
+from lightning_deadrelu.remedies import BiasWarming, LeakySlope, Remedy, Reset, SwapActivation, ThermalKick, WakeUp
 from lightning_deadrelu.repair.activation_swap import swap_activations_
 from lightning_deadrelu.repair.restore_activations import restore_activations
 from lightning_deadrelu.statistics import LivenessReport, SiteReport, UnitLiveness
@@ -46,6 +46,7 @@ __all__ = [
     "SwapActivation",
     "ThermalKick",
     "UnitLiveness",
+    "WakeUp",
     "born_dead_bounds",
     "checkup",
     "decay_groups",

@@ -45,10 +45,11 @@ class DeadReLUMonitor(MonitorOwner, Callback):
             299 bound its firing rate below 1 % at 95 % confidence.
         threshold: A site is reported on the terminal, and treated, while more than this share of its units is dead; 0
             means any dead unit.
-        remedy: What to do about dead units: a flag (``"reset"``, ``"thermal_kick"``, ``"bias_warming"``, ``"leaky"``,
-            ``"leaky_relu"``, ``"rrelu"``, ``"elu"``, ``"selu"``, ``"gelu"``, ``"silu"``), a remedy such as
-            :class:`Reset`, your own subclass of :class:`Remedy`, or a list of these: the next is tried where the one
-            before did not revive a site. None only watches.
+        remedy: What to do about dead units: ``"auto"`` (what can be done at each site), another flag (``"reset"``,
+            ``"bias_warming"``, ``"wake_up"``, ``"leaky"``, ``"thermal_kick"``, ``"leaky_relu"``, ``"rrelu"``,
+            ``"elu"``, ``"selu"``, ``"gelu"``, ``"silu"``), a remedy such as :class:`Reset`, your own subclass of
+            :class:`Remedy`, or a list of these: the next is tried where the one before did not revive a site. None
+            only watches.
         include: Shell patterns over site names, or kinds such as ``"relu6"``; empty for all rectifiers.
             Smooth activations (``"gelu"``, ``"silu"``, ``"elu"``, ``"leaky_relu"``, ``"softplus"``, ...) are
             watched, for dormancy, when their kind is named here.

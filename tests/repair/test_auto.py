@@ -1,0 +1,84 @@
+"""`remedy="auto"` does at each site what can be done there, and a remedy that is refused hands over to the next."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from toys import Net, batches, fit, mlp
+
+from lightning_deadrelu import DeadReLUMonitor, watch
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*the Trainer has no logger", "ignore:.*get no gradient", "ignore:.*refused"
+)
+EAGER = {"every_n_steps": 1, "window": 4, "min_samples": 2, "threshold": 0.0}
+
+
+class Computed(nn.Module):
+    """The weight before the rectifier is computed anew in each forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 8), nn.Linear(8, 1)
+
+    def forward(self, x):
+        weight = self.first.weight - self.first.weight.mean(1, keepdim=True)
+        return self.head(F.relu(F.linear(x, weight, self.first.bias)))
+
+
+class Summed(nn.Module):
+    """A layer whose output is added up, which no reset can follow."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 8), nn.Linear(8, 1)
+
+    def forward(self, x):
+        h = F.relu(self.first(x))
+        return self.head(h) + h.cumsum(-1)[..., -1:]
+
+
+def with_dead_units(net, count=3):
+    with torch.no_grad():
+        net.first.bias[:count] = -3.0
+    return net
+
+
+@pytest.mark.parametrize(
+    ("make", "taken"),
+    [(Computed, ["Reset", "BiasWarming", "WakeUp"]), (Summed, ["Reset", "BiasWarming"])],
+)
+def test_what_is_refused_hands_over_to_what_asks_for_less(make, taken):
+    torch.manual_seed(0)
+    net, monitor = with_dead_units(make()), DeadReLUMonitor(remedy="auto", **EAGER)
+    fit(Net(net, lr=0.05), batches(400, 8), monitor)
+    tried = [(event.remedy, event.action) for event in monitor.events]
+    for remedy in taken[:-1]:
+        assert (remedy, "refused") in tried
+        assert (remedy, "edited") not in tried
+    assert (taken[-1], "edited") in tried
+    assert not any(action == "given up" for _, action in tried)
+    assert not monitor.report.sites[0].silent[:3].all()
+
+
+def test_a_reset_is_what_comes_first():
+    torch.manual_seed(0)
+    monitor = DeadReLUMonitor(remedy="auto", **EAGER)
+    fit(Net(mlp(3)), batches(24, 8), monitor)
+    assert {event.remedy for event in monitor.events} == {"Reset"}
+
+
+def test_a_loop_of_ones_own_wakes_units_too():
+    torch.manual_seed(0)
+    net = with_dead_units(Computed())
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    with watch(net, optimizer, remedy="wake_up", **EAGER) as monitor:
+        for _ in range(300):
+            loss = (net(torch.randn(8, 4)) - torch.randn(8, 1)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            monitor.step(loss)
+    assert monitor.events[0].action == "edited"
+    assert not monitor.report.sites[0].silent[:3].all()
+    assert not net._forward_hooks
