@@ -51,7 +51,7 @@ def with_dead_units(net, count=3):
 def test_what_is_refused_hands_over_to_what_asks_for_less(make, taken):
     torch.manual_seed(0)
     net, monitor = with_dead_units(make()), DeadReLUMonitor(remedy="auto", **EAGER)
-    fit(Net(net, lr=0.05), batches(400, 8), monitor)
+    fit(Net(net, lr=0.05), batches(260, 8), monitor)
     tried = [(event.remedy, event.action) for event in monitor.events]
     for remedy in taken[:-1]:
         assert (remedy, "refused") in tried
