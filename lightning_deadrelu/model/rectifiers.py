@@ -93,7 +93,10 @@ _RULES: dict[str, Callable[[Sequence[Any], Arguments], Rectifier | None]] = {
     "leaky_relu": _leaky_relu,
     **{name: _smooth(name) for name in ("prelu", "rrelu", "gelu", "silu", "mish", "elu", "celu", "selu", "softplus")},
 }
-SMOOTH_KINDS = frozenset(name for name, rule in _RULES.items() if (found := rule((), {})) and found.smooth)
+_RULES |= {f"{name}_": rule for name, rule in _RULES.items()}  # in place
+SMOOTH_KINDS = frozenset(
+    name for name, rule in _RULES.items() if name[-1] != "_" and (found := rule((), {})) and found.smooth
+)
 """Names of the activations of which no input is exactly dead."""
 _MAXIMA = frozenset({"maximum", "max", "fmax"})
 
@@ -121,7 +124,7 @@ def rectifier_of(
     """
     if name in _MAXIMA:
         return _maximum(args, kwargs, is_zero)
-    rule = _RULES.get(name) or _RULES.get(name.removesuffix("_"))
+    rule = _RULES.get(name)
     return rule(args, kwargs) if rule else None
 
 

@@ -11,6 +11,7 @@ import string
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
@@ -40,6 +41,7 @@ def function_name(func: Callable[..., Any]) -> str:
     return str(name)
 
 
+@lru_cache(maxsize=1024)
 def plain_name(name: str) -> str:
     """Name a function without its forms: in place, as an operator, reflected.
 
@@ -168,7 +170,9 @@ class Call:
 
 def makes_zeros(name: str, args: Sequence[Any]) -> bool:
     """Tell whether a function, by its plain name, returns nothing but zeros."""
-    return name in _ZEROS or (name == "tensor" and bool(args) and isinstance(args[0], (int, float)) and args[0] == 0)
+    if name != "tensor":
+        return name in _ZEROS
+    return bool(args) and isinstance(args[0], (int, float)) and args[0] == 0
 
 
 def dimension_runs(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
@@ -256,6 +260,9 @@ def node_number(node: Any) -> int:
 class TensorTable(Generic[Known]):
     """What is known of tensors, for as long as each is alive.
 
+    Args:
+        versions: Whether to note how often each was written to, for :meth:`is_changed`.
+
     Example:
         >>> import torch
         >>> x, table = torch.ones(2), TensorTable[str]()
@@ -264,12 +271,13 @@ class TensorTable(Generic[Known]):
         ('ones', None, True)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, versions: bool = True) -> None:
+        self._versions = versions
         self._entries: dict[int, tuple[weakref.ref[Tensor], int, Known]] = {}
 
     def put(self, tensor: Tensor, known: Known) -> None:
         """Say what is known of a tensor as it is now."""
-        self._entries[id(tensor)] = weakref.ref(tensor), version_of(tensor), known
+        self._entries[id(tensor)] = weakref.ref(tensor), version_of(tensor) if self._versions else -1, known
 
     def get(self, tensor: Tensor) -> Known | None:
         """Return what was said of a tensor."""
@@ -315,6 +323,11 @@ class ParameterNames:
         for name, tensor in found:
             self._named.setdefault(id(tensor), (tensor, name))
         return found
+
+    def same_as(self, other: ParameterNames) -> bool:
+        """Tell whether the same tensors go by the same names."""
+        pairs = ((tensor, name) for tensor, name in other._named.values())
+        return len(self._named) == len(other._named) and all(self.find(tensor) == name for tensor, name in pairs)
 
     def find(self, tensor: Any) -> str | None:
         """Return a parameter's name; None for any other value."""

@@ -58,6 +58,8 @@ class CallStack(list[ModuleCall]):
 
     def back_to(self, module: nn.Module) -> ModuleCall | None:
         """Drop the forwards inside a module's, which an error left behind; None if the module's own is not running."""
+        if self and self[-1].module is module:
+            return self[-1]
         place = next((n for n in reversed(range(len(self))) if self[n].module is module), None)
         if place is None:
             return None

@@ -354,6 +354,9 @@ class Probe(TorchFunctionMode):
             self.failure = error
         output = func(*args, **kwargs)
         try:
+            if found is None and not self._call_takers:
+                self._resolver.follow(name, args, kwargs, output)
+                return output
             met = self._note(name, args, kwargs, output, found)
             if self._call_takers:
                 self._hand_on(name, func, args, kwargs, output, (*met, found.x) if met and found else None)

@@ -60,7 +60,7 @@ class Provenance(NamedTuple):
 
 STEADY = ANY_CONVOLUTION | NORMS | {"linear"}
 """Functions for which the provenance of all operands, known or not, and the output's shape settle the output's."""
-SHAPING = CONTRACTIONS | PERMUTES | RESHAPES | GATHERS | JOINS
+SHAPING = (CONTRACTIONS | PERMUTES | RESHAPES | GATHERS | JOINS) - STEADY
 """Functions that may move units about although the shape stays."""
 _WEIGHTED = LAYERS | ANY_CONVOLUTION
 _REGROUPINGS = RESHAPES | JOINS | {"pad"}
@@ -75,6 +75,12 @@ def parameter(name: str) -> Provenance:
         ['fc.weight']
     """
     return Provenance(frozenset({name}), weight=True)
+
+
+@lru_cache(maxsize=4096)
+def activated(known: Provenance) -> Provenance:
+    """Pass an activation."""
+    return known._replace(passed=known.passed + 1, weight=False)
 
 
 Known = Sequence[tuple[Tensor, Provenance]]

@@ -11,7 +11,7 @@ from lightning_deadrelu.model.rectifiers import Rectifier, is_rectifier_module, 
 from lightning_deadrelu.model.sites import Site, base_name, clean, count_units, guess_dims, matches
 from lightning_deadrelu.model.torch_calls import Call, plain_name, tensors_in
 from lightning_deadrelu.observe.call_stack import CallStack, in_forward
-from lightning_deadrelu.observe.provenance import Provenance, of_module, parameter
+from lightning_deadrelu.observe.provenance import Provenance, activated, of_module, parameter
 from lightning_deadrelu.observe.tensor_origins import TensorOrigins
 
 _MOST_WIDTHS = 4  # a site whose number of units differs between calls more often has no units
@@ -116,15 +116,19 @@ class SiteResolver:
         if rectifier is None:
             return None
         operands = tensors_in((*args, *kwargs.values()))
-        x = next((tensor for tensor in operands if not self.origins.is_zero(tensor)), operands[0])
+        others = operands if len(operands) > 1 else ()
+        x = next((tensor for tensor in others if not self.origins.is_zero(tensor)), operands[0])
         in_place = name.endswith("_") or kwargs.get("inplace") or kwargs.get("out") is not None
         return Rectified(rectifier, x, x.detach().clone() if in_place else x)
 
     def follow(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> list[Tensor]:
         """Note where the outputs of a call come from, and return those that may hold activations."""
+        plain = plain_name(name)
+        if not kwargs and type(output) is Tensor and self.origins.repeat(plain, args, output):
+            return [output]
         outputs = activations_in(output)
         if outputs:
-            call = Call(plain_name(name), args, kwargs, outputs)
+            call = Call(plain, args, kwargs, outputs)
             self.origins.note_zeros(call)
             known = [self.provenance(x) for x in call.operands]
             for call.place, tensor in enumerate(outputs):
@@ -160,7 +164,7 @@ class SiteResolver:
             plain: Returns a tensor without autograd and wrappers; None where that cannot be done.
         """
         known = self.provenance(call.x) or Provenance()
-        self.origins.remember(output, known._replace(passed=known.passed + 1, weight=False))
+        self.origins.remember(output, activated(known))
         if not _holds_data(call.values):
             return None
         values, out = plain(call.values), plain(output)
@@ -173,7 +177,8 @@ class SiteResolver:
         return None if site_call is None or values is None or out is None else (site_call, values, out)
 
     def _holds(self, place: _Place) -> bool:
-        return not place.inside or self._runs(self._model)
+        """Whether a place counts now; that the model's forward runs, the stack tells sooner than the frames."""
+        return not place.inside or bool(self.stack and self.stack[0].module is self._model) or self._runs(self._model)
 
     def _settle(self, key: Any, rectifier: Rectifier, known: Provenance, values: Tensor | None) -> SiteCall | None:
         """Tell the site of a call and its unit dimensions, once for all calls alike; None if it is not watched."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,15 +23,16 @@ class TensorOrigins:
         self._zero_buffers = [(buffer, version_of(buffer)) for buffer in zeros]
         self._names = ParameterNames(model)
         self._derived: dict[tuple[Any, ...], Provenance | None] = {}
-        self._known: TensorTable[Provenance] = TensorTable()
+        self._known: TensorTable[Provenance] = TensorTable(versions=False)
         self._zeros: TensorTable[bool] = TensorTable()
         self.error: Exception | None = None
         """The first call that could not be followed: its site is counted, but goes by its place in the forward."""
 
     def look_at(self, model: nn.Module) -> None:
         """List the parameters as they are named now."""
-        self._derived.clear()
-        self._names = ParameterNames(model)
+        before, self._names = self._names, ParameterNames(model)
+        if not self._names.same_as(before):
+            self._derived.clear()
 
     def forget(self) -> None:
         """Drop all tensors that are no parameters."""
@@ -91,6 +93,32 @@ class TensorOrigins:
         if key not in self._derived:
             self._derived[key] = self._followed(call, known)
         return self._derived[key]
+
+    def repeat(self, name: str, args: Sequence[Any], output: Tensor) -> bool:
+        """Follow a call like one that was followed before, with nothing made for it but a key; False if there was none.
+
+        Args:
+            name: The function's plain name.
+            args: All its arguments.
+            output: All it returned.
+        """
+        if name in SHAPING or output.is_nested or not output.is_floating_point() or makes_zeros(name, args):
+            return False
+        shape, alike, key = output.shape, False, [name, output.shape]
+        for arg in args:
+            if not isinstance(arg, Tensor):
+                if isinstance(arg, (list, tuple)):
+                    return False
+                continue
+            parameter_name = self._names.find(arg)
+            own = self._known.get(arg) if parameter_name is None else parameter(parameter_name)
+            if own is None or not (own.weight or name in STEADY or arg.shape == shape):
+                return False
+            alike = alike or not own.weight
+            key.append(own)
+        known = self._derived.get(tuple(key)) if alike else None
+        self.remember(output, known)
+        return known is not None
 
     def _followed(self, call: Call, known: list[Provenance | None]) -> Provenance | None:
         pairs = [(tensor, own) for tensor, own in zip(call.operands, known, strict=True) if own is not None]

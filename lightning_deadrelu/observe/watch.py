@@ -128,11 +128,11 @@ class Watch:
         if place is None:
             left_out = self._places.get(site._replace(units=0))
             place = self._places[site] = self._add(site) if left_out is None else left_out
-        if not self.sites[place].units:
+        if not self.liveness.layout.sites[place].units:
             return
         self.compiled.saw(place)
         self.dims[place], self.hinges[place] = dims, rectifier.hinge
-        valid = _fit(self.valid, x, dims)
+        valid = None if self.valid is None else _fit(self.valid, x, dims)
         if place in self.offsets:
             x, out, rectifier = _without(self.offsets[place], x, dims, rectifier)
         self.liveness.add(place, count(x, out, dims, rectifier, valid, self.liveness.wants_rates(place)))
@@ -302,9 +302,9 @@ def _without(
     return x, (x - rectifier.hinge).clamp(min=0), rectifier._replace(plain=False)
 
 
-def _fit(valid: Tensor | None, x: Tensor, dims: tuple[int, ...]) -> Tensor | None:
+def _fit(valid: Tensor, x: Tensor, dims: tuple[int, ...]) -> Tensor | None:
     """Give the padding mask the shape of the rows of ``x``; None where it does not speak of them."""
-    if valid is None or dims != (-1,):
+    if dims != (-1,):
         return None
     if x.shape[:-1] == valid.shape:
         return valid

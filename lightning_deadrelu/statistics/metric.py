@@ -64,7 +64,7 @@ class UnitLiveness(Metric):
         super().__init__(**{"compute_with_cache": False, **kwargs})
         self.rules = rules
         self.layout = Layout()
-        self._observation = 0
+        self._observation, self._last_of_window = 0, window - 1
         self._latest = -1  # the observation that the rows of the last one hold
         self._pending: dict[int, Counts] = {}  # calls of the present observation by site
         self._rated: dict[int, int] = {}  # by site, the first observation whose rates were read
@@ -143,7 +143,7 @@ class UnitLiveness(Metric):
     @property
     def _rates_all(self) -> bool:
         """Whether the present observation is one in which rates are read of all sites."""
-        return self.rules.all_rates or self._observation >= self.samples.shape[1] - 1
+        return self._observation >= self._last_of_window or self.rules.all_rates
 
     def note_rated(self, totals: Totals) -> None:
         """Take from the counts of all ranks, on the CPU, which sites have rates in the open window."""
@@ -153,7 +153,7 @@ class UnitLiveness(Metric):
         """Add a call to the present observation, which :meth:`flush` ends; cheaper than :meth:`update` per call."""
         if counts.peak.device != self.maxima.device:  # a model spread over several devices
             counts = Counts._make(None if v is None else torch.as_tensor(v).to(self.maxima.device) for v in counts)
-        if not self.wants_rates(site):
+        if counts.magnitude is not None and not self.wants_rates(site):
             counts = counts.without_rates
         before = self._pending.get(site)
         self._pending[site] = counts if before is None else before.joined(counts)

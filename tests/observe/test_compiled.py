@@ -1,6 +1,7 @@
 """Compiled code is observed as compiled code, and counts what eager code would."""
 
 import copy
+import gc
 import warnings
 from contextlib import nullcontext
 from functools import partial
@@ -537,6 +538,7 @@ def test_no_raised_limit_and_no_graph_of_ours_is_left_after_a_fit(stop):
             if stop and batch_idx == 9:
                 raise stop
 
+    gc.collect()  # watches of other tests, which were never closed
     module = Plain(torch.compile(mlp(3), backend="aot_eager", dynamic=False, fullgraph=True))
     monitor = DeadReLUMonitor(every_n_steps=2, window=2, min_samples=1)
     with torch._dynamo.config.patch(recompile_limit=3, accumulated_recompile_limit=7):
