@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_deadrelu.attribution.connectivity import Connectivity, merged
+from lightning_deadrelu.attribution.connectivity_state import ConnectivityState, restore_, state_of
 from lightning_deadrelu.attribution.labels import Flow, Outcome, Stream, TracedCall, UnaccountedRead, unaccounted_reads
 from lightning_deadrelu.attribution.propagation import follow
 from lightning_deadrelu.attribution.result import Attribution
@@ -97,6 +98,15 @@ class Tracer:
         """Say, for every site met so far, which entries feed and read its units."""
         known = self._connectivity.attributions()
         return merged({}, known, self.failure) if self.failure else known
+
+    @property
+    def state(self) -> ConnectivityState | None:
+        """What is known, for a run that goes on; None where nothing is attributed."""
+        return None if self.failure else state_of(self._connectivity)
+
+    def restore(self, state: ConnectivityState) -> None:
+        """Go on from what was known."""
+        restore_(self._connectivity, state)
 
     def sole_readers(self) -> dict[Site, tuple[Slice, ...]]:
         """Say, for every site met so far, which entries feed its units and nothing else."""

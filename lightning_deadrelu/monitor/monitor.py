@@ -106,6 +106,7 @@ class Monitor:
     def skip_rest(self) -> None:
         """Give up the batch that is under way: one that is skipped does not end."""
         self.pause()
+        self.watch.liveness.drop_batch()
         self.progress.observing = False
 
     def stop(self) -> None:
@@ -121,6 +122,7 @@ class Monitor:
         if not self.running:
             return
         self.pause()
+        self.watch.liveness.drop_batch()  # a resumed run has it anew
         self.watch.close()
         self.running = False
         with self.guard():
@@ -180,6 +182,7 @@ class Monitor:
             self.evidence.begin(self.watch, self.host.model, self.progress.observing, first)
         if self.progress.observing:
             self.watch.liveness.observation = self.progress.window.observations
+            self.watch.liveness.begin_batch()
             if self.checkup:
                 self.checkup.begin(self.watch)
             self.watch.probe.arm()
@@ -231,6 +234,7 @@ class Monitor:
         """
         progress = self.progress
         self.pause()
+        self.watch.liveness.end_batch()
         progress.step = step
         with self.guard():
             self.repair.end(last)  # also after a failure: terms in flight go on
@@ -258,7 +262,7 @@ class Monitor:
         self._conclude_checkup()
         if not self.guard.ended:
             with self.guard():
-                self.repair.confirm(progress.step)
+                self.repair.confirm(progress.step, progress.batches - 1)
 
     @unless_failed
     def _note_observation(self) -> None:

@@ -33,6 +33,8 @@ def run_state(monitor: Monitor, counted: Counted) -> RunState:
         history=monitor.verdicts.history.state,
         recorder=monitor.verdicts.recorder.state,
         said=monitor.announcer.said,
+        report=monitor.report,
+        connectivity=monitor.watch.tracer.state if monitor.repair.traces else None,
     )
 
 
@@ -60,6 +62,7 @@ def _restore_run(monitor: Monitor, run: RunState) -> None:
     monitor.gradients.load(run.never_trained, monitor.host.model, monitor.host.optimizers)
     monitor.repair.restore(run.repair)
     monitor.verdicts.history.restore(run.history)
+    monitor.report = run.report
 
 
 def _restore_units(monitor: Monitor, run: RunState) -> None:
@@ -69,6 +72,8 @@ def _restore_units(monitor: Monitor, run: RunState) -> None:
         monitor.host.warn("other sites are selected than in the checkpoint, so all ages start at zero.")
         return
     monitor.watch.adopt(run.sites)
+    if run.connectivity:
+        monitor.watch.tracer.restore(run.connectivity)
     if monitor.evidence and run.evidence:
         monitor.evidence.restore(run.evidence, monitor.watch.sites)
     monitor.verdicts.units = run.units

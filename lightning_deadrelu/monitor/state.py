@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_deadrelu.attribution.connectivity_state import ConnectivityState
 from lightning_deadrelu.checkpoint import FORMAT
 from lightning_deadrelu.explain.finding import Finding
 from lightning_deadrelu.explain.postmortem.recorder import RecorderState
@@ -18,7 +19,7 @@ from lightning_deadrelu.repair.activation_swap import records, reinstate_
 from lightning_deadrelu.repair.repair import RepairState
 from lightning_deadrelu.repair.restore_activations import restore
 from lightning_deadrelu.report.history import RunHistoryState
-from lightning_deadrelu.statistics import Totals, UnitHistory
+from lightning_deadrelu.statistics import LivenessReport, Totals, UnitHistory
 
 
 @dataclass
@@ -89,6 +90,8 @@ class RunState:
         history: What is shown of the run.
         recorder: What a post-mortem needs.
         said: What was said on the terminal.
+        report: The latest verdict.
+        connectivity: Which parameters were seen to feed and read the sites, where that is traced.
     """
 
     progress: Progress
@@ -102,6 +105,8 @@ class RunState:
     history: RunHistoryState
     recorder: RecorderState
     said: Said
+    report: LivenessReport | None = None
+    connectivity: ConnectivityState | None = None
 
 
 @dataclass

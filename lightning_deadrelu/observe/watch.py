@@ -195,6 +195,7 @@ class Watch:
         self._places = {site: place for place, site in enumerate(self.sites)}
         for place, site in enumerate(old.layout):
             self.liveness.copy_site(old, place, self._places[site])
+        self.liveness.take_batch(old, [self._places[site] for site in old.layout])
         self.dims = {self._places[old.layout.sites[place]]: dims for place, dims in self.dims.items()}
         self.hinges = {self._places[old.layout.sites[place]]: hinge for place, hinge in self.hinges.items()}
         self.compiled.forget()

@@ -74,9 +74,9 @@ def confirmed(request: Request, site: SiteReport, seen: SilenceSample) -> tuple[
     return still & site.silent | constant & request.units, quantiles
 
 
-def generator_of(remedy: Remedy, view: SiteView) -> torch.Generator:
+def generator_of(remedy: Remedy, site: str, batch: int) -> torch.Generator:
     """Seed alike on all ranks, and anew for each edit."""
-    text = f"{remedy.seed} {type(remedy).__name__} {view.step} {view.report.name}"
+    text = f"{remedy.seed} {type(remedy).__name__} {batch} {site}"
     seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
     return torch.Generator().manual_seed(seed)
 

@@ -45,6 +45,7 @@ class RepairState:
         loss: Over the last window.
         edited: Units edited since the last report, by site.
         events: What was done.
+        traces: Batches traced.
     """
 
     policy: PolicyState
@@ -56,6 +57,7 @@ class RepairState:
     loss: Loss | None
     edited: dict[str, list[int]]
     events: list[Event]
+    traces: int = 0
 
 
 class Repair:
@@ -96,6 +98,7 @@ class Repair:
         self._second_look: SecondLook | None = None
         self._measured: dict[str, int] = {}  # units of the sites on trial, by name
         self._traces = 0  # batches traced, but for those before an edit
+        self._tracing = False  # whether the present one is
         self._loss: Loss | None = None  # over the window behind the question
 
     def attach(self, subject: Subject) -> None:
@@ -145,12 +148,13 @@ class Repair:
         if self._traces and not self.subject.unmet:
             self._traces = _MOST_TRACES  # all is known: look no more
             return
-        self._traces += 1
+        self._tracing = True
         self.subject.watch.trace()
 
     def end(self, last: bool) -> None:
         """Take edits out of the forward; after the last batch of an accumulated one go on with them."""
         self.pause()
+        self._traces, self._tracing = self._traces + self._tracing, False
         self.subject.watch.offsets = {}
         if last:
             self._editor.advance()
@@ -202,8 +206,12 @@ class Repair:
 
     # -- the batch after ---------------------------------------------------------------------------------
 
-    def confirm(self, step: int) -> None:
+    def confirm(self, step: int, batch: int) -> None:
         """Edit the units asked about that were silent once more; every rank has to come here, also one that failed.
+
+        Args:
+            step: The training batch, as loggers count.
+            batch: The number of training batches before it; unlike the step it is the same in a run that goes on.
 
         Raises:
             RankFailure: On all ranks, if one has failed; then nothing is edited.
@@ -215,7 +223,7 @@ class Repair:
         ranks = self.subject.ranks
         look = ranks.attempt(lambda: second_look or SecondLook(self.subject, question))
         all_met = self._traces >= _MOST_TRACES
-        for proposal in look.conclude(self.remedies, self._init, step, all_met=all_met):
+        for proposal in look.conclude(self.remedies, self._init, step, batch, all_met=all_met):
             self._settle(proposal, step)
 
     def forget(self) -> None:
@@ -278,6 +286,7 @@ class Repair:
             self._loss,
             self.edited,
             list(self.events),
+            self._traces,
         )
 
     def restore(self, state: RepairState) -> None:
@@ -286,7 +295,7 @@ class Repair:
         if self.remedies:
             self._editor.restore(state.editor)
         self._editor.mark_substitutes()
-        self._init = state.init or self._init
+        self._init, self._traces = state.init or self._init, state.traces
         asked = state.question.requests if state.question else []
         known = [request for request in asked if request.index < len(self.remedies)]
         self._question = replace(state.question, requests=known) if state.question and known else None

@@ -87,14 +87,15 @@ class SecondLook:
         self._handles = []
 
     def conclude(
-        self, remedies: Sequence[Remedy], init: Mapping[str, InitDistribution], step: int, *, all_met: bool
+        self, remedies: Sequence[Remedy], init: Mapping[str, InitDistribution], step: int, batch: int, *, all_met: bool
     ) -> list[Proposal]:
         """Say what is to be done to each site asked about, the same on all ranks.
 
         Args:
             remedies: As requests number them.
             init: What parameters were drawn from, by name.
-            step: The training batch.
+            step: The training batch, as loggers count.
+            batch: Its number, from which numbers are drawn.
             all_met: Whether weights that no batch has used so far will hardly be used later: they are no readers.
 
         Raises:
@@ -108,7 +109,7 @@ class SecondLook:
 
         def propose() -> list[Proposal]:
             views = self._views(sample, known, attributions, init, step)
-            return [self._proposal(request, view, remedies[request.index], all_met) for request, view in views]
+            return [self._proposal(one, view, remedies[one.index], batch, all_met) for one, view in views]
 
         proposals = ranks.attempt(propose)
         if len(set(ranks.gather(lambda: fingerprint(proposals)))) == 1:
@@ -158,7 +159,7 @@ class SecondLook:
             views.append((request, view))
         return views
 
-    def _proposal(self, request: Request, view: SiteView, remedy: Remedy, all_met: bool) -> Proposal:
+    def _proposal(self, request: Request, view: SiteView, remedy: Remedy, batch: int, all_met: bool) -> Proposal:
         """Ask the remedy."""
         subject, asked = self._subject, Proposal(request, view)
         if not view.units.any() or view.attribution.no_incoming == NOT_TRACED:
@@ -168,7 +169,7 @@ class SecondLook:
         if "outgoing" in remedy.needs and not all_met:
             return asked  # they may be readers that run in other batches
         try:
-            edits = remedy.propose(view, generator_of(remedy, view))
+            edits = remedy.propose(view, generator_of(remedy, request.site, batch))
             rises = edits.lift.rises if edits.lift else ()
             reason = check_writes((*edits.writes, *rises), subject.model, subject.optimizers)
             if edits.warmth and not reason:

@@ -48,7 +48,7 @@ class Counts(NamedTuple):
         """Merge with another call of one site and observation; the peak passes over NaN, the trough keeps it."""
         return Counts(
             _merged(_whole_sum, self.fired, other.fired),
-            _merged(torch.add, self.magnitude, other.magnitude),
+            _merged(_wide_sum, self.magnitude, other.magnitude),
             self.peak.fmax(other.peak),
             _merged(torch.minimum, self.trough, other.trough),
             self.samples + other.samples,
@@ -62,6 +62,11 @@ def _merged(merge: Callable[[Tensor, Tensor], Tensor], one: Tensor | None, other
 
 def _whole_sum(one: Tensor, other: Tensor) -> Tensor:
     return one.long() + other.long()
+
+
+def _wide_sum(one: Tensor, other: Tensor) -> Tensor:
+    """Add with room to spare, so that no bit tells in which order it was done."""
+    return one + other if one.device.type == "mps" else one.double() + other
 
 
 class FlatCounts:

@@ -68,6 +68,7 @@ class UnitLiveness(Metric):
         self._latest = -1  # the observation that the rows of the last one hold
         self._pending: dict[int, Counts] = {}  # calls of the present observation by site
         self._rated: dict[int, int] = {}  # by site, the first observation whose rates were read
+        self._running: dict[int, Counts] | None = None  # calls of a batch that may not come to its end
         self.add_state("fired", torch.zeros(0, dtype=torch.int64), "sum")
         self.add_state("magnitude", torch.zeros(0, dtype=dtype), "sum")
         self.add_state("maxima", torch.zeros(len(NOTHING), 0, dtype=peak_dtype or dtype), "max")
@@ -147,7 +148,8 @@ class UnitLiveness(Metric):
 
     def note_rated(self, totals: Totals) -> None:
         """Take from the counts of all ranks, on the CPU, which sites have rates in the open window."""
-        self._rated = {number: -1 for number, elements in enumerate(totals.elements.sum(1).tolist()) if elements}
+        ran = totals.elements.sum(1).tolist()
+        self._rated = {number: self._rated.get(number, -1) for number, elements in enumerate(ran) if elements}
 
     def add(self, site: int, counts: Counts) -> None:
         """Add a call to the present observation, which :meth:`flush` ends; cheaper than :meth:`update` per call."""
@@ -155,8 +157,33 @@ class UnitLiveness(Metric):
             counts = Counts._make(None if v is None else torch.as_tensor(v).to(self.maxima.device) for v in counts)
         if counts.magnitude is not None and not self.wants_rates(site):
             counts = counts.without_rates
-        before = self._pending.get(site)
-        self._pending[site] = counts if before is None else before.joined(counts)
+        calls = self._pending if self._running is None else self._running
+        before = calls.get(site)
+        calls[site] = counts if before is None else before.joined(counts)
+
+    def begin_batch(self) -> None:
+        """Hold back what is added from now on until :meth:`end_batch`: an interrupted batch will be run again."""
+        self._running = {}
+
+    def end_batch(self) -> None:
+        """Add what was held back. Harmless when nothing was."""
+        running, self._running = self._running or {}, None
+        for site, counts in running.items():
+            self.add(site, counts)
+
+    def drop_batch(self) -> None:
+        """Forget what was held back."""
+        self._running = None
+
+    def take_batch(self, other: UnitLiveness, places: Sequence[int]) -> None:
+        """Go on holding back what another metric does.
+
+        Args:
+            other: It counts in another layout.
+            places: For each of its sites, the number here.
+        """
+        running = other._running
+        self._running = None if running is None else {places[site]: counts for site, counts in running.items()}
 
     def flush(self) -> None:
         """Take what was added since the last flush into the state. Harmless when there is nothing."""

@@ -233,7 +233,7 @@ class Batched:
         one, state = self.ones[s], self.adam.state[self.weights]
         moments = {key: state[key][s] for key in ("exp_avg", "exp_avg_sq")}
         one.take(self.weights[s].detach(), moments)
-        one.repair.confirm(step)
+        one.repair.confirm(step, step)
         one.give(self.weights[s].detach(), moments)
 
     def _judge(self, step: int) -> None:

@@ -1,7 +1,10 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
+from torch import nn
 from toys import (
     KEY,
     Loader,
@@ -9,6 +12,7 @@ from toys import (
     Net,
     Verdicts,
     assert_alike,
+    assert_same,
     bare,
     batches,
     fit,
@@ -21,6 +25,7 @@ from toys import (
 from two_ranks import Branching, ddp_trainer, on_two_ranks, shares
 
 from lightning_deadrelu import DeadReLUMonitor
+from lightning_deadrelu.remedies import BiasWarming, LeakySlope
 from lightning_deadrelu.repair.activation_swap import records, substitute_
 
 pytestmark = pytest.mark.filterwarnings(
@@ -91,7 +96,7 @@ def test_the_state_is_plain_and_small(tmp_path):
     progress = run_of(state).progress
     assert [progress.batches, progress.window.observations] == [5, 0]
     torch.save(state, tmp_path / "state.pt")
-    assert (tmp_path / "state.pt").stat().st_size < 20_000
+    assert (tmp_path / "state.pt").stat().st_size < 25_000
     resumed = DeadReLUMonitor(**SETTINGS)
     trainer = Trainer(**bare(callbacks=[resumed], max_steps=9, max_epochs=9))
     trainer.fit(Net(), batches(9), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
@@ -183,7 +188,7 @@ def test_a_state_of_another_model_ends_the_watch_and_not_the_run(tmp_path):
 
 
 def test_after_an_exception_a_checkpoint_holds_the_window(tmp_path):
-    class Doomed(Net):
+    class Failing(Net):
         def training_step(self, batch, batch_idx):
             if batch_idx == 5:
                 raise RuntimeError("stop here")
@@ -191,9 +196,121 @@ def test_after_an_exception_a_checkpoint_holds_the_window(tmp_path):
 
     monitor = DeadReLUMonitor(every_n_steps=1)
     with pytest.raises(RuntimeError, match="stop here"):
-        fit(Doomed(), batches(9), monitor, OnExceptionCheckpoint(tmp_path), enable_checkpointing=True)
+        fit(Failing(), batches(9), monitor, OnExceptionCheckpoint(tmp_path), enable_checkpointing=True)
     state = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)["callbacks"][monitor.state_key]
     assert run_of(state).totals.samples[0].tolist() == [5] * 5 + [0] * 5
+
+
+class Interrupted(Net):
+    """Does something at one place of the eighth batch; has a head that never runs."""
+
+    def __init__(self, where="", act=lambda: None):
+        super().__init__(lr=0.1)
+        self.where, self.act = where, act
+        self.head = nn.Linear(8, 8)  # it is trained: remedies wait to see it read something
+
+    def _come_to(self, where):
+        if where == self.where and len(self.losses) == 8 - (where == HOOKS[0]):
+            self.act()
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self._come_to("on_train_batch_start")
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self._come_to("training_step")
+        return loss
+
+    def on_before_backward(self, loss):
+        self._come_to("on_before_backward")
+
+    def on_after_backward(self):
+        self._come_to("on_after_backward")
+
+    def on_before_optimizer_step(self, optimizer):
+        self._come_to("on_before_optimizer_step")
+
+
+HOOKS = ["on_train_batch_start", "training_step", "on_before_backward", "on_after_backward"]
+HOOKS += ["on_before_optimizer_step"]
+EVERY_REMEDY = ["reset", BiasWarming(at_once=True, steps=7), LeakySlope(ramp_steps=5)]
+EVERY_REMEDY += ["thermal_kick", "wake_up", "gelu"]
+REPAIRING = {"every_n_steps": 1, "window": 3, "min_samples": 10, "threshold": 0.0, "remedy": EVERY_REMEDY}
+
+
+class OnceMore(Loader):
+    """Hands a batch out again that was under way when it was saved."""
+
+    def state_dict(self):
+        return {"at": self.at - 1}
+
+
+def outcome(monitor, model):
+    """All that a run leaves, but for the numbers of steps, which Lightning counts on by one after an exception."""
+    reports = [[site | {"last_fired": 0} for site in report["sites"]] for report in reports_of(monitor)[-3:]]
+    return reports, [str(event._replace(step=0)) for event in monitor.events], model.state_dict()
+
+
+def raising(error):
+    def act():
+        raise error("stop here")
+
+    return act
+
+
+@pytest.mark.filterwarnings("ignore:dead_relu")
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, None])
+@pytest.mark.parametrize("where", HOOKS)
+def test_a_checkpoint_from_mid_batch_goes_on_as_if_nothing_had_been(where, error, tmp_path):
+    def train(*callbacks, seed=7, ckpt=None, **interruption):
+        torch.manual_seed(seed)
+        model, monitor = Interrupted(**interruption), Verdicts(**REPAIRING)
+        trainer = Trainer(**bare(callbacks=[monitor, *callbacks], enable_checkpointing=True))
+        expected = {ValueError: ValueError, KeyboardInterrupt: SystemExit}.get(error if interruption else None)
+        if interruption and error is None:
+            model.act = lambda: trainer.save_checkpoint(tmp_path / "meanwhile.ckpt")
+        with pytest.raises(expected) if expected else nullcontext():
+            trainer.fit(model, OnceMore(items), ckpt_path=ckpt)
+        return outcome(monitor, model), monitor
+
+    items = tensors(40)
+    whole, monitor = train()
+    assert {event.action for event in monitor.events} >= {"edited", "revived"}
+    first, _ = train(OnExceptionCheckpoint(tmp_path), where=where, act=raising(error) if error else None)
+    assert error or str(first) == str(whole)
+    resumed, _ = train(seed=8, ckpt=tmp_path / ("on_exception.ckpt" if error else "meanwhile.ckpt"))
+    assert_same(resumed, whole)
+
+
+class Reader(Callback):
+    """Notes what there is to read when a run begins."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if not hasattr(self, "report"):
+            self.report, self.summary = trainer.callbacks[0].report, trainer.callbacks[0].summary()
+
+
+def test_a_resumed_run_knows_its_last_verdict_at_once(tmp_path):
+    items, whole, reader = tensors(9), Verdicts(**SETTINGS), Reader()
+    fresh_run(whole, every_step(tmp_path), items=items, max_epochs=1, enable_checkpointing=True)
+    fresh_run(Verdicts(**SETTINGS), reader, items=items, ckpt=tmp_path / "6.ckpt")
+    assert reader.report.to_dict() == whole.reports[0].to_dict()
+    assert "net.1" in reader.summary
+
+
+class AlwaysSaving(Callback):
+    """Has the state read after each batch, also where more are to accumulate."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.callbacks[0].state_dict()
+
+
+def test_no_bit_tells_whether_the_state_was_read_between_accumulated_batches():
+    plain, read = Verdicts(**SETTINGS), Verdicts(**SETTINGS)
+    for monitor, callbacks in ((plain, []), (read, [AlwaysSaving()])):
+        fresh_run(monitor, *callbacks, items=tensors(30, 7), accumulate_grad_batches=3)
+    assert len(plain.reports) > 1
+    assert reports_of(plain) == reports_of(read)
 
 
 def test_a_state_loaded_and_not_yet_used_is_saved_again(tmp_path):

@@ -1,0 +1,50 @@
+import io
+
+import pytest
+import torch
+from torch import nn
+from toys import mlp
+
+from lightning_deadrelu.attribution import Tracer, plain
+from lightning_deadrelu.attribution.connectivity_state import ConnectivityState
+from lightning_deadrelu.checkpoint import decode, encode
+from lightning_deadrelu.observe.probe import Probe
+
+
+class Tied(nn.Module):
+    """Uses one weight twice, reads units out of sight and in a norm, and rectifies one part twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.norm = nn.Linear(4, 4), nn.Linear(4, 4, bias=False), nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        hidden = self.norm(self.first(x)).relu()
+        odd = hidden.cumsum(1) + (self.first.weight @ hidden.T).T.relu()
+        return self.second(hidden + odd).relu()
+
+
+MODELS = {
+    "a chain": (mlp(), (5, 4)),
+    "convolutions": (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2)), (2, 3, 6, 6)),
+    "tied weights": (Tied(), (5, 4)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_known_outlasts_a_checkpoint(name):
+    model, shape = MODELS[name]
+    tracer, again = Tracer(model), Tracer(model)
+    probe = Probe(model, lambda *call: None)
+    probe.subscribe_calls(tracer)
+    with probe:
+        model(torch.randn(shape))
+    torch.save(encode(tracer.state), buffer := io.BytesIO())
+    buffer.seek(0)
+    again.restore(decode(ConnectivityState, torch.load(buffer, weights_only=True)))
+    expected, found = tracer.attributions(), again.attributions()
+    assert {site: plain(one) for site, one in found.items()} == {site: plain(one) for site, one in expected.items()}
+    assert found
+    assert (again.used, again.order) == (tracer.used, tracer.order)
+    assert again.sole_readers().keys() == tracer.sole_readers().keys()
+    assert all(again.other_readers(name) == tracer.other_readers(name) for name in tracer.used)
