@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lightning_deadrelu.attribution.labels import Origin, Read
 from lightning_deadrelu.attribution.connectivity import Connectivity
+from lightning_deadrelu.attribution.labels import Origin, Read
 from lightning_deadrelu.model.sites import Site
 
 
