@@ -131,7 +131,7 @@ def test_a_compiled_module():
     assert monitor.report.units == 14
 
 
-@pytest.mark.filterwarnings("ignore:No seed found")
+@pytest.mark.filterwarnings("ignore:No seed found", "ignore:LightningCLI's args parameter is intended")
 def test_the_command_line(tmp_path, monkeypatch):
     from lightning.pytorch.cli import LightningCLI
 

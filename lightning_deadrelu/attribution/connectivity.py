@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from lightning_deadrelu.attribution.labels import (
     pairs,
 )
 from lightning_deadrelu.attribution.result import Attribution, Outlet
-from lightning_deadrelu.model.sites import Site, base_name
+from lightning_deadrelu.model.sites import Site, own_name
 from lightning_deadrelu.model.slices import Slice
 
 _NORM_ROLES = frozenset({"scale", "shift", "mean", "variance"})
@@ -31,7 +31,8 @@ _MIXED = "`{}` also multiplies other things"
 class Connectivity:
     """Collects who feeds and who reads whom, over any number of calls and batches; holds no activations."""
 
-    def __init__(self) -> None:
+    def __init__(self, name_of: Callable[[Site], str] = own_name) -> None:
+        self._name_of = name_of
         self.fed: dict[Site, dict[Origin, Tensor]] = {}
         self.why: dict[Site, str] = {}
         self.nonzero_when_silent: dict[Site, str] = {}
@@ -71,13 +72,14 @@ class Connectivity:
             assert isinstance(origin, Origin)
             new = pairs(labels, units)
             if origin.role == OUTLET and bool((labels < 0).any()):
-                self.note_unaccounted([UnaccountedRead(origin, labels, f"only a part of each unit of `{_name(site)}`")])
+                part = f"only a part of each unit of `{self._name_of(site)}`"
+                self.note_unaccounted([UnaccountedRead(origin, labels, part)])
             fed[origin] = distinct(torch.cat([fed[origin], new])) if origin in fed else new
         why = flow.why or ("" if flow.before else _UNFED)
         if flow.behind:
             other = flow.behind[0].origin
             assert isinstance(other, Site)
-            why = f"it rectifies what `{_name(other)}` puts out"
+            why = f"it rectifies what `{self._name_of(other)}` puts out"
         if why and not self.why.get(site):
             self.why[site] = why
 
@@ -166,7 +168,7 @@ class Connectivity:
                 return f"`{origin.name}` also feeds {reason}"
         for other, fed in self.fed.items():
             if other != site and origin in fed and torch.isin(rows, fed[origin][:, 0]).any():
-                return f"`{origin.name}` also feeds `{_name(other)}`"
+                return f"`{origin.name}` also feeds `{self._name_of(other)}`"
         return self._conflict(origin.name)
 
     def _conflict(self, name: str) -> str:
@@ -250,10 +252,6 @@ def _is_same_read(read: Read, other: Read) -> bool:
 
 def _same_units(mine: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> bool:
     return len(mine) == len(other) and all(map(torch.equal, mine, other))
-
-
-def _name(site: Site) -> str:
-    return base_name(site.owner, site.functional, site.kind)
 
 
 def merged(known: Mapping[Site, Attribution], sites: Iterable[Site], missing: str) -> dict[Site, Attribution]:

@@ -15,7 +15,7 @@ from lightning_deadrelu.attribution.propagation import follow
 from lightning_deadrelu.attribution.result import Attribution
 from lightning_deadrelu.attribution.tensor_flows import TensorFlows
 from lightning_deadrelu.model.rectifiers import Rectifier
-from lightning_deadrelu.model.sites import Site
+from lightning_deadrelu.model.sites import Site, own_name
 from lightning_deadrelu.model.slices import Slice
 from lightning_deadrelu.model.torch_calls import makes_zeros, plain_name, tensors_in, writes_in_place
 
@@ -44,8 +44,8 @@ class Tracer:
         [('0.weight', 'weight'), ('0.bias', 'bias'), ('2.weight', 'reader')]
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._connectivity = Connectivity()
+    def __init__(self, model: nn.Module, name_of: Callable[[Site], str] = own_name) -> None:
+        self._connectivity = Connectivity(name_of)
         self._flows = TensorFlows(model, self._connectivity)
         self.error: Exception | None = None
         """What went wrong; nothing is attributed from then on."""

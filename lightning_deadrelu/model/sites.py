@@ -59,10 +59,25 @@ def base_name(owner: str, functional: bool, kind: str) -> str:
         >>> base_name("block", True, "relu"), base_name("block.act", False, "relu"), base_name("", True, "relu")
         ('block-relu', 'block.act', 'relu')
     """
-    path = re.sub(r"[^\w.-]", "_", owner)
+    path = plain_path(owner)
     if not functional:
         return path or kind
     return f"{path}-{kind}" if path else kind
+
+
+def own_name(site: Site) -> str:
+    """Name a site as if its module had no other."""
+    return base_name(site.owner, site.functional, site.kind)
+
+
+def plain_path(path: str) -> str:
+    """Write a module's path as names of sites have it, which loggers take for keys.
+
+    Example:
+        >>> plain_path("heads.first head.act")
+        'heads.first_head.act'
+    """
+    return re.sub(r"[^\w.-]", "_", path)
 
 
 def names_of(sites: Iterable[Site]) -> list[str]:
@@ -117,7 +132,10 @@ def matches(name: str, pattern: str) -> bool:
     Example:
         >>> matches("encoder.act", "encoder.*"), matches("encoder-relu", "encoder.*"), matches("head", "encoder.*")
         (True, True, False)
+        >>> matches("first_head.act", "first head.*")
+        True
     """
+    pattern = re.sub(r"[^\w.\-*?!\[\]]", "_", pattern)  # as in the name
     return fnmatchcase(name, pattern) or fnmatchcase(name.replace("-", "."), pattern)
 
 

@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_deadrelu.guarded import guarded
 from lightning_deadrelu.model.rectifiers import Rectifier
-from lightning_deadrelu.model.sites import Site, base_name
+from lightning_deadrelu.model.sites import Site, base_name, plain_path
 from lightning_deadrelu.model.torch_calls import function_name
 from lightning_deadrelu.observe.call_stack import ModuleCall, may_be_fused
 from lightning_deadrelu.observe.compiled_operators import backends_around, call_compiled, why_unwatched
@@ -297,7 +297,7 @@ class Probe(TorchFunctionMode):
                 self._take_input(path, module, args)
         if self._keep_fused and may_be_fused(module):
             if not isinstance(module, nn.MultiheadAttention):  # which has no rectifier inside
-                self.unwatched[path] = "it runs without gradients as one fused kernel"
+                self.unwatched[plain_path(path)] = "it runs without gradients as one fused kernel"
             self._pass(module)
 
     def _pass(self, module: nn.Module) -> None:
@@ -310,7 +310,7 @@ class Probe(TorchFunctionMode):
             for take in self._input_takers.get(path, {}).values():
                 take(args[0].detach())
         if reason := self._substitutes.enter(path, module, args):
-            self.unwatched[path] = reason
+            self.unwatched[plain_path(path)] = reason
 
     def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
         if threading.get_ident() != self._thread:

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_deadrelu.attribution import Attributions, Tracer, merged
 from lightning_deadrelu.model.layout import Layout
 from lightning_deadrelu.model.rectifiers import Rectifier, is_rectifier_module
-from lightning_deadrelu.model.sites import Site, clean, is_selected, unmatched
+from lightning_deadrelu.model.sites import Site, clean, is_selected, own_name, plain_path, unmatched
 from lightning_deadrelu.model.slices import Slice
 from lightning_deadrelu.observe.compiled import Compiled, Seen
 from lightning_deadrelu.observe.probe import Probe
@@ -84,7 +84,7 @@ class Watch:
         self.probe = Probe(model, self._take, unit_dims, keep_fused)
         self.compiled = Compiled(self)
         self.probe.compiled = self.compiled
-        self._tracer = Tracer(self.probe.model)
+        self._tracer = Tracer(self.probe.model, self._name_of)
         self.valid: Tensor | None = None
         """True where the current batch holds data, False where padding; None where all is data."""
         self.masked = False
@@ -176,6 +176,11 @@ class Watch:
         """See :class:`~lightning_deadrelu.observe.compiled.Counter`."""
         return self.layout.names[number]
 
+    def _name_of(self, site: Site) -> str:
+        """Name a site as everywhere else: its own name is not enough where a module has several."""
+        place = self._places.get(site, self._places.get(site._replace(units=0)))
+        return own_name(site) if place is None else self.layout.names[place]
+
     def _add(self, site: Site) -> int:
         name = Layout((*self.layout, site)).names[-1]
         selected = is_selected(name, site.kind, site.smooth, self._include, self._exclude)
@@ -243,15 +248,17 @@ class Watch:
 
     def _idle(self) -> list[str]:
         """List the rectifiers that have not run yet."""
-        known = {*(site.owner for site in self.sites), *self.probe.unwatched}
-        exact = (clean(n) for n, m in self._model.named_modules() if is_rectifier_module(m) and _is_exact(m))
+        known = {*(plain_path(site.owner) for site in self.sites), *self.probe.unwatched}
+        exact = (
+            plain_path(clean(n)) for n, m in self._model.named_modules() if is_rectifier_module(m) and _is_exact(m)
+        )
         return [path for path in exact if path not in known]
 
     @property
     def ran(self) -> Ran:
         """What patterns may name, as far as this process knows: other ranks may have run other layers."""
         modules = [clean(name) for name, _ in self._model.named_modules()]
-        late = tuple(name for name in modules if name and name not in self.probe.entered)
+        late = tuple(plain_path(name) for name in modules if name and name not in self.probe.entered)
         kinds = tuple(site.kind for site in self.sites)
         return Ran((*self.layout.names, *self.unwatched()), late, kinds, tuple(self.probe.out_of_range.values()))
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_deadrelu import find_dead_units
+from lightning_deadrelu.observe.audit import trace
 from lightning_deadrelu.observe.watch import Watch
 from lightning_deadrelu.statistics import Rules
 
@@ -154,3 +156,48 @@ def test_unit_dims_override_the_producer():
         with watch.probe:
             watch._model(torch.randn(2, 5, 4))
         assert watch.sites[0].units == units
+
+
+class Twice(nn.Module):
+    """One module, two sites, of one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.W_i, self.tau, self.head = nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 1)
+
+    def forward(self, x):
+        hidden = self.W_i(x)
+        return self.head(self.tau(hidden)) + self.head(self.tau(-hidden))
+
+
+class Functional(Twice):
+    def forward(self, x):
+        hidden = self.W_i(x)
+        return self.head(hidden.relu()) + self.head((-hidden).relu())
+
+
+@pytest.mark.parametrize(("model", "name"), [(Twice, "tau"), (Functional, "relu")])
+def test_a_reason_names_another_site_by_the_name_it_goes_by(model, name):
+    sites = trace(model(), torch.rand(5, 4)).attributions
+    assert list(sites) == [name, f"{name}-1"]
+    assert sites[name].no_incoming == f"`W_i.weight` also feeds `{name}-1`"
+
+
+class Spaced(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.add_module("first head", nn.Linear(4, 3))
+        self.add_module("my act", nn.ReLU())
+        self.add_module("left:out", nn.ReLU())
+        self.add_module("never ran", nn.ReLU())
+
+    def forward(self, x):
+        first, act, left, _ = self.children()
+        return left(act(first(x)))
+
+
+@pytest.mark.parametrize("patterns", [{"include": ["my act"]}, {"exclude": ["left:out"]}, {"include": ["my_*"]}])
+def test_a_path_with_a_space_has_one_name_and_is_found_by_both_spellings(patterns):
+    report = find_dead_units(Spaced(), [torch.rand(5, 4)], **patterns)
+    assert [site.name for site in report.sites] == ["my_act"]
+    assert report.unwatched == {"never_ran": "it has not run while observed"}
