@@ -54,7 +54,8 @@ def reduce_once(
         return None
     floats, whole = _empty_sums(layout.units, x.device)
     mask = None if valid is None else valid.reshape(-1).contiguous()
-    _launch(x, layout, mask, cap, floats, whole)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        _launch(x, layout, mask, cap, floats, whole)
     missing = whole[1] > 0
     peak, trough = torch.where(missing, math.nan, floats[0]), torch.where(missing, math.nan, -floats[1])
     return Reductions(whole[0], floats[2], peak, trough)

@@ -1,6 +1,9 @@
 """The kernel counts what the eager reductions count; run in Triton's interpreter where there is no GPU."""
 
 import math
+import subprocess
+import sys
+import warnings
 
 import pytest
 import torch
@@ -9,6 +12,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
+from lightning_deadrelu.model.rectifiers import Rectifier
+from lightning_deadrelu.statistics import count, counts, triton_counts
 from lightning_deadrelu.statistics.triton_counts import reduce_once
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -87,3 +92,55 @@ def test_several_dimensions_of_units():
 )
 def test_what_it_cannot_read_in_one_go_is_left_to_others(x, dims):
     assert reduce_once(x.to(DEVICE), dims) is None
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Count with kernels wherever tensors are."""
+    monkeypatch.setattr(counts, "_runs_kernels", lambda x: True)
+    monkeypatch.setattr(counts, "_read_once", counts._ReadOnce())
+
+
+@pytest.mark.parametrize("rates", [False, True])
+@pytest.mark.parametrize(("shape", "dims"), [((6, 9), (-1,)), ((2, 4, 3, 3), (-3,)), ((7,), (-1,)), ((4, 6, 9), (-1,))])
+def test_what_is_counted_with_the_kernel_is_what_is_counted_without(kernels, monkeypatch, shape, dims, rates):
+    x = torch.randn(shape)
+    x.view(-1)[1] = math.nan
+    valid = torch.rand(shape[:-1]) > 0.3 if len(shape) == 3 else None
+    found = count(
+        x.to(DEVICE), x.relu().to(DEVICE), dims, valid=None if valid is None else valid.to(DEVICE), rates=rates
+    )
+    monkeypatch.setattr(counts, "_runs_kernels", lambda x: False)
+    eager = count(x, x.relu(), dims, valid=valid)
+    for name, one, other in zip(eager._fields, found, eager, strict=True):
+        one, other = (torch.as_tensor(value).double().cpu() for value in (one, other))
+        torch.testing.assert_close(one, other, equal_nan=True, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    "rectifier", [Rectifier("threshold", hinge=0.5), Rectifier("hardswish", hinge=-3.0), Rectifier("gelu", smooth=True)]
+)
+def test_other_rectifiers_are_counted_eagerly(kernels, monkeypatch, rectifier):
+    monkeypatch.setattr(counts, "_read_once", None)
+    x = torch.randn(5, 3)
+    assert count(x, x, rectifier=rectifier).fired.tolist() == (x > rectifier.hinge).sum(0).tolist()
+
+
+def test_a_kernel_that_fails_is_told_of_once_and_left_alone(kernels, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(triton_counts, "reduce_once", fail)
+    x = torch.randn(5, 3)
+    with pytest.warns(UserWarning, match="no compiler"):
+        first = count(x, x.relu())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = count(x, x.relu())
+    assert first.fired.tolist() == again.fired.tolist() == (x > 0).sum(0).tolist()
+
+
+def test_triton_is_not_loaded_to_count_on_a_cpu():
+    code = "import sys, torch; from lightning_deadrelu.statistics import count; x = torch.ones(2, 3); count(x, x)"
+    command = [sys.executable, "-c", f"{code}; sys.exit('lightning_deadrelu.statistics.triton_counts' in sys.modules)"]
+    assert subprocess.run(command, check=False).returncode == 0
