@@ -51,6 +51,7 @@ class LoopHost:
         log: Takes the metrics of each verdict, on rank 0.
     """
 
+    in_step = True  # for all that is known
     steps_once = False  # a loop may go forward again after a step, as GANs do
     clips = True  # for all that is known
     averages = ""

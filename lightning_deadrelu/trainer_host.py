@@ -66,6 +66,10 @@ class TrainerHost:
         return self._trainer.is_global_zero
 
     @property
+    def in_step(self) -> bool:
+        return in_training_step(self.model)
+
+    @property
     def steps_once(self) -> bool:
         return self.model.automatic_optimization
 
@@ -162,3 +166,8 @@ def logging_step(trainer: Trainer) -> int:
 def trains(trainer: Trainer) -> bool:
     """Whether batches train: StochasticWeightAveraging ends with an epoch that only measures BatchNorm statistics."""
     return not getattr(trainer.fit_loop, "_skip_backward", False)
+
+
+def in_training_step(model: LightningModule) -> bool:
+    """Whether the training step is running: forwards of hooks, also other callbacks', train nothing."""
+    return getattr(model, "_current_fx_name", None) in ("training_step", None)

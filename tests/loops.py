@@ -26,6 +26,7 @@ class Loop:
     is_joint: bool = False
     is_first_rank: bool = True
     steps_once: bool = True
+    in_step: bool = True
     clips: bool = False
     schedules: bool = False
     said: list[str] = field(default_factory=list)

@@ -44,6 +44,10 @@ class Host(Protocol):
         """Whether this is rank 0."""
 
     @property
+    def in_step(self) -> bool:
+        """Whether the loop's own step is running, and no callback's or hook's code."""
+
+    @property
     def steps_once(self) -> bool:
         """Whether what runs after the first step of a batch is no part of it: a closure may be called again."""
 

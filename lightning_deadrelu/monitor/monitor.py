@@ -193,11 +193,12 @@ class Monitor:
         if not (self.progress.observing and self.settings.mask):
             return
         try:
-            self.watch.valid = self.settings.valid(batch)
+            self.watch.valid = self.settings.valid(batch, first=not self.progress.batches)
         except Exception as error:
             if self.progress.batches:
                 raise
-            raise self.host.refusal(f"`{self.settings.call}(mask=...)`: {error!r}") from error
+            said = error if isinstance(error, TypeError) else repr(error)
+            raise self.host.refusal(f"`{self.settings.call}(mask=...)`: {said}") from error
 
     @unless_failed
     def before_backward(self) -> None:
@@ -233,13 +234,14 @@ class Monitor:
             The verdict, where a window has ended.
         """
         progress = self.progress
+        progress.batches += last
+        self._check_mask()
         self.pause()
         self.watch.liveness.end_batch()
         progress.step = step
         with self.guard():
             self.repair.end(last)  # also after a failure: terms in flight go on
         self._note_done(loss, batch, last)
-        progress.batches += last
         if not last or not progress.observing:
             return None
         self._close_observation()
@@ -263,6 +265,18 @@ class Monitor:
         if not self.guard.ended:
             with self.guard():
                 self.repair.confirm(progress.step, progress.batches - 1)
+
+    @unless_failed
+    def _check_mask(self) -> None:
+        """Refuse a mask that has spoken of no layer in the first batch."""
+        watch = self.watch
+        if self.progress.batches == 1 and watch.valid is not None and watch.dims and not watch.mask_fits:
+            shape = tuple(watch.valid.shape)
+            raise self.host.refusal(
+                f"`{self.settings.call}(mask=...)`: it returned shape {shape}, and no layer's activations have that"
+                " shape, followed by units, so that padding would be counted as data. Return `(batch, time)` as the"
+                " model sees them, or drop it with `mask=None`."
+            )
 
     @unless_failed
     def _note_observation(self) -> None:
@@ -390,6 +404,7 @@ def _watch_of(settings: Settings, host: Host) -> Watch:
     )
     watch.substitutes = rectifiers(host.model)
     watch.masked = settings.mask is not None
+    watch.observes = lambda: host.in_step
     return watch
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import FunctionCtx
 
 from lightning_deadrelu.model.rectifiers import is_rectifier_module
 from lightning_deadrelu.observe.provenance import Provenance
@@ -81,6 +82,16 @@ def in_forward(model: nn.Module) -> bool:
     code, frame = _code_of(type(model).forward), inspect.currentframe()
     while frame is not None:
         if frame.f_code is code:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def in_autograd_function() -> bool:
+    """Whether the forward of a function of autograd is running, which torch calls without gradients (checkpoints)."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "forward" and isinstance(frame.f_locals.get("ctx"), FunctionCtx):
             return True
         frame = frame.f_back
     return False

@@ -24,7 +24,7 @@ from lightning_deadrelu.guarded import guarded
 from lightning_deadrelu.model.rectifiers import Rectifier
 from lightning_deadrelu.model.sites import Site, base_name, plain_path
 from lightning_deadrelu.model.torch_calls import function_name
-from lightning_deadrelu.observe.call_stack import ModuleCall, may_be_fused
+from lightning_deadrelu.observe.call_stack import ModuleCall, in_autograd_function, may_be_fused
 from lightning_deadrelu.observe.compiled_operators import backends_around, call_compiled, why_unwatched
 from lightning_deadrelu.observe.site_resolver import Rectified, SiteCall, SiteResolver, activations_in
 from lightning_deadrelu.observe.subscribers import CallTaker, InCompiled, Sink, subscribed
@@ -104,6 +104,11 @@ class Probe(TorchFunctionMode):
         self._armed_before = 0
         self._thread = 0  # the module hooks are called on every thread, the mode on this one alone
         self._passed: nn.Module | None = None  # running, and to be looked at neither by the mode nor by hooks
+        self._trained_when_armed = False
+        self.is_training = False
+        """Whether the call that is handed on is of a forward that trains; see :meth:`trains`."""
+        self.ended: Callable[[], None] = lambda: None
+        """Called when the probe stops to look."""
         self._told = False  # that a call could not be followed
         self.entered: set[str] = set()
         """Paths of the modules whose forward has run while the probe looked."""
@@ -198,9 +203,15 @@ class Probe(TorchFunctionMode):
             self._resolver.look_at_model()
         self._armed_before += 1
         self._thread = threading.get_ident()
+        self._trained_when_armed = self._model.training
         self._in_compiled = self._compiler.pause(self.compiled.begin() if self.compiled else None, self._displace)
         if not self._in_compiled:
             self._look()
+
+    def trains(self) -> bool:
+        """Whether a forward that is running now may take part in a loss: with gradients, in the mode that was found."""
+        in_mode = self._model.training or not self._trained_when_armed
+        return in_mode and (torch.is_grad_enabled() or in_autograd_function())
 
     def _look(self) -> None:
         for taker in self._call_takers.values():
@@ -236,6 +247,8 @@ class Probe(TorchFunctionMode):
         if self.compiled and self.armed:
             with guarded(self._fail):
                 self.compiled.end()
+        with guarded(self._fail):
+            self.ended()
         self._in_compiled = False
         if not self._handles:
             return
@@ -402,6 +415,7 @@ class Probe(TorchFunctionMode):
         if resolved is None:
             return None
         met, values, out = resolved
+        self.is_training = self.trains()
         with torch.no_grad(), no_caching_modes():
             self._sink(met.site, met.rectifier, values, out, met.dims)
         return met

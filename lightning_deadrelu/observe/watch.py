@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -89,6 +89,13 @@ class Watch:
         """True where the current batch holds data, False where padding; None where all is data."""
         self.masked = False
         """Whether batches may hold padding."""
+        self.mask_fits = False
+        """Whether the mask has spoken of a site."""
+        self.observes: Callable[[], bool] = lambda: True
+        """Asked at each call of a rectifier whether it is of the loop's own step; one of a callback does not count."""
+        self._trained: set[int] = set()
+        self._untrained: list[tuple[int, Counts]] = []  # forwards without gradients, until the batch is over
+        self.probe.ended = self._count_untrained
         self.offsets: dict[int, Tensor] = {}
         """By number of the site, what is added to each unit's input for a time; a verdict looks past it."""
         self._takers: OrderedDict[int, RectifierTaker] = OrderedDict()
@@ -124,20 +131,38 @@ class Watch:
         return self.layout.sites
 
     def _take(self, site: Site, rectifier: Rectifier, x: Tensor, out: Tensor, dims: tuple[int, ...]) -> None:
+        if not self.observes():
+            return
         place = self._places.get(site)
         if place is None:
             left_out = self._places.get(site._replace(units=0))
             place = self._places[site] = self._add(site) if left_out is None else left_out
-        if not self.liveness.layout.sites[place].units:
+        trains = self.probe.is_training
+        if not self.liveness.layout.sites[place].units or (place in self._trained and not trains):
             return
         self.compiled.saw(place)
         self.dims[place], self.hinges[place] = dims, rectifier.hinge
         valid = None if self.valid is None else _fit(self.valid, x, dims)
+        self.mask_fits = self.mask_fits or valid is not None
         if place in self.offsets:
             x, out, rectifier = _without(self.offsets[place], x, dims, rectifier)
-        self.liveness.add(place, count(x, out, dims, rectifier, valid, self.liveness.wants_rates(place)))
+        self._add_counts(place, count(x, out, dims, rectifier, valid, self.liveness.wants_rates(place)), trains)
         for taker in self._takers.values():
             taker(place, rectifier, x, dims, valid)
+
+    def _add_counts(self, place: int, counts: Counts, trains: bool) -> None:
+        if trains:
+            self._trained.add(place)
+            self.liveness.add(place, counts)
+        else:
+            self._untrained.append((place, counts))
+
+    def _count_untrained(self) -> None:
+        """Count forwards without gradients of sites that have no others: a teacher is watched, a second look is not."""
+        untrained, self._untrained = self._untrained, []
+        for place, counts in untrained:
+            if place not in self._trained:
+                self.liveness.add(place, counts)
 
     def subscribe(self, taker: RectifierTaker) -> RemovableHandle:
         """Have each counted call of a rectifier handed on too, until the handle is removed."""
@@ -170,7 +195,9 @@ class Watch:
 
     def add_counts(self, number: int, counts: Counts) -> None:
         """See :class:`~lightning_deadrelu.observe.compiled.Counter`."""
-        self.liveness.add(number, counts)
+        trains = self.probe.trains()
+        if self.observes() and (trains or number not in self._trained):
+            self._add_counts(number, counts, trains)
 
     def name_of(self, number: int) -> str:
         """See :class:`~lightning_deadrelu.observe.compiled.Counter`."""
@@ -201,6 +228,7 @@ class Watch:
         for place, site in enumerate(old.layout):
             self.liveness.copy_site(old, place, self._places[site])
         self.liveness.take_batch(old, [self._places[site] for site in old.layout])
+        self._trained = {self._places[old.layout.sites[place]] for place in self._trained}
         self.dims = {self._places[old.layout.sites[place]]: dims for place, dims in self.dims.items()}
         self.hinges = {self._places[old.layout.sites[place]]: hinge for place, hinge in self.hinges.items()}
         self.compiled.forget()

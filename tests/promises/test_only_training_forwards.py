@@ -6,6 +6,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
     BatchSizeFinder,
+    Callback,
     EMAWeightAveraging,
     GradientAccumulationScheduler,
     LearningRateFinder,
@@ -13,6 +14,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.tuner import Tuner
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset
 from toys import EVERYTHING, KEY, WITHIN, Log, Net, Nosy, Verdicts, bare, batches, fit, mlp, run_of, watchers
 
@@ -271,3 +273,74 @@ def test_what_is_unfrozen_later_joins_the_headlines():
     log, monitor = Log(), Verdicts(every_n_steps=1, window=4, min_samples=1)
     fit(Net(), batches(4), monitor, Thaw(), max_epochs=2, logger=log)
     assert [report.units for report in monitor.reports] == [6, 14]
+
+
+class Curious(Callback):
+    """Runs the model in every way that trains nothing, before and after the monitor has begun to look."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        pl_module(batch)
+        with torch.no_grad():
+            pl_module(batch)
+        with torch.inference_mode():
+            pl_module(batch)
+
+
+class OwnTeacher(Net):
+    """Asks itself for targets, as a model does that is distilled from an earlier view of itself."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+
+    def training_step(self, batch, batch_idx):
+        if self.how == "evaluating":
+            self.eval()
+            self(batch)
+            self.train()
+        else:
+            with torch.no_grad() if self.how == "no_grad" else torch.inference_mode():
+                self(batch)
+        return super().training_step(batch, batch_idx)
+
+
+def masks_and_samples(build, *callbacks):
+    monitor = DeadReLUMonitor(**EVERYTHING)
+    torch.manual_seed(3)
+    fit(build(), batches(8), *[one or monitor for one in callbacks])
+    return [(site.name, site.samples, site.dead.tolist(), site.firing_rate.tolist()) for site in monitor.report.sites]
+
+
+@pytest.mark.parametrize("how", ["no_grad", "inference", "evaluating"])
+def test_a_model_that_teaches_itself_is_counted_where_it_learns(how):
+    assert masks_and_samples(lambda: OwnTeacher(how), None) == masks_and_samples(Net, None)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_forwards_of_other_callbacks_are_no_observations_wherever_they_are_listed(first):
+    callbacks = [None, Curious()] if first else [Curious(), None]
+    assert masks_and_samples(Net, *callbacks) == masks_and_samples(Net, None)
+
+
+def test_a_module_that_only_a_callback_runs_is_no_site():
+    class Auxiliary(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            pl_module.other(batch)
+
+    class WithOther(Net):
+        def __init__(self):
+            super().__init__()
+            self.other = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+
+    assert len(masks_and_samples(WithOther, None, Auxiliary())) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training")
+def test_a_reentrant_checkpoint_and_a_model_in_evaluation_mode_train_all_the_same():
+    class Checkpointed(Net):
+        def forward(self, x):
+            return checkpoint(self.net, x.requires_grad_(), use_reentrant=True)
+
+    expected = masks_and_samples(Net, None)
+    assert masks_and_samples(Checkpointed, None) == expected
+    assert masks_and_samples(lambda: Net().eval(), None) == expected

@@ -68,8 +68,11 @@ def masked(returned):
 @pytest.mark.parametrize(
     ("mask", "text"),
     [
-        (masked([[True]]), r"`mask` returned list; it has to return a boolean tensor of shape \(batch, time\)"),
-        (masked(torch.ones(5)), r"`mask` returned shape \(5,\); it has to return"),
+        (
+            masked([[True]]),
+            r"it returned list, where only a value for each \(batch, time\) tells data. Return booleans",
+        ),
+        (masked(torch.ones(5)), r"it returned shape \(5,\), where only"),
         (lambda batch: {}["attention_mask"], "KeyError.*attention_mask"),
     ],
     ids=["list", "shape", "raises"],
@@ -89,3 +92,28 @@ def test_a_mask_that_fails_is_refused_at_the_first_batch_and_later_ends_the_watc
     assert len([warning for warning in record if "the monitor failed" in str(warning.message)]) == 1
     assert len(model.losses) == 6
     assert monitor.report is None
+
+
+@pytest.mark.parametrize(
+    ("mask", "text"),
+    [
+        (torch.tensor([[0.0, 0.0, -torch.inf]]).expand(5, 3), r"it returned torch.float32 values other than 0 and 1"),
+        (torch.full((5, 3), 2), r"it returned torch.int64 values other than 0 and 1"),
+        (torch.ones(5, 3, dtype=torch.bool), r"it returned shape \(5, 3\), and no layer's activations .* `mask=None`"),
+        (torch.ones(1, 4, dtype=torch.bool), r"it returned shape \(1, 4\), and no layer"),
+    ],
+    ids=["added to scores", "token types", "of other data", "of features"],
+)
+def test_a_mask_that_tells_no_data_from_padding_is_refused_at_the_first_batch(mask, text):
+    model = Net()
+    with pytest.raises(MisconfigurationException, match=rf"`DeadReLUMonitor\(mask=...\)`: {text}"):
+        fit(model, batches(6), DeadReLUMonitor(mask=lambda batch: mask))
+    assert len(model.losses) <= 1
+    assert watchers() == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+def test_masks_of_zeros_and_ones_are_taken(dtype):
+    monitor = DeadReLUMonitor(**EVERYTHING, mask=lambda batch: (torch.arange(5) < 3).to(dtype)[:, None])
+    fit(Net(), batches(4), monitor)
+    assert [site.samples for site in monitor.report.sites] == [12, 12]
