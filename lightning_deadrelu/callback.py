@@ -43,7 +43,7 @@ class DeadReLUMonitor(MonitorOwner, Callback):
         window: Observations between verdicts.
         min_samples: A unit that stays silent is dead once so many samples have passed since it last fired;
             299 bound its firing rate below 1 % at 95 % confidence.
-        threshold: A site is reported on the terminal, and treated, while more than this share of its units is dead; 0
+        threshold: A site is reported on the terminal, and repaired, while more than this share of its units is dead; 0
             means any dead unit.
         remedy: What to do about dead units: ``"auto"`` (what can be done at each site), another flag (``"reset"``,
             ``"bias_warming"``, ``"wake_up"``, ``"leaky"``, ``"thermal_kick"``, ``"leaky_relu"``, ``"rrelu"``,
@@ -126,9 +126,7 @@ class DeadReLUMonitor(MonitorOwner, Callback):
             raise MisconfigurationException(str(error)) from None
 
     def __repr__(self) -> str:
-        given = {field.name: (getattr(self, field.name), field.default) for field in fields(Settings)}
-        changed = ", ".join(f"{name}={value!r}" for name, (value, default) in given.items() if value != default)
-        return f"{type(self).__name__}({changed})"
+        return f"{type(self).__name__}({self._settings.changed})"
 
     # -- what a user may override ------------------------------------------------------------------------
 

@@ -301,7 +301,7 @@ def watch(
         every_n_steps: Observe one training batch in so many.
         window: Observations between verdicts.
         min_samples: See :class:`DeadReLUMonitor`, as for all that follow.
-        threshold: The dead share of a site from which on it is warned of, and treated.
+        threshold: The dead share of a site from which on it is warned of, and repaired.
         remedy: What to do about dead units.
         include: Patterns over site names, or kinds, to watch.
         exclude: Patterns or kinds to leave out.

@@ -84,7 +84,7 @@ class Monitor:
         if saved is not None:
             with self.guard():
                 restore(self, saved)
-        if self.settings.rungs:
+        if self.settings.remedies:
             self.repair.refusal = self.host.unrepairable or _why_split(self.host)
         if self.repair.refusal:
             self.host.warn(
@@ -158,7 +158,7 @@ class Monitor:
             deaths=self.verdicts.recorder.deaths,
             findings=self.progress.findings,
             name=self.settings.name,
-            about={"model": type(self.host.model).__name__, "settings": self.settings.changed},
+            about={"model": type(self.host.model).__name__, "settings": self.settings.changed or "defaults"},
         )
 
     # -- a training batch --------------------------------------------------------------------------------
@@ -328,7 +328,7 @@ class Monitor:
     def _close_window(self) -> LivenessReport | None:
         counted = self._counted()
         report = None if counted is None else self._close(counted)
-        if self.settings.rungs:
+        if self.settings.remedies:
             self._settle()
         self.open_window()
         return report
@@ -386,8 +386,8 @@ class Monitor:
 
 
 def _repair_of(settings: Settings, announcer: Announcer) -> Repair:
-    rungs, traces = settings.rungs, settings.gradient_evidence
-    return Repair(rungs, settings.threshold, settings.min_samples, announcer.tell_event, traces)
+    remedies, traces = settings.remedies, settings.gradient_evidence
+    return Repair(remedies, settings.threshold, settings.min_samples, announcer.tell_event, traces)
 
 
 def _watch_of(settings: Settings, host: Host) -> Watch:

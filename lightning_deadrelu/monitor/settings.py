@@ -86,7 +86,7 @@ class Settings:
             self._argument(name).check(*check)
 
     def _check_together(self) -> None:
-        if self.rungs and self.threshold == 1:
+        if self.remedies and self.threshold == 1:
             why = "no site can have more than all of its units dead, so no remedy would ever act"
             self._argument("threshold").refuse(why, "threshold=0.1")
         if self.gradient_evidence and self.mask is not None:
@@ -95,12 +95,17 @@ class Settings:
 
     @property
     def changed(self) -> str:
-        """What differs from the defaults, as it was written."""
-        given = ((f.name, getattr(self, f.name), f.default) for f in fields(self))
-        return ", ".join(f"{name}={value!r}" for name, value, default in given if value != default) or "defaults"
+        """What differs from the defaults, as it was written; empty if nothing does.
+
+        Example:
+            >>> from lightning_deadrelu.remedies import Reset
+            >>> Settings(window=5, remedy=[Reset(patience=3), "leaky"]).changed
+            "window=5, remedy=[Reset(patience=3), 'leaky']"
+        """
+        return _changed_fields(self)
 
     @property
-    def rungs(self) -> tuple[Remedy, ...]:
+    def remedies(self) -> tuple[Remedy, ...]:
         """The remedies, in the order in which they are tried; none if the monitor only watches."""
         return ladder_of(self.remedy)
 
@@ -130,7 +135,7 @@ class Settings:
             [0, 3, 6, 9]
         """
         block, place = divmod(batch, self.every_n_steps)
-        return place == (_hashed(block) % self.every_n_steps if self.rungs else 0)
+        return place == (_hashed(block) % self.every_n_steps if self.remedies else 0)
 
     def valid(self, batch: Any, *, first: bool = True) -> Tensor | None:
         """Tell data from padding: True for data, shape ``(batch, time)``; None where all is data.
@@ -156,6 +161,18 @@ class Settings:
 
 
 _MASK = 'Return booleans, True for data: `mask=lambda batch: batch["attention_mask"].bool()`.'
+
+
+def _changed_fields(given: Settings | Remedy) -> str:
+    values = {f.name: value for f in fields(given) if (value := getattr(given, f.name)) != f.default}
+    return ", ".join(f"{name}={_as_written(value)}" for name, value in values.items())
+
+
+def _as_written(value: Any) -> str:
+    """Write a value as code; of a remedy, only what differs from its defaults."""
+    if isinstance(value, Remedy):
+        return f"{type(value).__name__}({_changed_fields(value)})"
+    return f"[{', '.join(map(_as_written, value))}]" if isinstance(value, list) else repr(value)
 
 
 def _hashed(number: int) -> int:

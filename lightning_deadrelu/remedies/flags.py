@@ -55,7 +55,7 @@ def remedy_of(flag: str) -> Remedy:
 
 
 def ladder_of(remedy: str | Remedy | Sequence[str | Remedy] | None) -> tuple[Remedy, ...]:
-    """Turn whatever the ``remedy`` argument may be into its rungs.
+    """Turn whatever the ``remedy`` argument may be into the remedies, in the order in which they are tried.
 
     Args:
         remedy: None for none, a flag, a remedy, or several of these: each takes over where the one before failed.
@@ -74,11 +74,11 @@ def ladder_of(remedy: str | Remedy | Sequence[str | Remedy] | None) -> tuple[Rem
         return ()
     listed = [remedy] if isinstance(remedy, (str, Remedy)) or not isinstance(remedy, Sequence) else remedy
     if not listed:
-        raise ValueError(f"`remedy={remedy!r}`: a ladder needs a rung. Try `remedy=None` to watch only.")
-    return tuple(_rung(rung) for one in listed for rung in (_AUTO if one == "auto" else (one,)))
+        raise ValueError(f"`remedy={remedy!r}`: an empty list names no remedy. Try `remedy=None` to watch only.")
+    return tuple(_remedy_from(each) for one in listed for each in (_AUTO if one == "auto" else (one,)))
 
 
-def _rung(remedy: object) -> Remedy:
+def _remedy_from(remedy: object) -> Remedy:
     if isinstance(remedy, str):
         return remedy_of(remedy)
     if isinstance(remedy, Remedy):

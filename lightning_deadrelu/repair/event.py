@@ -27,7 +27,7 @@ class Event(NamedTuple):
 
     Example:
         >>> print(Event(step=30, site="net.1", action="edited", remedy="Reset", units=(2, 5), reason="20.0% dead"))
-        step 30: Reset edited `net.1` (2 units): 20.0% dead
+        step 30: Reset repaired `net.1` (2 units): 20.0% dead
     """
 
     step: int
@@ -39,10 +39,20 @@ class Event(NamedTuple):
     before: float = math.nan
     after: float = math.nan
 
+    @property
+    def outcome(self) -> str:
+        """The action as people read it.
+
+        Example:
+            >>> Event(30, "net.1", "edited", "Reset").outcome
+            'repaired'
+        """
+        return {"edited": "repaired", "would edit": "would repair"}.get(self.action, self.action)
+
     def __str__(self) -> str:
         units = f" ({len(self.units)} units)" if self.units else ""
         where = f" `{self.site}`" if self.site else ""
-        return f"step {self.step}: {self.remedy} {self.action}{where}{units}: {self.reason}"
+        return f"step {self.step}: {self.remedy} {self.outcome}{where}{units}: {self.reason}"
 
 
 class Loss(NamedTuple):

@@ -223,7 +223,7 @@ class EscalationPolicy:
         """Judge an edit by which of the edited units fire now."""
         back = trial.units & ~site.silent & ~site.frozen & ~site.rare
         share = int(back.sum()) / int(trial.units.sum())
-        why = f"{int(back.sum())} of {int(trial.units.sum())} treated units fire"
+        why = f"{int(back.sum())} of {int(trial.units.sum())} repaired units fire"
         if shares is not None and bool(shares.any()):
             matter = back & useful(shares, ~site.silent & ~trial.units)
             why = f"{why}, {int(matter.sum())} of them matter to the loss"

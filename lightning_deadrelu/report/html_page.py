@@ -79,7 +79,6 @@ def to_html(run: RunReport) -> str:
         all_rows=_rows([(summary,) for summary in run.sites]),
         rasters=_rasters(run),
         seen=[state for state in State if any((site.states == state).any() for site in sites.values())],
-        actions={"edited": "repaired", "would edit": "would repair"},
     )
     return page
 

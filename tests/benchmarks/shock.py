@@ -128,7 +128,7 @@ def run(seed: int, shock: bool, remedy: Any = None) -> Run:
 
 def _counts(monitor: DeadReLUMonitor) -> tuple[int, int, int]:
     edited = sum(len(event.units) for event in monitor.events if event.action == "edited")
-    back = sum(int(event.reason.split()[0]) for event in monitor.events if "treated units fire" in event.reason)
+    back = sum(int(event.reason.split()[0]) for event in monitor.events if "repaired units fire" in event.reason)
     return edited, back, sum(event.action == "given up" for event in monitor.events)
 
 

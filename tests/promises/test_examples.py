@@ -66,7 +66,7 @@ def test_other_data(tmp_path):
 @pytest.mark.slow
 def test_repair(tmp_path):
     printed = run("02_repair.py", tmp_path, "--steps", "400", "--remedy", "reset", "leaky")
-    assert "Reset edited `net.relu2`" in printed
+    assert "Reset repaired `net.relu2`" in printed
     assert "Reset revived `net.relu2`" in printed
     assert len(list(tmp_path.glob(LEFT_BEHIND["wandb"]))) == 2
     assert (tmp_path / "repair.png").stat().st_size > 5000

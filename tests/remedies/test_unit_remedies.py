@@ -312,7 +312,7 @@ def test_ladders():
         ),
         ("zzz", "`remedy='zzz'` is no remedy. Known: auto"),
         ("prelu", "PReLU brings parameters.*Call `swap_activations_"),
-        ([], "a ladder needs a rung. Try `remedy=None`"),
+        ([], "an empty list names no remedy. Try `remedy=None`"),
         (["reset", None], "`remedy=None`: it takes a flag"),
         (["reset", ["leaky"]], "it takes a flag, a remedy, or a list"),
         (3, "`remedy=3`: it takes a flag"),

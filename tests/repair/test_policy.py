@@ -308,7 +308,7 @@ def test_progress_survives_saving_in_plain_values(tmp_path):
 
 def test_an_event_reads_as_a_sentence():
     event = Event(7, "fc", "edited", "Reset", (1, 2), "30.0% dead, above the threshold 10.0%")
-    assert str(event) == "step 7: Reset edited `fc` (2 units): 30.0% dead, above the threshold 10.0%"
+    assert str(event) == "step 7: Reset repaired `fc` (2 units): 30.0% dead, above the threshold 10.0%"
 
 
 def test_nothing_is_asked_while_the_loss_is_no_number_and_an_event_says_so():

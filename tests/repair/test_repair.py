@@ -90,7 +90,7 @@ def test_what_survives_the_anneal_is_measured_and_said():
     assert (edit.action, outcome.action in ("revived", "failed")) == ("edited", True)
     assert outcome.step >= edit.step + 10
     alive = 3 - int(monitor.report["net.1"].silent[:3].sum())
-    assert outcome.reason.startswith(f"{alive} of 3 treated units fire")
+    assert outcome.reason.startswith(f"{alive} of 3 repaired units fire")
 
 
 def test_a_dry_run_says_what_it_would_do_and_does_nothing():
@@ -158,7 +158,7 @@ def test_a_live_unit_of_a_layer_called_several_times_is_never_edited():
         ({"remedy": "rest"}, "Did you mean `remedy='reset'`"),
         ({"remedy": "prelu"}, "swap_activations_"),
         ({"remedy": "reset", "threshold": 1.0}, "no remedy would ever act"),
-        ({"remedy": []}, "ladder"),
+        ({"remedy": []}, "an empty list names no remedy"),
         ({"remedy": 3}, "flag"),
         ({"remedy": Reset}, r"Reset\(\)"),
     ],

@@ -68,5 +68,5 @@ def test_an_outcome_tells_how_many_units_matter():
     )
     assert isinstance(fit(Net(mlp(3)), batches(40, 8), monitor), Trainer)
     outcome = next(event for event in monitor.events if event.action == "revived")
-    assert outcome.reason.startswith("3 of 3 treated units fire, ")
+    assert outcome.reason.startswith("3 of 3 repaired units fire, ")
     assert outcome.reason.endswith(" of them matter to the loss")
