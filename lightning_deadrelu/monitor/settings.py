@@ -112,7 +112,7 @@ class Settings:
     @property
     def rules(self) -> Rules:
         """What a verdict asks for; a remedy that goes by how often a unit usually fires needs all its rates."""
-        by_rate = any(remedy.significance is not None for remedy in self.rungs)
+        by_rate = any(remedy.significance is not None for remedy in self.remedies)
         return Rules(self.min_samples, self.tau, self.all_rates or by_rate)
 
     @property
