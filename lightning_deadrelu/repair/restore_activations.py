@@ -37,6 +37,7 @@ def restore_activations(
         ValueError: If the checkpoint is none of a whole run, or the model not the one that was trained.
 
     Example:
+        >>> import torch
         >>> trained = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
         >>> state = {"activations": [substitute_(trained, "1", "leaky_relu", torch.tensor([0.0, 0.1]))]}
         >>> model = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
