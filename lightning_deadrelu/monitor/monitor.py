@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch.optim import Optimizer
@@ -14,17 +14,18 @@ from lightning_deadrelu.explain.checkup import CheckRun
 from lightning_deadrelu.guarded import Guard, unless_failed
 from lightning_deadrelu.model.sharding import split_layer
 from lightning_deadrelu.model.trainable import Gradients
+from lightning_deadrelu.monitor import window_end
 from lightning_deadrelu.monitor.announcer import Announcer
 from lightning_deadrelu.monitor.host import Host, Misuse
-from lightning_deadrelu.monitor.merge import Counted, Merger
+from lightning_deadrelu.monitor.merge import merged
 from lightning_deadrelu.monitor.resume import restore, run_state
 from lightning_deadrelu.monitor.settings import Settings
 from lightning_deadrelu.monitor.state import MonitorState, Progress, Window
-from lightning_deadrelu.monitor.verdicts import Verdict, Verdicts
+from lightning_deadrelu.monitor.verdicts import Verdicts
 from lightning_deadrelu.observe.gradient_evidence import GradientEvidence
 from lightning_deadrelu.observe.ranks import Ranks
 from lightning_deadrelu.observe.watch import Watch
-from lightning_deadrelu.repair.activation_swap import rectifiers
+from lightning_deadrelu.repair.activation_swap import records, rectifiers
 from lightning_deadrelu.repair.repair import Repair
 from lightning_deadrelu.repair.subject import Subject
 from lightning_deadrelu.report.run_report import RunReport
@@ -52,14 +53,13 @@ class Monitor:
         """Carries remedies out."""
         self.watch = _watch_of(settings, host)
         """Counts what the rectifiers do."""
-        self._ranks = Ranks(host.device, lambda: self.running and host.is_joint, lambda: bool(self.guard.failure))
+        self.ranks = Ranks(host.device, lambda: self.running and host.is_joint, lambda: bool(self.guard.failure))
+        """The processes that train the model together."""
         self.evidence = GradientEvidence(host.warn) if settings.gradient_evidence else None
         """Asks gradients who lives; None unless that is wanted."""
         self.gradients = Gradients()
-        self.verdicts = Verdicts(settings, host, self.watch, self.evidence, self.gradients, self._ranks)
+        self.verdicts = Verdicts(settings, host, self.watch, self.evidence, self.gradients, self.ranks)
         """Judges, explains, and keeps the history."""
-        recorder = self.verdicts.recorder
-        self._merger = Merger(host, self.watch, self.repair, recorder, self.evidence, self._ranks, self.guard)
         self.checkup = CheckRun() if settings.checkup else None  # until the first observed batch is done
         self.progress = Progress()
         """How far the run has come."""
@@ -95,7 +95,7 @@ class Monitor:
     @unless_failed
     def _start(self) -> None:
         host = self.host
-        self.repair.attach(Subject(self.watch, host.model, host.optimizers, host.called, self.gradients, self._ranks))
+        self.repair.attach(Subject(self.watch, host.model, host.optimizers, host.called, self.gradients, self.ranks))
 
     def pause(self) -> None:
         """Take out of the model what observes it or is there for one batch; harmless when there is nothing."""
@@ -235,7 +235,7 @@ class Monitor:
         """
         progress = self.progress
         progress.batches += last
-        self._check_mask()
+        window_end.check_mask(self)
         self.pause()
         self.watch.liveness.end_batch()
         progress.step = step
@@ -244,8 +244,8 @@ class Monitor:
         self._note_done(loss, batch, last)
         if not last or not progress.observing:
             return None
-        self._close_observation()
-        return self._close_window() if progress.window.observations == self.settings.window else None
+        window_end.close_observation(self)
+        return window_end.close(self) if progress.window.observations == self.settings.window else None
 
     @unless_failed
     def _note_done(self, loss: Any, batch: Any, last: bool) -> None:
@@ -253,134 +253,29 @@ class Monitor:
             self.repair.note_loss(loss)
         self.verdicts.recorder.after_batch(loss, batch, self.progress.step if last else None)
 
-    def _close_observation(self) -> None:
-        """End an observation; also after a failure, as other ranks do."""
-        progress = self.progress
-        progress.observing = False
-        progress.window.close_observation(progress.step)
-        if self.watch.probe.failure:
-            self.guard.fail(self.watch.probe.failure)
-        self._note_observation()
-        self._conclude_checkup()
-        if not self.guard.ended:
-            with self.guard():
-                self.repair.confirm(progress.step, progress.batches - 1)
-
-    @unless_failed
-    def _check_mask(self) -> None:
-        """Refuse a mask that has spoken of no layer in the first batch."""
-        watch = self.watch
-        if self.progress.batches == 1 and watch.valid is not None and watch.dims and not watch.mask_fits:
-            shape = tuple(watch.valid.shape)
-            raise self.host.refusal(
-                f"`{self.settings.call}(mask=...)`: it returned shape {shape}, and no layer's activations have that"
-                " shape, followed by units, so that padding would be counted as data. Return `(batch, time)` as the"
-                " model sees them, or drop it with `mask=None`."
-            )
-
-    @unless_failed
-    def _note_observation(self) -> None:
-        self.watch.liveness.observation = self.progress.window.observations
-        self.verdicts.recorder.observed(self.progress.step)
-        if not self._ranks.joint and (self.watch.sites or self.watch.probe.out_of_range):
-            self.verdicts.match_patterns()
-
-    @unless_failed
-    def _conclude_checkup(self) -> None:
-        checkup, host, self.checkup = self.checkup, self.host, None
-        if checkup:
-            self.progress.findings = checkup.conclude(
-                self.watch, host.model, host.optimizers, clipped=host.clips, scheduled=host.schedules
-            )
-            self.progress.checked = True
-            self.announcer.tell_findings(self.progress.findings, checkup.error)
-
     # -- a verdict ---------------------------------------------------------------------------------------
 
     def provisional_verdict(self) -> LivenessReport | None:
         """Judge a window that goes on; the next verdict tells what has changed since."""
-        counted = self._counted()
-        return None if counted is None else self._look(counted)
-
-    @unless_failed
-    def _look(self, counted: Counted) -> LivenessReport:
-        verdict = self._show_open(counted)
-        window = self.progress.window
-        window.reported = self.verdicts.units.with_deaths_of(verdict.after)
-        window.reported_edits = _total(self.repair.edited)
-        return verdict.news
+        return window_end.judge_open(self, again=True)
 
     def last_verdict(self) -> LivenessReport | None:
         """Judge what was observed since the last verdict, at the end of training; a run that goes on judges it anew."""
-        counted = self._counted() if self.progress.window.unjudged else None
-        return None if counted is None else self._look_last(counted)
-
-    @unless_failed
-    def _look_last(self, counted: Counted) -> LivenessReport:
-        return self._show_open(counted).news
-
-    def _show_open(self, counted: Counted) -> Verdict:
-        verdict = self.verdicts.judge(counted, self.progress.window, self.progress.step)
-        self.verdicts.keep_open(verdict, counted, self.repair.edited)
-        self._publish(verdict.news, closed=False)
-        return verdict
-
-    def _close_window(self) -> LivenessReport | None:
-        counted = self._counted()
-        report = None if counted is None else self._close(counted)
-        if self.settings.remedies:
-            self._settle()
-        self.open_window()
-        return report
-
-    def _settle(self) -> None:
-        """Make sure that all ranks want the same edits: they do unless one has failed since the counts were merged."""
-        if not self.guard.ended:
-            with self.guard():
-                self._ranks.settle()
-        if self.guard.failure:
-            self.repair.forget()
-
-    @unless_failed
-    def _close(self, counted: Counted) -> LivenessReport:
-        verdict = self.verdicts.judge(counted, self.progress.window, self.progress.step)
-        deaths = self.verdicts.close(verdict, counted, self.repair.edited)
-        self.announcer.tell_deaths(deaths)
-        self.repair.decide(verdict.whole, counted.losses)
-        self._publish(verdict.news, closed=True)
-        self.repair.edited = {}
-        return verdict.news
+        return window_end.judge_open(self, again=False) if self.progress.window.unjudged else None
 
     def open_window(self) -> None:
         """Start a window."""
         self.progress.window = Window()
         self.watch.liveness.reset()
 
-    def _counted(self) -> Counted | None:
-        """Merge the window for a verdict; whether or not it comes about, all ranks go on in step."""
-        self.progress.judged, self.progress.window.unjudged = True, False
-        with self.guard():
-            return self._merger.merged()
-        return None
-
-    def _publish(self, report: LivenessReport, *, closed: bool) -> None:
-        self.report, self.progress.score = report, report.dead_fraction
-        self.host.show_score(self.progress.score)
-        self.host.publish(
-            self.run_report,
-            edited=_total(self.repair.edited) - self.progress.window.reported_edits,
-            at_risk=self.verdicts.history.at_risk_fraction,
-            crossed=self.announcer.tell_crossed(report),
-            closed=closed,
-        )
-
     # -- to be continued ---------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         """Return plain values and tensors; while they train, all ranks have to ask for them together."""
-        saved = encode(MonitorState.of(self.host.model))  # also after a failure: without them weights mean nothing
+        # also after a failure: without the activations the weights mean nothing
+        saved = encode(MonitorState(records(self.host.model)))
         with self.guard():
-            counted = self._merger.merged()
+            counted = merged(self)
             saved["run"] = None if counted is None else encode(run_state(self, counted))
         return dict(saved)
 
@@ -412,7 +307,3 @@ def _why_split(host: Host) -> str:
     """Say why the units of the model cannot be told from one rank to the other; empty if they can."""
     name = split_layer(host.model)
     return f"tensor parallelism splits `{name}`, so that each rank has other units" if name else ""
-
-
-def _total(edited: Mapping[str, Sequence[int]]) -> int:
-    return sum(map(len, edited.values()))

@@ -16,6 +16,7 @@ from lightning_deadrelu.monitor.results import Results
 from lightning_deadrelu.monitor.settings import Settings
 from lightning_deadrelu.monitor.state import MonitorState, exchange_as_in
 from lightning_deadrelu.observe.ranks import Ranks
+from lightning_deadrelu.repair.activation_swap import records
 
 
 class MonitorOwner(Results):
@@ -37,7 +38,7 @@ class MonitorOwner(Results):
     def _run_unwatched(self, host: Host) -> None:
         """Keep what checkpoints and other callbacks need all the same."""
         exchange_as_in(self._pending or {}, host.model)
-        self._pending = self._pending or encode(MonitorState.of(host.model))
+        self._pending = self._pending or encode(MonitorState(records(host.model)))
         host.show_score(0.0)
 
     def _abort(self) -> None:

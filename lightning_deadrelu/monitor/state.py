@@ -15,7 +15,7 @@ from lightning_deadrelu.explain.postmortem.recorder import RecorderState
 from lightning_deadrelu.model.sites import Site
 from lightning_deadrelu.monitor.announcer import Said
 from lightning_deadrelu.observe.gradient_evidence import GradientEvidenceState
-from lightning_deadrelu.repair.activation_swap import records, reinstate_
+from lightning_deadrelu.repair.activation_swap import reinstate_
 from lightning_deadrelu.repair.repair import RepairState
 from lightning_deadrelu.repair.restore_activations import restore
 from lightning_deadrelu.report.history import RunHistoryState
@@ -122,11 +122,6 @@ class MonitorState:
     activations: list[dict[str, Any]]
     run: RunState | None = None
     format: int = FORMAT
-
-    @classmethod
-    def of(cls, model: nn.Module) -> MonitorState:
-        """Start with the activations of a model."""
-        return cls(records(model))
 
 
 def exchange_as_in(state: Mapping[str, Any], model: nn.Module) -> None:

@@ -49,7 +49,6 @@ PRIVATE_LIGHTNING = {
 MOST_LINES, MOST_LINES_OF_A_CLASS = 400, 250
 # What does not hold yet: take an entry out with the change that mends it.
 CLASSES_TOO_LONG = {
-    ("monitor/monitor", "Monitor"),
     ("observe/probe", "Probe"),
 }
 
