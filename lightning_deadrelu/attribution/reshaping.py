@@ -24,6 +24,7 @@ from lightning_deadrelu.model.torch_calls import (
     SHUFFLES,
     SPLITS,
     dimension_runs,
+    quietly,
 )
 
 _KEEP_SUMS = IDENTITIES | RESHAPES | PERMUTES | SPLITS | EXPANDS | SHUFFLES | RESIZES | JOINS
@@ -70,6 +71,7 @@ def _reshape(labels: Tensor, old: tuple[int, ...], new: tuple[int, ...]) -> Tens
     return filled(labels, old, full).reshape(sizes)
 
 
+@quietly()
 def _replayed(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
     """Make the same call with labels in the tensor's place."""
 
@@ -81,6 +83,7 @@ def _replayed(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else list(result)
 
 
+@quietly()
 def _permuted(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
     return _replayed(call, main, labels)
 

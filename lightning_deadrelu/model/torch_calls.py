@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import re
 import string
+import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Generic, TypeVar
@@ -345,3 +347,21 @@ class ParameterNames:
     def stand_in(self, tensor: Tensor, name: str) -> None:
         """Take another tensor for the parameter of a name."""
         self._named[id(tensor)] = tensor, name
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Repeat one of the model's calls without the warnings that the model has had already.
+
+    Put in by hand, because the official way would let every warning of the program show once more.
+
+    Example:
+        >>> with quietly():
+        ...     warnings.warn("said before")
+    """
+    silence: Any = ("ignore", None, Warning, None, 0)
+    warnings.filters.insert(0, silence)
+    try:
+        yield
+    finally:
+        warnings.filters.remove(silence)

@@ -24,6 +24,7 @@ from lightning_deadrelu.guarded import guarded
 from lightning_deadrelu.model.rectifiers import Rectifier
 from lightning_deadrelu.model.sites import Site, base_name, plain_path
 from lightning_deadrelu.model.torch_calls import function_name
+from lightning_deadrelu.observe.attributed_call import call_for_caller
 from lightning_deadrelu.observe.call_stack import ModuleCall, in_autograd_function, may_be_fused
 from lightning_deadrelu.observe.compiled_operators import backends_around, call_compiled, why_unwatched
 from lightning_deadrelu.observe.site_resolver import Rectified, SiteCall, SiteResolver, activations_in
@@ -357,7 +358,7 @@ class Probe(TorchFunctionMode):
         if name in _IGNORED or self.failure or self._substitutes.is_running or recomputes():
             if name == "backward" and self.on_backward and not recomputes():
                 self.on_backward()
-            return func(*args, **kwargs)
+            return call_for_caller(func, args, kwargs)
         if backends := backends_around(func):
             return self._call_unwatched(name, func, args, kwargs, backends)
         found = None
@@ -365,7 +366,7 @@ class Probe(TorchFunctionMode):
             found = self._resolver.find(name, args, kwargs)
         except Exception as error:
             self.failure = error
-        output = func(*args, **kwargs)
+        output = call_for_caller(func, args, kwargs)
         try:
             if found is None and not self._call_takers:
                 self._resolver.follow(name, args, kwargs, output)

@@ -29,6 +29,7 @@ from lightning_deadrelu.model.torch_calls import (
     Call,
     contraction,
     dimension_runs,
+    quietly,
 )
 from lightning_deadrelu.observe.torch_modes import shares_memory
 
@@ -318,6 +319,7 @@ def _can_rehearse(call: Call, main: Tensor) -> bool:
     )
 
 
+@quietly()
 def _rehearsed(call: Call, main: Tensor, dims: tuple[int, ...]) -> Dims:
     """Repeat the call on a stand-in without storage, whose sizes and strides number its dimensions."""
     stand_in = torch.empty([max(main.shape) + 1 + i for i in range(main.ndim)], device="meta")
@@ -336,6 +338,7 @@ def _rehearsed(call: Call, main: Tensor, dims: tuple[int, ...]) -> Dims:
     return tuple(place - result.ndim for place, mark in enumerate(marks) if mark in own) or None
 
 
+@quietly()
 def _permuted(call: Call, ndim: int, dims: tuple[int, ...]) -> Dims:
     """Permute a storage-free stand-in whose sizes number its dimensions, and read where they went."""
     stand_in = torch.empty((), device="cpu").expand(tuple(range(ndim)))
