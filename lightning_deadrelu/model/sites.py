@@ -26,6 +26,19 @@ def clean(path: str) -> str:
     return _WRAPPERS.sub("", path).rstrip(".")
 
 
+_ORIGINALS = re.compile(r"(?:(^|\.)parametrizations\.(\w+)\.original\d*|(\.|^)(weight|bias)_(?:orig|[gv]))$")
+
+
+def plain_parameter(name: str) -> str:
+    """Name the parameter that others stand for: of a pruned, masked or normalised weight the weight.
+
+    Example:
+        >>> [plain_parameter(f"fc.{name}") for name in ("weight", "weight_orig", "parametrizations.weight.original0")]
+        ['fc.weight', 'fc.weight', 'fc.weight']
+    """
+    return _ORIGINALS.sub(lambda found: f"{found[1] or found[3] or ''}{found[2] or found[4]}", name)
+
+
 class Site(NamedTuple):
     """What makes a site itself: two calls with equal fields are one site.
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_deadrelu.model.sharding import reshard_
-from lightning_deadrelu.model.sites import Site, clean
+from lightning_deadrelu.model.sites import Site, clean, plain_parameter
 
 
 class Gradients:
@@ -71,10 +71,10 @@ def trainable_sites(
     reshard_(model)
     held = {id(p) for optimizer in optimizers for p in _held(optimizer)}
     trained = (held - never) or held
-    learns = {
-        clean(name): p.requires_grad and (not trained or id(p) in trained)
-        for name, p in model.named_parameters(remove_duplicate=False)
-    }
+    learns: dict[str, bool] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        plain = plain_parameter(clean(name))
+        learns[plain] = learns.get(plain, False) or (p.requires_grad and (not trained or id(p) in trained))
     return [_learns(site, learns) for site in sites]
 
 

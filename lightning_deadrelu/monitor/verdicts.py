@@ -17,6 +17,7 @@ from lightning_deadrelu.observe.ranks import Ranks
 from lightning_deadrelu.observe.watch import Watch
 from lightning_deadrelu.report.history import RunHistory
 from lightning_deadrelu.statistics import LivenessReport, Totals, UnitHistory, judge
+from lightning_deadrelu.statistics.judge import unseen
 
 
 class Verdict(NamedTuple):
@@ -64,6 +65,7 @@ class Verdicts:
         """Keeps the states of all units, window by window."""
         self.raster = self.history.raster
         """These states, with the open window where there was a verdict in it."""
+        self._gone: set[str] = set()  # sites that stopped to run, as was said
         self._matched = False  # whether the patterns were held against the sites
 
     def judge(self, counted: Counted, window: Window, step: int) -> Verdict:
@@ -105,12 +107,22 @@ class Verdicts:
 
     def close(self, verdict: Verdict, counted: Counted, edited: Mapping[str, Sequence[int]]) -> tuple[DeathEvent, ...]:
         """Explain a window that has ended, and keep it."""
+        self._tell_unseen(counted.totals)
         self.units = verdict.after
         deaths = self._explained(verdict, counted)
         self.recorder.close_window(counted.totals, counted.readings, self._watch.layout, self._host.model, deaths)
         self.history.close(verdict.whole, edited)
         self.raster = self.history.raster
         return deaths
+
+    def _tell_unseen(self, totals: Totals) -> None:
+        """Say once of each site that it has stopped to run, and that its last verdict stays in the fractions."""
+        names = zip(self._watch.layout.names, unseen(totals, self.units), strict=True)
+        gone = [name for name, missing in names if missing and name not in self._gone]
+        self._gone.update(gone)
+        if gone:
+            listed = ", ".join(f"`{name}`" for name in gone)
+            self._host.warn(f"{listed} did not run in this window; the last verdict stands in all fractions meanwhile.")
 
     def _explained(self, verdict: Verdict, counted: Counted) -> tuple[DeathEvent, ...]:
         totals, _, readings = counted

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_deadrelu.model.sites import plain_parameter
 from lightning_deadrelu.model.torch_calls import (
     ANY_CONVOLUTION,
     CHANNEL_NORMS,
@@ -75,7 +76,7 @@ def parameter(name: str) -> Provenance:
         >>> sorted(parameter("fc.weight").producers)
         ['fc.weight']
     """
-    return Provenance(frozenset({name}), weight=True)
+    return Provenance(frozenset({plain_parameter(name)}), weight=True)
 
 
 @lru_cache(maxsize=4096)
@@ -116,7 +117,12 @@ def follow(call: Call, known: Known) -> Provenance:
 def _sorted_out(call: Call, known: Known) -> tuple[Known, Known]:
     """Tell weights from activations; what a layer is applied to is one, even if it is learned (queries, prompts)."""
     applied_to = call.operands[0] if _is_layer(call) and len(call.operands) > 1 else None
-    weights = [(tensor, lineage) for tensor, lineage in known if lineage.weight and tensor is not applied_to]
+    mine = call.operands[1:] if applied_to is not None else ()  # a layer's weights, whatever they are computed from
+    weights = [
+        (tensor, lineage)
+        for tensor, lineage in known
+        if tensor is not applied_to and (lineage.weight or any(tensor is other for other in mine))
+    ]
     rest = [(tensor, lineage) for tensor, lineage in known if _holds_numbers(tensor)]
     return weights, [(tensor, lineage) for tensor, lineage in rest if not _is_among(tensor, weights)]
 

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from lightning_deadrelu.model.rectifiers import Rectifier, is_rectifier_module, rectifier_of
-from lightning_deadrelu.model.sites import Site, base_name, clean, count_units, guess_dims, matches
-from lightning_deadrelu.model.torch_calls import Call, plain_name, tensors_in
+from lightning_deadrelu.model.sites import Site, base_name, clean, count_units, guess_dims, matches, plain_parameter
+from lightning_deadrelu.model.torch_calls import ANY_CONVOLUTION, LAYERS, Call, plain_name, tensors_in
 from lightning_deadrelu.observe.call_stack import CallStack, in_forward
 from lightning_deadrelu.observe.provenance import Provenance, activated, of_module, parameter
 from lightning_deadrelu.observe.tensor_origins import TensorOrigins
 
+_WEIGHTED = LAYERS | ANY_CONVOLUTION
 _MOST_WIDTHS = 4  # a site whose number of units differs between calls more often has no units
 
 
@@ -131,6 +132,8 @@ class SiteResolver:
             call = Call(plain, args, kwargs, outputs)
             self.origins.note_zeros(call)
             known = [self.provenance(x) for x in call.operands]
+            if call.name in _WEIGHTED and len(known) > 1 and known[1] is None:
+                known[1] = self._weight_of_module()
             for call.place, tensor in enumerate(outputs):
                 self.origins.remember(tensor, self.origins.follow(call, known))
         return outputs
@@ -150,6 +153,14 @@ class SiteResolver:
         own = self.stack[-1].module.named_parameters(self.stack.path, recurse=False)
         name = next((name for name, weight in own if weight is tensor), None)
         return None if name is None else parameter(clean(name))
+
+    def _weight_of_module(self) -> Provenance | None:
+        """Take a layer's weight that was computed out of sight for one of its module's parameters."""
+        if not self.stack:
+            return None
+        names = (clean(name) for name, _ in self.stack[-1].module.named_parameters(self.stack.path))
+        own = frozenset(plain_parameter(name) for name in names if not name.endswith("bias"))
+        return Provenance(own, weight=True) if own else None
 
     # -- sites
 

@@ -91,10 +91,17 @@ def _units(
     found = _by_site(totals, before, layout, steps, ~shown)
     rated, hard = found.pop("rated"), found.pop("hard")
     silent = hard & ~fires & sane
-    dead = silent & (found["age"] >= rules.min_samples)
+    kept = _unseen(totals, before, layout)  # a fraction must not fall because sites got lost
+    dead = (silent & (found["age"] >= rules.min_samples)) | (kept & was_dead)
     lives = fires | (proven & ~dead)
     newly_dead, revived = dead & ~was_dead, lives & was_dead
-    found |= {"dead": dead, "silent": silent, "judged": lives | dead, "newly_dead": newly_dead, "revived": revived}
+    found |= {
+        "dead": dead,
+        "silent": silent,
+        "judged": lives | dead | (kept & ever),
+        "newly_dead": newly_dead,
+        "revived": revived,
+    }
     found |= {"born_dead": dead & ~(ever | proven), "redied": newly_dead & returned, "nonfinite": nonfinite > FINITE}
     found |= {"rare": lives & found["rare"], "frozen": fires & sane & totals.constant(layout).numpy()}
     found["dormant"] = rated & sane & (found["dormancy"] <= rules.tau)
@@ -112,6 +119,17 @@ def _units(
         last_fired=units["last_fired"],
         elements=before.elements + totals.elements.sum(1),
     )
+
+
+def unseen(totals: Totals, before: UnitHistory) -> list[bool]:
+    """Tell for each site whether it ran before, and not in this window, so that its last verdict stands."""
+    known = before.elements.tolist()
+    now = totals.elements.sum(1).tolist()
+    return [not seen and place < len(known) and known[place] > 0 for place, seen in enumerate(now)]
+
+
+def _unseen(totals: Totals, before: UnitHistory, layout: Layout) -> Array:
+    return np.repeat(np.array(unseen(totals, before), dtype=bool), [site.units for site in layout])
 
 
 def _by_site(

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch import nn
+from torch.nn.utils import parametrize, prune
 from torch.utils.data import DataLoader
 from toys import EVERYTHING, Log, Net, Verdicts, batches, fit, mlp
 
-from lightning_deadrelu import DeadReLUMonitor
+from lightning_deadrelu import DeadReLUMonitor, find_dead_units
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*the Trainer has no logger", "ignore:.*get no gradient", "ignore:.*no rectifier ran"
@@ -182,3 +184,118 @@ def test_empty_batches_count_nothing():
     monitor = DeadReLUMonitor(**EVERYTHING)
     fit(Emptied(), batches(4), monitor)
     assert monitor.report["net.1"].samples == 10
+
+
+# -- computed weights, and sites that get lost --------------------------------------------------------------
+
+
+class Ternary(nn.Module):
+    """A quantised weight, made by code out of sight with its gradient passed straight through."""
+
+    class Through(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, weight):
+            return weight.sign() * weight.abs().mean()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad
+
+    def forward(self, weight):
+        return self.Through.apply(weight)
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("kept", (torch.arange(4) > 0).float())
+
+    def forward(self, weight):
+        return weight * self.kept.view(1, -1, *[1] * (weight.ndim - 2))
+
+
+def quantised(weight):
+    return torch.fake_quantize_per_tensor_affine(weight, 0.1, 0, -8, 7)
+
+
+class Quantised(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, quantised(self.weight), self.bias)
+
+
+COMPUTED = {
+    "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 0.3),
+    "masked": lambda layer: parametrize.register_parametrization(layer, "weight", Masked()) or layer,
+    "quantised out of sight": lambda layer: parametrize.register_parametrization(layer, "weight", Ternary()) or layer,
+    "weight norm": nn.utils.parametrizations.weight_norm,
+    "spectral norm": nn.utils.spectral_norm,
+}
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(4, 6, bias=False), lambda: nn.Conv1d(4, 6, 1, bias=False)])
+@pytest.mark.parametrize("name", COMPUTED)
+def test_a_layer_whose_weight_is_computed_is_watched_as_before(name, make):
+    layer = make()
+    x = torch.randn(300, 4, 2)[..., 0] if isinstance(layer, nn.Linear) else torch.randn(300, 4, 2)
+    model = nn.Sequential(layer, nn.ReLU())
+    with torch.no_grad():
+        x[:, 0] = x[:, 0].abs()
+        layer.weight[2] = -layer.weight[2].abs()
+    before = find_dead_units(model, [x])
+    COMPUTED[name](layer)
+    report = find_dead_units(model, [x])
+    assert [site.units for site in report.sites] == [site.units for site in before.sites] == [6]
+    fired = (model(x) > 0).transpose(0, 1).flatten(1).sum(1)
+    assert report.sites[0].dead.tolist() == (fired == 0).tolist()
+
+
+def test_a_quantised_layer_is_watched():
+    model = nn.Sequential(Quantised(4, 6, bias=False), nn.ReLU())
+    assert find_dead_units(model, [torch.randn(300, 4)]).sites[0].units == 6
+
+
+class Pruning(Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == 3:
+            for layer in (pl_module.net[0], pl_module.net[2]):
+                prune.l1_unstructured(layer, "weight", 0.2)
+
+
+def without_bias():
+    net = nn.Sequential(nn.Linear(4, 8, False), nn.ReLU(), nn.Linear(8, 6, False), nn.ReLU(), nn.Linear(6, 1))
+    with torch.no_grad():
+        net[2].weight[:3] = -1
+    return net
+
+
+def test_pruning_in_the_middle_of_a_run_loses_no_site():
+    monitor = DeadReLUMonitor(**EVERYTHING)
+    fit(Net(without_bias(), lr=0.0), batches(8), monitor, Pruning())
+    (first, second) = monitor.report.sites
+    assert (first.name, second.name) == ("net.1", "net.3")
+    assert first.samples == second.samples == 20
+    assert second.dead.tolist() == [True] * 3 + second.dead.tolist()[3:]
+
+
+class LosesItsLayers(Net):
+    """From the fifth batch on runs other layers, as a growing model does."""
+
+    def forward(self, x):
+        return super().forward(x) if len(self.losses) < 4 else x.sum(-1, keepdim=True) * self.net[4].bias
+
+
+def test_a_fraction_never_falls_because_sites_got_lost():
+    model, monitor = LosesItsLayers(without_bias(), lr=0.0), DeadReLUMonitor(**EVERYTHING)
+    seen = []
+
+    class Scores(Callback):
+        def on_train_batch_end(self, *_):
+            seen.append(monitor.report and (monitor.report.dead_units, monitor.report.units))
+
+    with pytest.warns(
+        UserWarning, match=r"`net\.1`, `net\.3` did not run in this window; the last verdict stands"
+    ) as said:
+        fit(model, batches(16), monitor, Scores())
+    assert len([one for one in said if "did not run" in str(one.message)]) == 1
+    assert len(set(seen[3:])) == 1
+    assert seen[-1][0] >= 3

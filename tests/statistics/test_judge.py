@@ -97,9 +97,10 @@ def slow_verdicts(windows, min_samples, ranks=1, all_rates=False):
             silent = samples > 0 and fired == 0
             dead = silent and age[unit] >= min_samples
             row["silent"].append(silent)
-            row["dead"].append(dead)
+            stands = dead if samples else was_dead[unit]  # without data the last verdict stands
+            row["dead"].append(stands)
             row["age"].append(age[unit])
-            row["born_dead"].append(dead and not ever[unit])
+            row["born_dead"].append(stands and not ever[unit])
             row["newly_dead"].append(dead and not was_dead[unit])
             row["revived"].append(fired > 0 and was_dead[unit])
             row["redied"].append(dead and not was_dead[unit] and came_back[unit])
@@ -194,12 +195,13 @@ def test_death_revival_and_second_death_are_told_apart():
     assert seen == [{"dead", "born_dead", "newly_dead"}, {"revived"}, {"dead", "newly_dead", "redied"}, {"dead"}]
 
 
-def test_without_data_a_dead_unit_is_neither_dead_nor_newly_dead_afterwards():
-    silent, nothing = torch.full((4, 1), -1.0), torch.zeros(0, 1)
-    _, idle, again = report_of([[silent], [nothing], [silent]], min_samples=4)
-    assert not idle.sites[0].dead.any()
-    assert not idle.sites[0].judged.any()
-    assert again.sites[0].dead.all()
+def test_without_data_the_last_verdict_stands_and_nobody_dies_anew():
+    units, nothing = torch.tensor([[-1.0, 1.0]]).expand(4, 2), torch.zeros(0, 2)
+    first, idle, again = report_of([[units], [nothing], [units]], min_samples=4)
+    assert first.dead_units == idle.dead_units == again.dead_units == 1
+    assert idle.sites[0].judged.all()
+    assert not idle.sites[0].silent.any()
+    assert not again.sites[0].newly_dead.any()
     assert not again.sites[0].newly_dead.any()
 
 
