@@ -21,6 +21,7 @@ from lightning_deadrelu.explain.checkup import checkup
 from lightning_deadrelu.explain.finding import Finding
 from lightning_deadrelu.loop import watch
 from lightning_deadrelu.observe.audit import find_dead_units
+from lightning_deadrelu.observe.watchpoint import Watchpoint
 from lightning_deadrelu.prevention import (
     born_dead_bounds,
     decay_groups,
@@ -47,6 +48,7 @@ __all__ = [
     "ThermalKick",
     "UnitLiveness",
     "WakeUp",
+    "Watchpoint",
     "born_dead_bounds",
     "checkup",
     "decay_groups",

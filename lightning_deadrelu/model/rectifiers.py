@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+WATCHPOINT = "watchpoint"
+"""The kind of what is no rectifier and is watched as one; nothing is known of what feeds it."""
+
 
 class Rectifier(NamedTuple):
     """One kind of activation.
@@ -19,6 +22,7 @@ class Rectifier(NamedTuple):
         smooth: True where no input is exactly dead (GELU, ELU, ...): only dormancy is judged.
         fused: True where the input is out of sight and the output has to stand in for it.
         plain: True where the output is ``max(input, 0)``, at most clipped: its sign tells who fired.
+        indexed: True where the input holds numbers of units that fire, and no activations.
     """
 
     kind: str
@@ -27,6 +31,7 @@ class Rectifier(NamedTuple):
     smooth: bool = False
     fused: bool = False
     plain: bool = False
+    indexed: bool = False
 
 
 _RELU = Rectifier("relu", plain=True)

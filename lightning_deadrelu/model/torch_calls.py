@@ -28,6 +28,11 @@ _PLAIN |= {"multiply": "mul", "truediv": "div", "itruediv": "div", "idiv": "div"
 _PLAIN |= {"rtruediv": "rdiv", "imatmul": "matmul", "negative": "neg"}
 _IN_PLACE = frozenset(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "div", "pow", "mod"))
 
+IGNORED = frozenset({"shape", "dtype", "device", "dim", "size", "ndim", "is_cuda", "requires_grad", "grad_fn", "numel"})
+IGNORED |= {"is_leaf", "layout", "stride", "_set_grad_enabled", "is_floating_point", "data_ptr", "is_contiguous"}
+IGNORED |= {"backward", "grad", "names", "_base"}  # the last FSDP2 asks for, and it is known by itself
+"""What is asked for all the time, and never gives a tensor that matters."""
+
 
 def function_name(func: Callable[..., Any]) -> str:
     """Name a torch function; ``x.T`` and its kin arrive as getters and go by their attribute's name.

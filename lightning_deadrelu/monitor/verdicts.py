@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from lightning_deadrelu.explain.postmortem import DeathEvent
 from lightning_deadrelu.explain.postmortem.recorder import FlightRecorder
+from lightning_deadrelu.model.rectifiers import WATCHPOINT
 from lightning_deadrelu.model.trainable import Gradients, trainable_sites
 from lightning_deadrelu.monitor.host import Host
 from lightning_deadrelu.monitor.merge import Counted
@@ -127,7 +129,8 @@ class Verdicts:
     def _explained(self, verdict: Verdict, counted: Counted) -> tuple[DeathEvent, ...]:
         totals, _, readings = counted
         layout, host, peaks = self._watch.layout, self._host, self.history.peaks.of
-        return self.recorder.explain(verdict.whole, totals, readings, layout, peaks, host.model, host.optimizers)
+        fed = replace(verdict.whole, sites=tuple(site for site in verdict.whole.sites if site.kind != WATCHPOINT))
+        return self.recorder.explain(fed, totals, readings, layout, peaks, host.model, host.optimizers)
 
     def match_patterns(self) -> None:
         """Refuse patterns that match nothing, and warn about a model with nothing to watch; once."""

@@ -9,7 +9,6 @@ Compiled code, which neither mode nor hooks could see, runs eagerly meanwhile, o
 from __future__ import annotations
 
 import threading
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_deadrelu.guarded import guarded
 from lightning_deadrelu.model.rectifiers import Rectifier
 from lightning_deadrelu.model.sites import Site, base_name, plain_path
-from lightning_deadrelu.model.torch_calls import function_name
+from lightning_deadrelu.model.torch_calls import IGNORED, function_name
 from lightning_deadrelu.observe.attributed_call import call_for_caller
 from lightning_deadrelu.observe.call_stack import ModuleCall, in_autograd_function, may_be_fused
 from lightning_deadrelu.observe.compiled_operators import backends_around, call_compiled, why_unwatched
@@ -33,31 +32,15 @@ from lightning_deadrelu.observe.substitutes import Substitutes
 from lightning_deadrelu.observe.torch_modes import (
     EagerCompiler,
     holds_another,
-    is_transformed,
     no_caching_modes,
+    plain_tensor,
     push_mode,
     recomputes,
     remove_mode,
     unseen_by_modes,
 )
+from lightning_deadrelu.observe.watchpoint import Watchpoint
 
-# asked for all the time, and never a tensor that matters
-_IGNORED = frozenset(
-    {"shape", "dtype", "device", "dim", "size", "ndim", "is_cuda", "requires_grad", "grad_fn", "numel"}
-)
-_IGNORED |= {
-    "is_leaf",
-    "layout",
-    "stride",
-    "_set_grad_enabled",
-    "is_floating_point",
-    "data_ptr",
-    "is_contiguous",
-    "backward",
-    "grad",
-    "names",
-    "_base",  # which FSDP2 asks for, and which is known by itself
-}
 _ARMS_PER_LOOK = 10
 
 
@@ -110,7 +93,6 @@ class Probe(TorchFunctionMode):
         """Whether the call that is handed on is of a forward that trains; see :meth:`trains`."""
         self.ended: Callable[[], None] = lambda: None
         """Called when the probe stops to look."""
-        self._told = False  # that a call could not be followed
         self.entered: set[str] = set()
         """Paths of the modules whose forward has run while the probe looked."""
         self.failure: Exception | None = None
@@ -259,7 +241,7 @@ class Probe(TorchFunctionMode):
         for taker in self._call_takers.values():
             taker.end()
         self._call_takers.clear()
-        self._tell_unfollowed()
+        self._resolver.origins.tell_unfollowed()
 
     def rest(self) -> None:
         """Look away until :meth:`resume`, or until armed anew."""
@@ -279,17 +261,6 @@ class Probe(TorchFunctionMode):
 
     def _fail(self, error: Exception) -> None:
         self.failure = error
-
-    def _tell_unfollowed(self) -> None:
-        """Say once that a call could not be followed, which costs the sites behind it their names and nothing else."""
-        error = self._resolver.origins.error
-        if error is not None and not self._told:
-            self._told = True
-            warnings.warn(
-                f"Where a tensor comes from could not be followed ({type(error).__name__}: {error}): sites behind it"
-                " are counted all the same, but go by their place in the forward, and cannot be repaired.",
-                stacklevel=3,
-            )
 
     # -- modules
 
@@ -334,11 +305,24 @@ class Probe(TorchFunctionMode):
                 self._leave_substitute(module, substitute, output)
         if (call := self._resolver.stack.leave(module)) is None:
             return
+        if isinstance(module, Watchpoint) and self._passed is None and not recomputes():
+            with guarded(self._fail), unseen_by_modes():
+                self._take_watchpoint(module, call.path, output)
+            return
         if self._passed is module:
             self._passed = None
             if not self._rests:
                 push_mode(self)
         self._resolver.follow_module(call.path, module, output)
+
+    def _take_watchpoint(self, module: Watchpoint, path: str, output: Any) -> None:
+        read = module.read(output, path)
+        if isinstance(read, str):
+            self.unwatched[plain_path(path)] = read
+        elif read.values.numel():
+            self.is_training = self.trains()
+            with torch.no_grad(), no_caching_modes():
+                self._sink(read.site, read.rectifier, read.values, read.values, (-1,))
 
     def _leave_substitute(self, module: nn.Module, call: Rectified, output: Any) -> None:
         """Take the call of the whole module for the rectifier's."""
@@ -346,7 +330,7 @@ class Probe(TorchFunctionMode):
             return
         met = self._rectified(call, output)
         if self._call_takers:
-            self._hand_on("substitute", None, (call.x,), {}, output, (*met, call.x) if met else None)
+            self._hand_on(("substitute", None, (call.x,), {}, output), (*met, call.x) if met else None)
 
     # -- functions
 
@@ -355,7 +339,7 @@ class Probe(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = function_name(func)
-        if name in _IGNORED or self.failure or self._substitutes.is_running or recomputes():
+        if name in IGNORED or self.failure or self._substitutes.is_running or recomputes():
             if name == "backward" and self.on_backward and not recomputes():
                 self.on_backward()
             return call_for_caller(func, args, kwargs)
@@ -373,7 +357,7 @@ class Probe(TorchFunctionMode):
                 return output
             met = self._note(name, args, kwargs, output, found)
             if self._call_takers:
-                self._hand_on(name, func, args, kwargs, output, (*met, found.x) if met and found else None)
+                self._hand_on((name, func, args, kwargs, output), (*met, found.x) if met and found else None)
         except Exception as error:
             self.failure = error
         return output
@@ -412,7 +396,7 @@ class Probe(TorchFunctionMode):
         return self._rectified(Rectified(found.rectifier, outputs[0], outputs[0]), outputs[0])  # its input is hidden
 
     def _rectified(self, call: Rectified, output: Tensor) -> SiteCall | None:
-        resolved = self._resolver.resolve(call, output, _plain)
+        resolved = self._resolver.resolve(call, output, plain_tensor)
         if resolved is None:
             return None
         met, values, out = resolved
@@ -422,28 +406,11 @@ class Probe(TorchFunctionMode):
         return met
 
     def _hand_on(
-        self,
-        name: str,
-        func: Callable[..., Any] | None,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        output: Any,
-        met: tuple[Site, Rectifier, tuple[int, ...], Tensor] | None,
+        self, call: tuple[str, Any, Any, Any, Any], met: tuple[Site, Rectifier, tuple[int, ...], Tensor] | None
     ) -> None:
-        """Hand a call to all who take calls, as a site's if it was one."""
+        """Hand a call to all who take calls, as a site's if it was one; see :meth:`CallTaker.see`."""
         stack = self._resolver.stack
         frame = (stack[-1].path, stack[-1].module) if stack else ("", None)
         with no_caching_modes():
             for taker in self._call_takers.values():
-                taker.see(name, func, args, kwargs, output, frame, met)
-
-
-def _plain(x: Tensor) -> Tensor | None:
-    """Detach a tensor that is what it seems to be; None for nested, sparse and otherwise wrapped ones."""
-    if x.is_nested or x.layout is not torch.strided or is_transformed(x):
-        return None
-    if type(x) not in (Tensor, nn.Parameter):
-        if type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-            return None
-        x = x.as_subclass(Tensor)
-    return x.detach()
+                taker.see(*call, frame, met)

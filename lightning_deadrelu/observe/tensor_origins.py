@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ class TensorOrigins:
         self._derived: dict[tuple[Any, ...], Provenance | None] = {}
         self._known: TensorTable[Provenance] = TensorTable(versions=False)
         self._zeros: TensorTable[bool] = TensorTable()
+        self._told = False  # that there was one
         self.error: Exception | None = None
         """The first call that could not be followed: its site is counted, but goes by its place in the forward."""
 
@@ -127,6 +129,16 @@ class TensorOrigins:
         except Exception as error:
             self.error = self.error or error
             return None
+
+    def tell_unfollowed(self) -> None:
+        """Say once that a call could not be followed, which costs the sites behind it their names and nothing else."""
+        if self.error is not None and not self._told:
+            self._told = True
+            warnings.warn(
+                f"Where a tensor comes from could not be followed ({type(self.error).__name__}: {self.error}): sites"
+                " behind it are counted all the same, but go by their place in the forward, and cannot be repaired.",
+                stacklevel=4,
+            )
 
 
 def _is_steady(call: Call, known: list[Provenance | None]) -> bool:

@@ -112,6 +112,17 @@ def shares_memory(tensor: Tensor, other: Tensor) -> bool:
     return bool(torch._C._is_alias_of(tensor, other))
 
 
+def plain_tensor(x: Tensor) -> Tensor | None:
+    """Detach a tensor that is what it seems to be; None for nested, sparse and otherwise wrapped ones."""
+    if x.is_nested or x.layout is not torch.strided or is_transformed(x):
+        return None
+    if type(x) not in (Tensor, torch.nn.Parameter):
+        if type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            return None
+        x = x.as_subclass(Tensor)
+    return x.detach()
+
+
 def unseen_by_modes() -> AbstractContextManager[None]:
     """Hide what is done from function modes: within a hook they would see it, and take it for the model's."""
     unseen: AbstractContextManager[None] = torch._C.DisableTorchFunction()  # the official one is for subclasses alone

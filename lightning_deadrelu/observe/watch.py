@@ -12,14 +12,17 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_deadrelu.attribution import Attributions, Tracer, merged
 from lightning_deadrelu.model.layout import Layout
-from lightning_deadrelu.model.rectifiers import Rectifier, is_rectifier_module
+from lightning_deadrelu.model.rectifiers import WATCHPOINT, Rectifier, is_rectifier_module
 from lightning_deadrelu.model.sites import Site, clean, is_selected, own_name, plain_path, unmatched
 from lightning_deadrelu.model.slices import Slice
 from lightning_deadrelu.observe.compiled import Compiled, Seen
 from lightning_deadrelu.observe.probe import Probe
 from lightning_deadrelu.observe.subscribers import RectifierTaker, subscribed
+from lightning_deadrelu.observe.watchpoint import Watchpoint
 from lightning_deadrelu.statistics import Counts, Rules, UnitLiveness, count
+from lightning_deadrelu.statistics.counts import count_indices
 
+ONLY_WATCHED = "it is a watchpoint, which is watched and never repaired"
 NOT_TRACED = "it has not run while its layers were traced"
 
 
@@ -140,13 +143,19 @@ class Watch:
         trains = self.probe.is_training
         if not self.liveness.layout.sites[place].units or (place in self._trained and not trains):
             return
-        self.compiled.saw(place)
+        if site.kind == WATCHPOINT:
+            self.compiled.refuse(f"`{self.name_of(place)}` is a watchpoint, of which compiled code has no trace")
+        else:
+            self.compiled.saw(place)
         self.dims[place], self.hinges[place] = dims, rectifier.hinge
-        valid = None if self.valid is None else _fit(self.valid, x, dims)
+        chosen = x[..., None] if rectifier.indexed and self.valid is not None and x.shape == self.valid.shape else x
+        valid = None if self.valid is None else _fit(self.valid, chosen, dims)
         self.mask_fits = self.mask_fits or valid is not None
         if place in self.offsets:
             x, out, rectifier = _without(self.offsets[place], x, dims, rectifier)
-        self._add_counts(place, count(x, out, dims, rectifier, valid, self.liveness.wants_rates(place)), trains)
+        wants_rates = self.liveness.wants_rates(place)
+        chose = count_indices(x, site.units, valid) if rectifier.indexed else None
+        self._add_counts(place, chose or count(x, out, dims, rectifier, valid, wants_rates), trains)
         for taker in self._takers.values():
             taker(place, rectifier, x, dims, valid)
 
@@ -244,6 +253,7 @@ class Watch:
         """Which entries feed and read the units of each site, as far as all traced batches tell."""
         tracer = self._tracer
         known = merged(tracer.attributions(), self.sites, tracer.failure or NOT_TRACED)
+        known |= merged({}, [site for site in self.sites if site.kind == WATCHPOINT], ONLY_WATCHED)
         named = zip(self.layout.names, self.sites, strict=True)
         return Attributions({name: known[site] for name, site in named if site.units}, tracer.used)
 
@@ -277,9 +287,7 @@ class Watch:
     def _idle(self) -> list[str]:
         """List the rectifiers that have not run yet."""
         known = {*(plain_path(site.owner) for site in self.sites), *self.probe.unwatched}
-        exact = (
-            plain_path(clean(n)) for n, m in self._model.named_modules() if is_rectifier_module(m) and _is_exact(m)
-        )
+        exact = (plain_path(clean(name)) for name, module in self._model.named_modules() if _can_die(module))
         return [path for path in exact if path not in known]
 
     @property
@@ -325,7 +333,10 @@ def _check_lists(**arguments: Sequence[str]) -> None:
 _SMOOTH_MODULES = (nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.CELU, nn.SELU, nn.Softplus, nn.RReLU, nn.LeakyReLU, nn.PReLU)
 
 
-def _is_exact(module: nn.Module) -> bool:
+def _can_die(module: nn.Module) -> bool:
+    """Whether a module makes a site, of which units can be exactly silent."""
+    if not is_rectifier_module(module):
+        return isinstance(module, Watchpoint)
     return not isinstance(module, _SMOOTH_MODULES) and not (isinstance(module, nn.Hardtanh) and module.min_val != 0)
 
 

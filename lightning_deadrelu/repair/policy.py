@@ -10,6 +10,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from lightning_deadrelu.model.rectifiers import WATCHPOINT
 from lightning_deadrelu.remedies import Remedy
 from lightning_deadrelu.repair.event import Event, Loss
 from lightning_deadrelu.repair.usefulness import useful
@@ -135,7 +136,7 @@ class EscalationPolicy:
         """
         events = self._stop_or_resume(loss, report.step)
         requests = []
-        for site in report.headline:
+        for site in (one for one in report.headline if one.kind != WATCHPOINT):
             progress = self.state.sites.setdefault(site.name, Progress())
             if site.name in busy:
                 events += self._judge_harm(progress, site, report.step, loss)

@@ -152,6 +152,32 @@ def count(
     return Counts(fired, magnitude, peak, trough, samples, elements)
 
 
+def count_indices(x: Tensor, units: int, valid: Tensor | None = None) -> Counts:
+    """Count how often each unit was chosen, on the device and without waiting for it.
+
+    Args:
+        x: Numbers of units, any shape; others than 0 to ``units`` - 1 choose nobody.
+        units: How many there are.
+        valid: Boolean, True for data and False for padding, of the shape of ``x``, perhaps without its last
+            dimension, or None.
+
+    Example:
+        >>> counts = count_indices(torch.tensor([0, 2, 2, -1]), 4)
+        >>> counts.fired, counts.elements
+        (tensor([1, 0, 2, 0]), 4)
+    """
+    chosen, elements = x.long().flatten(), x.numel()
+    nobody = (chosen < 0) | (chosen >= units)
+    if valid is not None:
+        shown = valid.view(*valid.shape, *[1] * (x.ndim - valid.ndim)).expand(x.shape).flatten()
+        nobody, elements = nobody | ~shown, shown.sum()  # type: ignore[assignment]
+    fired = chosen.new_zeros(units + 1)
+    fired.scatter_add_(0, chosen.masked_fill(nobody, units), torch.ones_like(chosen))
+    fired = fired[:units]
+    peak, trough = (fired > 0).float(), (fired == elements).float()
+    return Counts(fired, fired.float(), peak, trough, elements, elements)
+
+
 def _may_look(x: Tensor) -> bool:
     """Whether to look at a number waits for nothing."""
     return x.device.type == "cpu"

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_deadrelu.model.layout import Layout
-from lightning_deadrelu.model.rectifiers import Rectifier
+from lightning_deadrelu.model.rectifiers import WATCHPOINT, Rectifier
 from lightning_deadrelu.model.sites import Site
 from lightning_deadrelu.statistics.counts import RELU, Counts, FlatCounts, count
 from lightning_deadrelu.statistics.judge import Rules, judge
@@ -135,9 +135,10 @@ class UnitLiveness(Metric):
         """Tell whether more than the peaks of a site is to be read in the present observation.
 
         It is in a window's last observation, so that rates are of the latest weights, and in the first in which the
-        site runs, so that there are some whenever a verdict is asked for.
+        site runs, so that there are some whenever a verdict is asked for. Of a watchpoint they are always: how often
+        a latent or a code is chosen is what is asked there, and it may be seldom.
         """
-        if self._rates_all:
+        if self._rates_all or self.layout.sites[site].kind == WATCHPOINT:
             return True
         return self._rated.setdefault(site, self._observation) == self._observation
 

@@ -111,6 +111,29 @@ class SiteReport:
         return 1 - 0.05 ** (1 / self.age.double())
 
     @property
+    def used_fraction(self) -> float:
+        """Share of the units that fired in the window, 0 to 1."""
+        return _number(self.fired > 0) / self.units
+
+    @property
+    def perplexity(self) -> float:
+        """How many units are in use, weighed by how often: exp of the entropy of who fires, in nats; 0 if nobody does.
+
+        As VQ-VAE reports it for a codebook; from 1 to the number of units.
+        """
+        shares = self.fired.double() / max(int(self.fired.sum()), 1)
+        return float(torch.special.entr(shares).sum().exp()) if self.fired.any() else 0.0
+
+    @property
+    def largest_violation(self) -> float:
+        """How far the busiest unit is above the mean, over the mean: 0 where all fire alike; NaN if nobody does.
+
+        Source: MaxVio of Wang et al. 2024, arXiv 2408.15664, for the load of experts.
+        """
+        mean = float(self.fired.double().mean())
+        return float(self.fired.max()) / mean - 1 if mean else math.nan
+
+    @property
     def dead_fraction(self) -> float:
         """Share of the units that are dead, 0 to 1."""
         return _number(self.dead) / self.units

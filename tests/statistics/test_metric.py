@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lightning_deadrelu.model.rectifiers import Rectifier
 from lightning_deadrelu.model.sites import Site
-from lightning_deadrelu.statistics import Rules, UnitHistory, UnitLiveness, count
+from lightning_deadrelu.statistics import Rules, UnitHistory, UnitLiveness, count, judge
 
 
 def test_the_smallest_positive_number_fires():
@@ -247,3 +247,16 @@ def test_a_site_that_has_rates_on_any_rank_needs_no_more_until_the_last_observat
     assert right.wants_rates(0)
     right.reset()
     assert right.wants_rates(0)
+
+
+def test_ages_go_beyond_what_32_bits_hold():
+    rules = Rules(min_samples=10_000_000)
+    metric = UnitLiveness({"latents": 1}, rules=rules)
+    metric.update(torch.full((5, 1), -1.0))
+    old = UnitHistory.empty(1, 1)
+    old.age.fill_(2**33)
+    old.elements.fill_(2**33)
+    report, history = judge(metric.totals().to_host(), old, metric.layout, rules)
+    assert report["latents"].age.tolist() == [2**33 + 5]
+    assert history.elements.tolist() == [2**33 + 5]
+    assert report["latents"].rate_bound[0] == pytest.approx(1 - 0.05 ** (1 / 2**33), rel=1e-3)
