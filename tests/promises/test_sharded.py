@@ -324,6 +324,7 @@ REMEDIES = {
     "reset": "reset",
     "kick": "thermal_kick",
     "leaky": "leaky",
+    "wake_up": "wake_up",
     "ladder": [BiasWarming(steps=3, cooldown=1, attempts=1), Reset(cooldown=1, tries=1), "gelu"],
 }
 
