@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 from lightning.pytorch import Callback
-from toys import Net, batches, fit, mlp
+from toys import Net, assert_same, batches, fit, mlp
 
 from lightning_deadrelu import DeadReLUMonitor
-from lightning_deadrelu.remedies import BiasWarming, LeakySlope, Reset, SwapActivation, ThermalKick
+from lightning_deadrelu.remedies import BiasWarming, LeakySlope, Reset, SwapActivation, ThermalKick, WakeUp
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*the Trainer has no logger", "ignore:.*get no gradient")
 OBJECTS = {
@@ -67,6 +67,20 @@ def test_a_reset_revives_and_changes_the_output_by_exactly_nothing():
         assert torch.equal(before[place][0][name], after[place][0][name])
     assert not monitor.report["net.1"].silent[:3].all()
     assert "revived" in [event.action for event in monitor.events]
+
+
+@pytest.mark.parametrize("remedy", [BiasWarming(steps=15), WakeUp(), LeakySlope()], ids=["lift", "wake_up", "leaky"])
+def test_what_brings_units_back_slowly_changes_nothing_at_the_edit(remedy):
+    torch.manual_seed(0)
+    data = batches(12, 8)
+    monitor = DeadReLUMonitor(remedy=remedy, include=["net.1"], **EAGER)
+    callbacks, before, after = around(monitor, torch.cat(list(data)))
+    fit(Net(mlp(3)), data, *callbacks)
+    edit = next(event for event in monitor.events if event.action == "edited")
+    (old_weights, old_state, old_output), (weights, state, output) = before[edit.step], after[edit.step]
+    assert torch.equal(old_output, output)
+    assert_same(old_weights, weights)
+    assert_same(old_state, state)
 
 
 @pytest.mark.parametrize("remedy", OBJECTS.values(), ids=OBJECTS)
