@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, NoReturn
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from lightning_deadrelu.attribution.result import Attribution
 from lightning_deadrelu.model.slices import Slice
 from lightning_deadrelu.statistics import SiteReport
 from lightning_deadrelu.statistics.confirmation import LEVELS
+from lightning_deadrelu.validation import Argument
 
 _NEEDS = frozenset({"incoming", "outgoing", "outlet", "module"})
 # of each count: the least value, whether None is one, and an example
@@ -297,40 +298,20 @@ class Remedy(_Derivable):
 
     def __post_init__(self) -> None:
         for field, (least, optional, example) in _COUNTS.items():
-            self._check_count(field, least, optional, example)
-        self._check_flag("dry_run")
+            self._argument(field).check_count(example, least, optional)
+        self._argument("dry_run").check_flag()
         if self.significance is not None:
-            self._check_number("significance", 0.001, 0, 1)
+            self._argument("significance").check_number(0.001, 0, 1)
         if self.stop_step is not None and self.stop_step <= self.start_step:
             why = f"it has to be behind `start_step={self.start_step}`, or it never acts"
-            self._refuse("stop_step", why, f"stop_step={self.start_step + 1000}")
+            self._argument("stop_step").refuse(why, f"stop_step={self.start_step + 1000}")
         if unknown := sorted(set(self.needs) - _NEEDS):
             raise ValueError(
                 f"`{type(self).__name__}.needs` names {unknown}, which no site has. Try any of {sorted(_NEEDS)}."
             )
 
-    def _refuse(self, field: str, why: str, example: str) -> NoReturn:
-        written = getattr(self, field)
-        raise ValueError(f"`{type(self).__name__}({field}={written!r})`: {why}. Try `{example}`.")
-
-    def _check_count(self, field: str, least: int, optional: bool, example: int) -> None:
-        value = getattr(self, field)
-        if (value is None and optional) or (type(value) is int and value >= least):
-            return
-        alternative = ", or None" if optional else ""
-        self._refuse(field, f"it has to be a whole number of at least {least}{alternative}", f"{field}={example}")
-
-    def _check_flag(self, field: str) -> None:
-        if not isinstance(getattr(self, field), bool):
-            self._refuse(field, "it is a switch", f"{field}=True")
-
-    def _check_number(self, field: str, example: float, above: float, below: float = math.inf) -> None:
-        value = getattr(self, field)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not above < value < below:
-            limits = [f"above {above:g}"] * math.isfinite(above) + [f"below {below:g}"] * math.isfinite(below)
-            why = " and ".join(limits) or "finite"
-            self._refuse(field, f"it has to be a number {why}", f"{field}={example}")
+    def _argument(self, field: str) -> Argument:
+        return Argument(type(self).__name__, field, getattr(self, field))
 
     @property
     def treats_frozen(self) -> bool:

@@ -59,12 +59,12 @@ class BiasWarming(Remedy):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.firing_rate is not None:
-            self._check_number("firing_rate", 0.2, 0, 1)
-        self._check_count("steps", 1, False, 200)
-        self._check_flag("at_once")
+            self._argument("firing_rate").check_number(0.2, 0, 1)
+        self._argument("steps").check_count(200)
+        self._argument("at_once").check_flag()
         if self.cap is not None:
-            self._check_number("cap", 1.0, 0)
-        self._check_number("margin", 0.01, 0)
+            self._argument("cap").check_number(1.0, 0)
+        self._argument("margin").check_number(0.01, 0)
 
     @property
     def is_exact(self) -> bool:
@@ -128,9 +128,9 @@ class WakeUp(Remedy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_number("target_rate", 0.2, 0, 1)
-        self._check_number("push", 1.0, 0)
-        self._check_count("max_steps", 1, False, 1000)
+        self._argument("target_rate").check_number(0.2, 0, 1)
+        self._argument("push").check_number(1.0, 0)
+        self._argument("max_steps").check_count(1000)
 
     @property
     def is_exact(self) -> bool:
@@ -179,9 +179,9 @@ class LeakySlope(Remedy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_number("slope", 0.1, 0, 1)
-        self._check_flag("per_unit")
-        self._check_count("ramp_steps", 2, True, 300)
+        self._argument("slope").check_number(0.1, 0, 1)
+        self._argument("per_unit").check_flag()
+        self._argument("ramp_steps").check_count(300, 2, optional=True)
 
     def propose(self, view: SiteView, generator: torch.Generator) -> Edits:
         """Give a slope to the treated units, or to all, and lift or push the treated ones."""

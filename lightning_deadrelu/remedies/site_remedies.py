@@ -48,7 +48,7 @@ class SwapActivation(Remedy):
         if self.activation == "prelu":
             raise ValueError(f"`SwapActivation(activation='prelu')`: {PRELU}.")
         if self.activation not in KINDS:
-            self._refuse("activation", f"it has to be one of {', '.join(KINDS)}", 'activation="gelu"')
+            self._argument("activation").refuse(f"it has to be one of {', '.join(KINDS)}", 'activation="gelu"')
 
     def propose(self, view: SiteView, generator: torch.Generator) -> Edits:
         """Name the activation."""

@@ -56,10 +56,10 @@ class Reset(Remedy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_count("tries", 1, False, 8)
+        self._argument("tries").check_count(8)
         if self.bias is not None:
-            self._check_number("bias", 0.1, -math.inf)
-        self._check_flag("frozen")
+            self._argument("bias").check_number(0.1)
+        self._argument("frozen").check_flag()
 
     @property
     def treats_frozen(self) -> bool:
@@ -128,8 +128,8 @@ class ThermalKick(Remedy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_number("strength", 0.1, 0)
-        self._check_number("depth", 1.0, 0)
+        self._argument("strength").check_number(0.1, 0)
+        self._argument("depth").check_number(1.0, 0)
 
     def propose(self, view: SiteView, generator: torch.Generator) -> Edits:
         """Add noise to what feeds the treated units."""
