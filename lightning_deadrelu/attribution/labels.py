@@ -59,6 +59,11 @@ class Stream(NamedTuple):
     origin: Origin | Site
     labels: Tensor
 
+    @property
+    def is_outlet(self) -> bool:
+        """Whether a module's output is its origin, where a constant can be added."""
+        return isinstance(self.origin, Origin) and self.origin.role == OUTLET
+
 
 class Weight(NamedTuple):
     """A named parameter, as it is or transposed."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from lightning_deadrelu.attribution.labels import (
-    OUTLET,
     Flow,
     NotFollowable,
     Origin,
@@ -41,12 +40,12 @@ def multiply(call: TracedCall) -> Outcome:
     for tensor, flow in zip(call.operands, flows, strict=True):
         for stream in flow.streams:
             labels = _carried(stream.labels, letters.get(id(tensor)), result)
-            if labels is None or (gated and isinstance(stream.origin, Origin)) or _is_outlet(stream):
+            if labels is None or (gated and isinstance(stream.origin, Origin)) or stream.is_outlet:
                 gone.append(stream)
             else:
                 kept.append(stream._replace(labels=labels))
     why = next((flow.why for flow in flows if flow.why), "")
-    if not why and len(kept) < sum(not _is_outlet(stream) for flow in flows for stream in flow.streams):
+    if not why and len(kept) < sum(not stream.is_outlet for flow in flows for stream in flow.streams):
         why = f"what feeds it passes through `{call.name}`"
     unaccounted = unaccounted_reads(
         Flow(tuple(gone)), f"`{call.name}`", f"`{call.name}` reads it, and not unit by unit"
@@ -85,7 +84,7 @@ def scatter(call: TracedCall) -> Outcome:
     gone: list[Stream] = []
     for stream in flow.streams:
         labels = shrunk(stream.labels, [dim])
-        if labels is None or (_is_outlet(stream) and not _averages(call)):
+        if labels is None or (stream.is_outlet and not _averages(call)):
             gone.append(stream)
         else:
             kept.append(stream._replace(labels=grown(labels, call.output.ndim)))
@@ -97,7 +96,3 @@ def scatter(call: TracedCall) -> Outcome:
 
 def _averages(call: TracedCall) -> bool:
     return call.argument(4, "reduce") in ("mean", "amax", "amin") and not call.kwargs.get("include_self", True)
-
-
-def _is_outlet(stream: Stream) -> bool:
-    return isinstance(stream.origin, Origin) and stream.origin.role == OUTLET

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lightning_deadrelu.attribution import layers, products, reshaping
 from lightning_deadrelu.attribution.labels import (
-    OUTLET,
     Flow,
     NotFollowable,
     Origin,
@@ -142,8 +141,8 @@ def _passing(call: TracedCall, flow: Flow) -> tuple[list[Stream], list[Unaccount
     """Give up the outlets where a constant added before the call is another one behind it."""
     if reshaping.keeps_sums(call):
         return list(flow.streams), []
-    lost = tuple(stream for stream in flow.streams if _is_outlet(stream))
-    kept = [stream for stream in flow.streams if not _is_outlet(stream)]
+    lost = tuple(stream for stream in flow.streams if stream.is_outlet)
+    kept = [stream for stream in flow.streams if not stream.is_outlet]
     return kept, list(unaccounted_reads(Flow(lost), f"`{call.name}`", ""))
 
 
@@ -233,8 +232,8 @@ def _add(call: TracedCall) -> Outcome:
     reader = f"`{call.name}`"
     for tensor in call.operands:
         flow, ndim = _as_row(call, tensor, "bias"), call.output.ndim
-        lost = [stream for stream in flow.before if tensor is negated and _is_outlet(stream)]
-        kept = [stream for stream in flow.before if not (tensor is negated and _is_outlet(stream))]
+        lost = [stream for stream in flow.before if tensor is negated and stream.is_outlet]
+        kept = [stream for stream in flow.before if not (tensor is negated and stream.is_outlet)]
         streams += [stream._replace(labels=grown(stream.labels, ndim)) for stream in kept]
         rest = flow._replace(streams=(*flow.behind, *lost))
         unaccounted += unaccounted_reads(rest, reader, f"{reader} reads it (an identity path)")
@@ -281,7 +280,7 @@ def _multiply(call: TracedCall) -> Outcome:
         lost = call.name == "div" and tensor is divisor
         row = call.look(tensor).weight is not None
         before = [] if lost or (gated and not row) else flow.before
-        kept = [stream for stream in (*before, *([] if lost else flow.behind)) if not _is_outlet(stream)]
+        kept = [stream for stream in (*before, *([] if lost else flow.behind)) if not stream.is_outlet]
         gone = [stream for stream in flow.streams if not any(stream is other for other in kept)]
         unaccounted += unaccounted_reads(flow._replace(streams=tuple(gone)), reader, f"{reader} reads it")
         streams += [stream._replace(labels=grown(stream.labels, ndim)) for stream in kept]
@@ -294,10 +293,6 @@ def _multiply(call: TracedCall) -> Outcome:
 
 def _layers_in(call: TracedCall, tensor: Tensor) -> list[Stream]:
     return call.look(tensor).before
-
-
-def _is_outlet(stream: Stream) -> bool:
-    return isinstance(stream.origin, Origin) and stream.origin.role == OUTLET
 
 
 def _sign(call: TracedCall) -> str:
