@@ -18,12 +18,12 @@ from lightning_deadrelu.statistics import LivenessReport
 
 
 @dataclass
-class Said:
-    """What was said already.
+class Announced:
+    """What was announced already.
 
     Args:
-        crossed: The sites that crossed the threshold.
-        copies: Whether it was that averaged copies of the weights are left alone.
+        crossed: Names of the sites that crossed the threshold.
+        copies: Whether it was announced that averaged copies of the weights are left alone.
     """
 
     crossed: set[str] = field(default_factory=set)
@@ -40,8 +40,8 @@ class Announcer:
 
     def __init__(self, settings: Settings, host: Host) -> None:
         self._settings, self._host = settings, host
-        self.said = Said()
-        """What was said already, also in the run that is gone on with."""
+        self.announced = Announced()
+        """What was announced already, also in the run that is gone on with."""
 
     def tell_event(self, event: Event) -> None:
         """Say what was done to a site."""
@@ -49,15 +49,15 @@ class Announcer:
             self._host.warn(f"{event}. `monitor.attribution` shows what is known of all sites.")
         else:
             self._host.info(str(event))
-        if event.action == "edited" and self._host.averages and not self.said.copies:
-            self.said.copies = True
+        if event.action == "edited" and self._host.averages and not self.announced.copies:
+            self.announced.copies = True
             self._host.warn(f"averaged copies of the weights ({self._host.averages}) are left alone.")
 
     def tell_crossed(self, report: LivenessReport) -> list[str]:
         """Say which sites have crossed the threshold for the first time in the run, and name them."""
-        threshold, said = self._settings.threshold, self.said.crossed
-        crossed = [site for site in report.headline if site.dead_fraction > threshold and site.name not in said]
-        said.update(site.name for site in crossed)
+        threshold, announced = self._settings.threshold, self.announced.crossed
+        crossed = [site for site in report.headline if site.dead_fraction > threshold and site.name not in announced]
+        announced.update(site.name for site in crossed)
         if crossed:
             sites = ", ".join(f"`{site.name}` ({int(site.dead.sum())} of {site.units} units)" for site in crossed)
             self._host.warn(

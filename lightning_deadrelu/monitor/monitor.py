@@ -23,6 +23,7 @@ from lightning_deadrelu.monitor.settings import Settings
 from lightning_deadrelu.monitor.state import MonitorState, Progress, Window
 from lightning_deadrelu.monitor.verdicts import Verdicts
 from lightning_deadrelu.observe.gradient_evidence import GradientEvidence
+from lightning_deadrelu.observe.padding_mask import mask_of
 from lightning_deadrelu.observe.ranks import Ranks
 from lightning_deadrelu.observe.watch import Watch
 from lightning_deadrelu.repair.activation_swap import records, rectifiers
@@ -193,7 +194,7 @@ class Monitor:
         if not (self.progress.observing and self.settings.mask):
             return
         try:
-            self.watch.valid = self.settings.valid(batch, first=not self.progress.batches)
+            self.watch.valid = mask_of(batch, self.settings.mask, first=not self.progress.batches)
         except Exception as error:
             if self.progress.batches:
                 raise

@@ -32,7 +32,7 @@ def run_state(monitor: Monitor, counted: Counted) -> RunState:
         repair=monitor.repair.state,
         history=monitor.verdicts.history.state,
         recorder=monitor.verdicts.recorder.state,
-        said=monitor.announcer.said,
+        announced=monitor.announcer.announced,
         report=monitor.report,
         connectivity=monitor.watch.tracer.state if monitor.repair.traces else None,
     )
@@ -57,7 +57,7 @@ def restore(monitor: Monitor, saved: Mapping[str, Any]) -> None:
 
 
 def _restore_run(monitor: Monitor, run: RunState) -> None:
-    monitor.progress, monitor.announcer.said = run.progress, run.said
+    monitor.progress, monitor.announcer.announced = run.progress, run.announced
     monitor.checkup = None if run.progress.checked else monitor.checkup
     monitor.gradients.load(run.never_trained, monitor.host.model, monitor.host.optimizers)
     monitor.repair.restore(run.repair)
@@ -69,7 +69,7 @@ def _restore_units(monitor: Monitor, run: RunState) -> None:
     if run.selection != monitor.settings.selection:  # the sites are others, and so are their numbers
         monitor.open_window()
         monitor.repair.forget()
-        monitor.host.warn("other sites are selected than in the checkpoint, so all ages start at zero.")
+        monitor.host.warn("other layers are selected than in the checkpoint, so all ages start at zero.")
         return
     monitor.watch.adopt(run.sites)
     if run.connectivity:

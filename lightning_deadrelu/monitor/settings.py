@@ -7,10 +7,8 @@ from dataclasses import dataclass, fields
 from os import PathLike
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from lightning_deadrelu.observe.torch_modes import unseen_by_modes
 from lightning_deadrelu.remedies import Remedy, ladder_of
 from lightning_deadrelu.statistics import Rules
 from lightning_deadrelu.validation import Argument
@@ -136,31 +134,6 @@ class Settings:
         """
         block, place = divmod(batch, self.every_n_steps)
         return place == (_hashed(block) % self.every_n_steps if self.remedies else 0)
-
-    def valid(self, batch: Any, *, first: bool = True) -> Tensor | None:
-        """Tell data from padding: True for data, shape ``(batch, time)``; None where all is data.
-
-        Args:
-            batch: The batch.
-            first: Whether to look at values too, for which a device has to be waited for.
-
-        Raises:
-            TypeError: If ``mask`` returns something else.
-        """
-        with unseen_by_modes():
-            valid = self.mask(batch) if self.mask else None
-            if valid is None:
-                return None
-            if not isinstance(valid, Tensor) or valid.ndim != 2:
-                got = f"shape {tuple(valid.shape)}" if isinstance(valid, Tensor) else type(valid).__name__
-                raise TypeError(f"it returned {got}, where only a value for each (batch, time) tells data. {_MASK}")
-            if first and valid.dtype != torch.bool and not ((valid == 0) | (valid == 1)).all():
-                why = f"it returned {valid.dtype} values other than 0 and 1, which do not tell data from padding"
-                raise TypeError(f"{why} (0 and -inf are scores to be added). {_MASK}")
-            return valid.bool()
-
-
-_MASK = 'Return booleans, True for data: `mask=lambda batch: batch["attention_mask"].bool()`.'
 
 
 def _changed_fields(given: Settings | Remedy) -> str:

@@ -13,7 +13,7 @@ from lightning_deadrelu.checkpoint import FORMAT
 from lightning_deadrelu.explain.finding import Finding
 from lightning_deadrelu.explain.postmortem.recorder import RecorderState
 from lightning_deadrelu.model.sites import Site
-from lightning_deadrelu.monitor.announcer import Said
+from lightning_deadrelu.monitor.announcer import Announced
 from lightning_deadrelu.observe.gradient_evidence import GradientEvidenceState
 from lightning_deadrelu.repair.activation_swap import reinstate_
 from lightning_deadrelu.repair.repair import RepairState
@@ -89,7 +89,7 @@ class RunState:
         repair: Remedies in flight, and what was done.
         history: What is shown of the run.
         recorder: What a post-mortem needs.
-        said: What was said on the terminal.
+        announced: What was announced on the terminal.
         report: The latest verdict.
         connectivity: Which parameters were seen to feed and read the sites, where that is traced.
     """
@@ -104,7 +104,7 @@ class RunState:
     repair: RepairState
     history: RunHistoryState
     recorder: RecorderState
-    said: Said
+    announced: Announced
     report: LivenessReport | None = None
     connectivity: ConnectivityState | None = None
 

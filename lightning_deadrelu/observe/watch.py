@@ -16,6 +16,7 @@ from lightning_deadrelu.model.rectifiers import WATCHPOINT, Rectifier, is_rectif
 from lightning_deadrelu.model.sites import Site, clean, is_selected, own_name, plain_path, unmatched
 from lightning_deadrelu.model.slices import Slice
 from lightning_deadrelu.observe.compiled import Compiled, Seen
+from lightning_deadrelu.observe.padding_mask import over_rows
 from lightning_deadrelu.observe.probe import Probe
 from lightning_deadrelu.observe.subscribers import RectifierTaker, subscribed
 from lightning_deadrelu.observe.watchpoint import Watchpoint
@@ -149,7 +150,7 @@ class Watch:
             self.compiled.saw(place)
         self.dims[place], self.hinges[place] = dims, rectifier.hinge
         chosen = x[..., None] if rectifier.indexed and self.valid is not None and x.shape == self.valid.shape else x
-        valid = None if self.valid is None else _fit(self.valid, chosen, dims)
+        valid = None if self.valid is None else over_rows(self.valid, chosen, dims)
         self.mask_fits = self.mask_fits or valid is not None
         if place in self.offsets:
             x, out, rectifier = _without(self.offsets[place], x, dims, rectifier)
@@ -347,12 +348,3 @@ def _without(
     shape = [x.shape[dim] if dim in dims else 1 for dim in range(-x.ndim, 0)]
     x = x - offset.to(x.device, x.dtype).view(shape)
     return x, (x - rectifier.hinge).clamp(min=0), rectifier._replace(plain=False)
-
-
-def _fit(valid: Tensor, x: Tensor, dims: tuple[int, ...]) -> Tensor | None:
-    """Give the padding mask the shape of the rows of ``x``; None where it does not speak of them."""
-    if dims != (-1,):
-        return None
-    if x.shape[:-1] == valid.shape:
-        return valid
-    return valid.flatten() if x.shape[:-1] == (valid.numel(),) else None

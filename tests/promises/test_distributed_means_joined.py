@@ -30,9 +30,8 @@ from toys import (
 from two_ranks import Branching, ddp_trainer, on_two_ranks, shares
 
 from lightning_deadrelu import DeadReLUMonitor
+from lightning_deadrelu.monitor import merge, verdicts, window_end
 from lightning_deadrelu.monitor import monitor as monitoring
-from lightning_deadrelu.monitor import verdicts
-from lightning_deadrelu.monitor.merge import Merger
 from lightning_deadrelu.observe.watch import Watch
 from lightning_deadrelu.repair import editor, second_look, writer
 from lightning_deadrelu.repair.lift import Lifts
@@ -121,15 +120,14 @@ def test_watching_two_ranks_changes_no_bit():
 def count_collectives(rank):
     counts = []
     monitor = Verdicts(every_n_steps=1, window=2, min_samples=1)
-    merged = Merger.merged
 
     def counted(*args):
         with mock.patch.multiple(dist, **{name: mock.Mock(wraps=getattr(dist, name)) for name in COLLECTIVES}):
-            totals = merged(*args)
+            totals = merge.merged(*args)
             counts.append({name: n for name in COLLECTIVES if (n := getattr(dist, name).call_count)})
         return totals
 
-    with mock.patch.object(Merger, "merged", counted):
+    with mock.patch.object(window_end, "merged", counted):
         ddp_trainer(callbacks=[monitor], max_epochs=1).fit(Branching(), plain(shares(rank)))
     return counts
 

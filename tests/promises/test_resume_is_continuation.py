@@ -151,7 +151,7 @@ def test_other_patterns_after_a_resume_hold_from_then_on(selection, tmp_path):
     items = tensors(9)
     fresh_run(Verdicts(**SETTINGS), every_step(tmp_path), items=items, enable_checkpointing=True)
     resumed = Verdicts(**SETTINGS, **selection)
-    with pytest.warns(UserWarning, match="other sites are selected than in the checkpoint"):
+    with pytest.warns(UserWarning, match="other layers are selected than in the checkpoint"):
         fresh_run(resumed, items=items, ckpt=tmp_path / "9.ckpt")
     expected = ["net.1", "net.3"] if "unit_dims" in selection else ["net.3"]
     assert [site.name for site in resumed.report.sites] == expected
