@@ -44,6 +44,7 @@ PRIVATE_TORCH = ("observe/torch_modes", "observe/compiled")  # and what else beg
 PRIVATE_LIGHTNING = {
     ("trainer_host", "logging_step"),
     ("trainer_host", "trains"),
+    ("trainer_host", "in_training_step"),
     ("report/loggers/adapters", "_prefixed"),
 }
 MOST_LINES, MOST_LINES_OF_A_CLASS = 400, 250

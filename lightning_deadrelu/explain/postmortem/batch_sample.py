@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 from lightning_deadrelu.explain.centring import INDICATORS, indicator_share, mean_over_deviation
-from lightning_deadrelu.explain.postmortem.subsample import coprime, is_dense
+from lightning_deadrelu.explain.postmortem.subsample import subsample
 
 INPUTS = 3
 """The first so many float tensors of a batch are looked at."""
-_RUN, _RUNS = 4, 256  # entries side by side, of an input
+_ENTRIES = 1024  # of an input
 
 
 class BatchSample(NamedTuple):
     """What was read of a batch, just as it was read: to reduce many batches at once takes a fraction of the time.
 
     Args:
-        values: The loss in the first row, if there is one, and entries of each input below, shape ``(rows, 4)``.
-        sizes: How many rows of ``values`` are the loss's (0 or 1) and each input's.
+        values: The loss, if there is one, then entries of each input, shape ``(entries,)``.
+        sizes: How many of them are the loss's (0 or 1) and each input's.
     """
 
     values: Tensor
@@ -45,10 +45,10 @@ def sample_batch(loss: Any, batch: Any) -> BatchSample | None:
         (1, 16)
     """
     known = type(loss) is Tensor and loss.numel() == 1 and not loss.is_complex() and not loss.is_meta
-    parts = [loss.reshape(1, 1).expand(1, _RUN)] if known else []
+    parts = [loss.reshape(1)] if known else []
     inputs = floats_of(batch)
     device = parts[0].device if parts else inputs[0].device if inputs else None
-    parts += [_runs(x) for x in inputs if x.device == device]
+    parts += [subsample(x, _ENTRIES) for x in inputs if x.device == device]
     sizes = (*((0,) if not known else ()), *(part.shape[0] for part in parts))
     return BatchSample(torch.cat(parts), sizes) if parts else None
 
@@ -66,7 +66,7 @@ def reduced(samples: Sequence[BatchSample]) -> list[Tensor]:
     values = torch.stack([sample.values for sample in samples]).float()
     loss, *inputs = values.split(samples[0].sizes, 1)
     missing = values.new_full((len(values), 1), torch.nan)
-    columns = [loss[:, :, 0] if loss.shape[1] else missing, *(x.abs().amax((1, 2))[:, None] for x in inputs)]
+    columns = [loss if loss.shape[1] else missing, *(x.abs().amax(1, keepdim=True) for x in inputs)]
     return list(torch.cat([*columns, *[missing] * (INPUTS - len(inputs))], 1).unbind())
 
 
@@ -93,20 +93,6 @@ def _leaves(batch: Any, depth: int = 3) -> Iterator[Any]:
     if depth:
         for one in islice(inside, 8):
             yield from _leaves(one, depth - 1)
-
-
-def _runs(x: Tensor) -> Tensor:
-    """Read entries: all, or of a large tensor those of evenly spread runs, so that each row has some.
-
-    Returns:
-        Shape ``(runs, 4)``; of a small tensor each entry stands four times in its row.
-    """
-    size = x.numel()
-    if not is_dense(x.shape, x.stride()):
-        return x.reshape(-1)[:: -(-size // (_RUN * _RUNS)), None].expand(-1, _RUN)
-    if size <= _RUN * _RUNS:
-        return x.as_strided((size, _RUN), (1, 0))
-    return x.as_strided((_RUNS, _RUN), (coprime((size - _RUN) // _RUNS, size), 1))
 
 
 @torch.no_grad()
