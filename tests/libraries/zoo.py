@@ -110,8 +110,10 @@ def pytorch_forecasting(options: dict[str, Any]) -> None:
 def scvi(options: dict[str, Any]) -> None:
     """A variational autoencoder for single-cell counts, trained by scvi-tools."""
     import anndata
+    from scvi import settings
     from scvi.model import SCVI
 
+    settings.seed = 3
     cells = anndata.AnnData(torch.poisson(torch.full((320, 30), 3.0)).numpy())
     SCVI.setup_anndata(cells)
     model = SCVI(cells, n_hidden=32, n_latent=4)
