@@ -23,8 +23,11 @@ SETTINGS: dict[str, Any] = {"every_n_steps": 1, "window": WINDOW, "min_samples":
 DEEP = -100.0
 """A bias so low that the unit fires on nothing."""
 
-Train = Callable[[dict[str, Any]], object]
-"""Builds a library's model and trains it with these options of a Trainer, by the library's own code."""
+STEPS, LIFTING = 60, 260
+"""Batches of a run, and of one with ``remedy="auto"``, which may lift units over 200 batches."""
+
+Train = Callable[[int, dict[str, Any]], object]
+"""Builds a library's model and trains it for so many batches, with these options of a Trainer, by its own code."""
 
 
 # -- callbacks that look on ----------------------------------------------------------------------------------
@@ -134,13 +137,14 @@ class Trained:
     warnings: list[str] = field(default_factory=list)
 
 
-def trained(train: Train, *callbacks: Callback) -> Trained:
+def trained(train: Train, *callbacks: Callback, steps: int = STEPS) -> Trained:
     """Train from the same seed with some callbacks."""
     done = Trained()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as raised, no_fast_path():
         warnings.simplefilter("always")
         seed_everything(3, verbose=False)
         train(
+            steps,
             {
                 "accelerator": "cpu",
                 "devices": 1,
@@ -149,7 +153,7 @@ def trained(train: Train, *callbacks: Callback) -> Trained:
                 "enable_progress_bar": False,
                 "enable_model_summary": False,
                 "default_root_dir": folder,
-            }
+            },
         )
     done.warnings += [str(one.message) for one in raised]
     return done
@@ -293,8 +297,8 @@ def examine(library: Library) -> dict[str, Any]:
     row = Row()
     _healthy(library, row)
     _dead(library, row)
-    for remedy in ("reset", "auto"):
-        _repaired(library, remedy, row)
+    for remedy, steps in {"reset": STEPS, "auto": LIFTING}.items():
+        _repaired(library, remedy, steps, row)
     return asdict(row)
 
 
@@ -330,9 +334,9 @@ def _dead(library: Library, row: Row) -> None:
     row.died = int(monitor.report[library.site].dead[: row.planted].sum())
 
 
-def _repaired(library: Library, remedy: str, row: Row) -> None:
+def _repaired(library: Library, remedy: str, steps: int, row: Row) -> None:
     monitor = Listening(remedy=remedy, **SETTINGS)
-    trained(library.train, Plant(library.bias), monitor)
+    trained(library.train, Plant(library.bias), monitor, steps=steps)
     assert monitor.report is not None
     row.fire_again[remedy] = int((~monitor.report[library.site].silent[: row.planted]).sum())
     row.reasons[remedy] = [str(event) for event in monitor.events if event.site in ("", library.site)]

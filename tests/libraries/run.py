@@ -23,7 +23,16 @@ from typing import Any
 from libraries.harness import Library, examine
 from libraries.zoo import LIBRARIES
 
-COLUMNS = ("library", "model", "works", "exact", "bit-identical", "repaired: `reset`", "`auto`", "quiet")
+COLUMNS = (
+    "library",
+    "model",
+    "works: units in layers",
+    "exact",
+    "bit-identical",
+    "repaired: `reset`",
+    "`auto`",
+    "quiet",
+)
 TESTS = Path(__file__).resolve().parents[1]
 PATIENCE = 900
 """Seconds for one library."""
@@ -79,11 +88,11 @@ def cells(library: Library, found: dict[str, Any]) -> list[str]:
     if "error" in found:
         return [*head, f"no: {found['error'].strip().splitlines()[-1]}", *["-"] * (len(COLUMNS) - 3)]
     units, sites = sum(found["sites"].values()), len(found["sites"])
-    works = f"no: {'; '.join(found['broken'])}" if found["broken"] else f"{sites} layers, {units} units"
-    exact = f"{found['verdicts']} verdicts" if not found["inexact"] else f"no: {len(found['inexact'])} masks"
+    works = f"no: {'; '.join(found['broken'])}" if found["broken"] else f"yes: {units} units in {sites}"
+    exact = "yes" if not found["inexact"] else f"no: {len(found['inexact'])} masks"
     same = "yes" if not found["other_weights"] else f"no: {len(found['other_weights'])} tensors"
     repaired = [f"{found['fire_again'][remedy]} of {found['died']}" for remedy in ("reset", "auto")]
-    crossed = f", {len(found['crossed'])} of real deaths" if found["crossed"] else ""
+    crossed = f"; tells of {len(found['crossed'])} layers that die" if found["crossed"] else ""
     quiet = f"no: {len(found['loud'])} warnings" if found["loud"] else "yes" + crossed
     return [*head, works, exact, same, *repaired, quiet]
 
