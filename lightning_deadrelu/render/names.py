@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Sequence
 
@@ -27,6 +28,25 @@ def shortened_names(names: Sequence[str], longest: int = 44) -> list[str]:
     return [
         name if len(name) <= longest else f"{name[: longest // 3]}…{name[longest // 3 - longest :]}" for name in short
     ]
+
+
+def cut_name(name: str, longest: int) -> str:
+    """Leave out the middle of a name that is too long, and put a digest of the whole there: it is cut alike each time.
+
+    Args:
+        name: In ASCII.
+        longest: Characters that it may have.
+
+    Example:
+        >>> cut_name("encoder.layers.0.activation", 24)
+        'encoder_16833c68_ivation'
+        >>> cut_name("encoder.act", 24)
+        'encoder.act'
+    """
+    if len(name) <= longest:
+        return name
+    kept = (longest - 10) // 2
+    return f"{name[:kept]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}_{name[-kept:]}"
 
 
 def _in_common(paths: list[list[str]]) -> int:

@@ -17,10 +17,12 @@ import numpy as np
 from torch import Tensor
 
 from lightning_deadrelu.guarded import guarded
+from lightning_deadrelu.render.names import cut_name
 from lightning_deadrelu.render.table import Column, markdown_table
 from lightning_deadrelu.report.loggers.media import LEGEND, Media
 from lightning_deadrelu.report.raster import Picture
 
+_LONGEST_FILE = 150  # characters of a name that a file's is made of: systems take 255, trackers add some 80
 _BINS = np.linspace(0, 1, 65)
 _SECTIONS = ("", "_sites", "_dormant", "_rates")
 _MARKDOWN = (
@@ -43,6 +45,8 @@ class Adapter:
 
     illegal: ClassVar[re.Pattern[str] | None] = None
     """What the tracker does not take in names."""
+    longest: ClassVar[int] = 10_000
+    """How many characters the tracker takes in a name."""
     takes_media: ClassVar[bool] = False
     takes_alerts: ClassVar[bool] = False
 
@@ -102,7 +106,7 @@ class Adapter:
         """
         names: dict[str, str] = {}
         for key in keys:
-            name = self.illegal.sub("_", key) if self.illegal else key
+            name = cut_name(self.illegal.sub("_", key) if self.illegal else key, self.longest)
             while name in names:
                 name += "_"
             names[name] = key
@@ -127,6 +131,7 @@ class WandbAdapter(Adapter):
     """Weights & Biases: all media of a window are one row of the history."""
 
     illegal = re.compile(r"\.")  # it reads dots as nesting
+    longest = _LONGEST_FILE
     takes_media = takes_alerts = True
     _mapped: Mapping[str, str] | None = None
 
@@ -205,6 +210,7 @@ class MLFlowAdapter(Adapter):
     """MLflow, whose logger would drop the names that MLflow refuses."""
 
     illegal = re.compile(r"[^a-zA-Z0-9_/. -]")
+    longest = _LONGEST_FILE  # of pictures; of metrics it takes 250
     takes_media = True
 
     def show(self, media: Media) -> None:
@@ -233,7 +239,8 @@ class CSVAdapter(Adapter):
             return
         folder = Path(self.logger.log_dir) / self.name
         folder.mkdir(parents=True, exist_ok=True)
-        pictures = {f"raster_{re.sub(r'[^a-zA-Z0-9_.-]', '_', site)}": one for site, one in media.rasters.items()}
+        sites = {cut_name(re.sub(r"[^a-zA-Z0-9_.-]", "_", site), _LONGEST_FILE): site for site in media.rasters}
+        pictures = {f"raster_{name}": media.rasters[site] for name, site in sites.items()}
         for name, picture in (pictures | ({} if media.overview is None else {"overview": media.overview})).items():
             Image.fromarray(picture).save(folder / f"{name}.png")
         file = folder / "sites.csv"

@@ -14,8 +14,10 @@ import pytest
 import pytorch_lightning as old
 from histories import report, run, site
 from logged import KEYS, as_wandb, wandb_records
-from toys import EVERYTHING, KEY, Log, Net, Verdicts, batches, fit
+from torch import nn
+from toys import EVERYTHING, KEY, Log, Net, Verdicts, batches, fit, mlp
 
+from lightning_deadrelu import DeadReLUMonitor
 from lightning_deadrelu.report.loggers import Reporter, metrics_of
 from lightning_deadrelu.report.loggers.adapters import adapter_of
 from lightning_deadrelu.report.loggers.media import MOST_SITES, is_due, media_of
@@ -286,3 +288,43 @@ def test_the_saved_workspace_is_built():
     view = module.workspace_of("me", "mine", "dead_relu")
     assert [section.name for section in view.sections] == ["Dead ReLU units", "Dead ReLU rasters"]
     assert view.sections[0].panels[2].metric_regex == "dead_relu_sites/.*"
+
+
+class LongNames(Net):
+    """Has two rectifiers whose names are too long for a file's, and differ in their middle alone."""
+
+    def __init__(self):
+        super().__init__(nn.Sequential())
+        for part, module in zip("abcde", mlp().children(), strict=True):
+            self.net.add_module("x" * 300 + part + "y" * 300, module)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("error:dead_relu.*is left out")
+@pytest.mark.parametrize("kind", ["wandb", "tensorboard", "csv", "mlflow"])
+def test_long_names_cost_no_tracker_anything(kind, tmp_path):
+    import wandb
+
+    logger = loggers_of(new, tmp_path)[kind]
+    monitor = DeadReLUMonitor(**EVERYTHING)
+    fit(LongNames(), batches(4), monitor, logger=logger, log_every_n_steps=1)
+    wandb.finish()
+    assert monitor.failure is None
+    adapter = adapter_of(logger)
+    keys = [key for key in metrics_of(monitor.report) if "x" * 300 in key]
+    names = adapter.names_of(keys)
+    assert len(names) == 2
+    assert max(map(len, names)) <= adapter.longest
+    if kind == "csv":
+        assert len(list(tmp_path.rglob("sites.csv"))) == 1
+        assert len(list(tmp_path.rglob("raster_*.png"))) == 2
+    if kind == "mlflow":
+        assert all(logger.experiment.get_metric_history(logger.run_id, name) for name in names)
+
+
+def test_names_that_are_cut_are_cut_alike_each_time_and_apart():
+    adapter = adapter_of(type("MLFlowLogger", (Log,), {})())
+    first, second = ("/".join(("dead_relu_sites", "x" * 300 + part + "y" * 300)) for part in "ab")
+    names = adapter.names_of([first, second])
+    assert len(names) == 2
+    assert {key: name for name, key in adapter.names_of([second]).items()}[second] in names
