@@ -1,8 +1,13 @@
 """What the table of costs says is what was measured: callbacks take turns, and trackers compute what they should."""
 
+import collections
+import contextlib
 import io
 import re
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import cost
 import cost_gpu
@@ -10,10 +15,15 @@ import pytest
 import torch
 import trackers
 import turns
+from lightning.pytorch import Callback
 from rich.console import Console
 from torch import nn
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from toys import Loader, Net, fit
 
 from lightning_deadrelu import DeadReLUMonitor
+from lightning_deadrelu.observe.watch import Watch
 
 
 def _small(scale: int = 1) -> tuple[nn.Module, torch.Tensor]:
@@ -93,3 +103,123 @@ def test_the_table_for_gpus_runs_without_one(build):
     text = console.export_text()
     assert cost.EVERY_STEP in text
     assert re.search(r"adds [1-9]\d* operations and moves \d+\.\d MiB, [3-9]\.\d times the rectifiers' inputs", text)
+
+
+class Counted(TorchDispatchMode):
+    """Count operations by training batch, views apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.batch, self.operations = -1, collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        views = any(one.alias_info and not one.alias_info.is_write for one in func._schema.returns)
+        self.operations[self.batch] += not views
+        return func(*args, **(kwargs or {}))
+
+
+class Residual(nn.Module):
+    def __init__(self, blocks):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(blocks))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + functional.relu(layer(x)) * 0.1
+        return x
+
+
+def _operations(build, shape, callbacks):
+    class Numbered(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            counted.batch = batch_idx
+
+    with Counted() as counted:
+        fit(Net(build()), Loader([torch.randn(shape)] * 12), Numbered(), *callbacks)
+    return counted.operations
+
+
+MODELS = {
+    "MLP": (lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 1)), (5, 4)),
+    "convolutions": (
+        lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 3), nn.ReLU()),
+        (2, 1, 8, 8),
+    ),
+    "20 functional rectifiers": (lambda: Residual(20), (5, 4)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*the Trainer has no logger")
+@pytest.mark.parametrize(
+    ("model", "unobserved", "peaks", "rates"),
+    [("MLP", 2, 38, 58), ("convolutions", 2, 40, 66), ("20 functional rectifiers", 2, 92, 148)],
+)
+def test_a_batch_has_just_so_many_operations_more(model, unobserved, peaks, rates):
+    monitor = DeadReLUMonitor(every_n_steps=2, window=3)
+    own, plain = (_operations(*MODELS[model], callbacks) for callbacks in ([monitor], []))
+    added = [own[batch] - plain[batch] for batch in range(12)]
+    assert (added[9], added[8], added[6]) == (unobserved, peaks, rates)  # of the second window: the first has a check
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_an_observation_reads_each_input_once_and_five_times_where_rates_are_read(model):
+    build, shape = MODELS[model]
+    watch, reads, inputs = Watch(build(), window=3), [], []
+    take = watch.probe._sink
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            views = any(one.alias_info and not one.alias_info.is_write for one in func._schema.returns)
+            wide = [arg.nbytes for arg in args if isinstance(arg, torch.Tensor) and arg.shape == self.shape]
+            reads.extend([] if views else wide)
+            return func(*args, **(kwargs or {}))
+
+    def sink(site, rectifier, x, *rest):
+        inputs.append(x.nbytes)
+        mode = Reads()
+        mode.shape = x.shape
+        with mode:
+            take(site, rectifier, x, *rest)
+
+    watch.probe._sink = sink
+    share = []
+    for number in range(3):
+        watch.liveness.observation = number
+        reads.clear(), inputs.clear()
+        with watch.probe:
+            watch.probe.model(torch.randn(shape))
+        share.append(sum(reads) / sum(inputs))
+    assert watch.probe.failure is None
+    assert share == [5, 1, 5]
+
+
+def test_the_way_of_a_torch_call_takes_no_more_python_calls_than_it_did():
+    model, x = Residual(20), torch.randn(5, 4)
+    watch, made = Watch(model, window=9), collections.Counter()
+
+    def run(observed):
+        made.clear()
+        with watch.probe if observed else contextlib.nullcontext():
+            sys.setprofile(lambda frame, event, arg: made.update([event]))
+            try:
+                model(x)
+            finally:
+                sys.setprofile(None)
+        return made["call"]
+
+    for number in range(2):  # the first settles the layout
+        watch.liveness.observation = number
+        observed = run(True)
+    assert watch.probe.failure is None
+    assert (observed - run(False)) / (4 * 20) <= 33  # linear, relu, mul and add
+
+
+def test_the_script_for_gpus_is_a_script_and_names_files_that_exist():
+    root = Path(__file__).parents[2]
+    script = root / "tests" / "benchmarks" / "gpu.sh"
+    assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
+    named = re.findall(r"tests/\S+?\.py", script.read_text())
+    assert len(named) == 3
+    assert all((root / name).exists() for name in named)
+    limits = [int(number) for number in re.findall(r"^step (\d+)", script.read_text(), re.MULTILINE)]
+    assert sum(limits) < 8 * 60

@@ -4,11 +4,15 @@ import copy
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.data import DataLoader
 
+from lightning_deadrelu import DeadReLUMonitor
 from lightning_deadrelu.observe.gradient_evidence import GradientEvidence
 from lightning_deadrelu.observe.watch import Watch
-from lightning_deadrelu.statistics import Rules, UnitHistory, judge
+from lightning_deadrelu.statistics import Rules, UnitHistory, count, judge
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -132,3 +136,43 @@ def test_compiled_code_waits_for_nothing_between_windows():
     assert watch.compiled._proven
     assert watch.compiled.refusal == ""
     torch.compiler.reset()
+
+
+class Scaled(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch).float().square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_a_fit_with_reduced_precision_is_the_same_with_the_monitor(precision):
+    """With a scaler, which skips steps whose gradients overflow."""
+    weights = []
+    for callbacks in ([], [DeadReLUMonitor(every_n_steps=1, window=2, min_samples=1)]):
+        model, batches = Scaled(), list(torch.randn(8, 8, 3, 12, 12, generator=torch.Generator().manual_seed(0)))
+        options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        options |= {"accelerator": "cuda", "devices": 1, "max_epochs": 1, "precision": precision}
+        trainer = Trainer(callbacks=callbacks, **options)
+        trainer.fit(model, DataLoader(batches, batch_size=None))
+        weights.append([parameter.detach().cpu() for parameter in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
+    assert callbacks[0].report.sites[0].samples == 16
+
+
+def test_an_observation_is_one_kernel_a_site():
+    x = torch.randn(64, 512, device="cuda")
+    out = x.relu()
+    count(x, out)
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as run:
+        count(x, out)
+        torch.cuda.synchronize()
+    names = [event.name for event in run.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert sum("_reduce_rows" in name for name in names) == 1
+    assert len(names) <= 10
