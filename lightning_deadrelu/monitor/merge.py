@@ -59,5 +59,4 @@ def _on_host(monitor: Monitor, totals: Totals, losses: Tensor) -> Counted:
     watch = monitor.watch
     readings = monitor.verdicts.recorder.read(watch.layout, monitor.host.model, losses.device)
     totals, (losses, *rest) = totals.to_host_with(losses, *readings)
-    watch.liveness.note_rated(totals)  # the window may go on
     return Counted(totals, losses, Readings(*rest))

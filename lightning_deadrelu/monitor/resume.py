@@ -80,7 +80,5 @@ def _restore_units(monitor: Monitor, run: RunState) -> None:
     monitor.verdicts.recorder.restore(run.recorder)
     if run.totals.samples.shape[-1] != monitor.settings.window:  # the open window has another length: start anew
         monitor.open_window()
-        return
-    monitor.watch.liveness.note_rated(run.totals)
-    if monitor.host.is_first_rank:  # it holds the counts of all ranks
+    elif monitor.host.is_first_rank:  # it holds the counts of all ranks
         monitor.watch.liveness.load(run.totals)

@@ -29,7 +29,7 @@ class Rules:
         min_samples: A silent unit is dead from this age on.
         tau: A unit is dormant if its mean output is at most this share of its layer's mean.
         all_rates: Whether counts and sums are read on every observation, at five to ten times the cost; by default on
-            the last of a window, and on the first in which a site runs.
+            the first and last of a window.
     """
 
     min_samples: int = 299

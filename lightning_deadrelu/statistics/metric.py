@@ -67,7 +67,6 @@ class UnitLiveness(Metric):
         self._observation, self._last_of_window = 0, window - 1
         self._latest = -1  # the observation that the rows of the last one hold
         self._pending: dict[int, Counts] = {}  # calls of the present observation by site
-        self._rated: dict[int, int] = {}  # by site, the first observation whose rates were read
         self._running: dict[int, Counts] | None = None  # calls of a batch that may not come to its end
         self.add_state("fired", torch.zeros(0, dtype=torch.int64), "sum")
         self.add_state("magnitude", torch.zeros(0, dtype=dtype), "sum")
@@ -134,23 +133,19 @@ class UnitLiveness(Metric):
     def wants_rates(self, site: int) -> bool:
         """Tell whether more than the peaks of a site is to be read in the present observation.
 
-        It is in a window's last observation, so that rates are of the latest weights, and in the first in which the
-        site runs, so that there are some whenever a verdict is asked for. Of a watchpoint they are always: how often
-        a latent or a code is chosen is what is asked there, and it may be seldom.
+        Of a watchpoint it always is: how often a latent or a code is chosen is what is asked there, and it may be
+        seldom.
         """
-        if self._rates_all or self.layout.sites[site].kind == WATCHPOINT:
-            return True
-        return self._rated.setdefault(site, self._observation) == self._observation
+        return self._rates_all or self.layout.sites[site].kind == WATCHPOINT
 
     @property
     def _rates_all(self) -> bool:
-        """Whether the present observation is one in which rates are read of all sites."""
-        return self._observation >= self._last_of_window or self.rules.all_rates
+        """Whether more than the peaks is to be read of all sites in the present observation.
 
-    def note_rated(self, totals: Totals) -> None:
-        """Take from the counts of all ranks, on the CPU, which sites have rates in the open window."""
-        ran = totals.elements.sum(1).tolist()
-        self._rated = {number: self._rated.get(number, -1) for number, elements in enumerate(ran) if elements}
+        It is in a window's first, so that there are rates whenever a verdict is asked for, and in its last, so that
+        they are of the latest weights. This goes by the number alone, so that all ranks read the same.
+        """
+        return self._observation in (0, self._last_of_window) or self.rules.all_rates
 
     def add(self, site: int, counts: Counts) -> None:
         """Add a call to the present observation, which :meth:`flush` ends; cheaper than :meth:`update` per call."""
@@ -240,7 +235,7 @@ class UnitLiveness(Metric):
         self.elements[:, self._observation].add_(elements)
 
     def _begin_latest(self) -> None:
-        """Forget the inputs of the rates before, unless the present observation was begun, or some have none yet."""
+        """Forget the inputs of the rates before, unless the present observation has none or was begun."""
         if self._rates_all and self._latest != self._observation:
             self.maxima[_LATEST].fill_(-math.inf)
             self._latest = self._observation
@@ -249,8 +244,6 @@ class UnitLiveness(Metric):
         """Take over the counts of one site of another metric."""
         self.make_room()
         self._latest = other._latest
-        if theirs in other._rated:
-            self._rated[ours] = other._rated[theirs]
         self.samples[ours], self.elements[ours] = other.samples[theirs], other.elements[theirs]
         for name in ("fired", "magnitude", "maxima"):
             getattr(self, name)[..., self.layout.place(ours)] = getattr(other, name)[..., other.layout.place(theirs)]
@@ -290,7 +283,7 @@ class UnitLiveness(Metric):
         super().reset()
         for name, state in states.items():
             setattr(self, name, _cleared(name, state))
-        self._pending, self._rated = {}, {}
+        self._pending = {}
         self._observation, self._latest = 0, -1
 
 

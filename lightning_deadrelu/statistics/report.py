@@ -35,8 +35,8 @@ class SiteReport:
         kind: ``"relu"``, ``"relu6"``, ``"hardtanh"``, ...
         units: How many units there are.
         samples: Samples observed in the window, on all ranks.
-        elements: Inputs per unit of the observations whose rates were read: the window's last, and its first in which
-            the site ran. Rare, always on and dormant are judged by these, frozen by the last of them.
+        elements: Inputs per unit of the observations whose rates were read: the window's first and last. Rare, always
+            on and dormant are judged by these, frozen by the last of them; 0 if the site ran in neither.
         trainable: Whether an optimizer trains what feeds it; frozen sites stay out of the headlines.
         smooth: Whether no input is exactly dead, as with GELU: only dormancy is judged.
         dead: Silent in the window, and for at least ``min_samples`` samples. Bool.

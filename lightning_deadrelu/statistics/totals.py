@@ -87,7 +87,7 @@ class Totals:
     def constant(self, layout: Layout) -> Tensor:
         """Tell whose output was the same for all inputs of one observation, boolean, shape ``(units,)``.
 
-        It is the last of the window, and where that is still to come the first in which the site ran.
+        It is the last of the window, or the first where that is still to come.
 
         It takes two elements or more, of all ranks together. The outputs of a unit at its cap are all the same; few
         inputs may meet there by chance, so that such a unit has to have been at the cap throughout the window.

@@ -27,7 +27,7 @@ else
     echo "no GPU: the same code on a CPU"
     device=(--gpu-models small)
 fi
-step 100 kernel "$python" -m pytest -q -n0 -p no:cacheprovider tests/statistics/test_triton_counts.py
-step 160 promises "$python" -m pytest -q -n0 -p no:cacheprovider tests/promises/test_gpu.py
-step 200 cost "$python" tests/benchmarks/cost.py "${device[@]}" --rounds "${ROUNDS:-2}"
+step 140 kernel "$python" -m pytest -q -n0 -p no:cacheprovider tests/statistics/test_triton_counts.py
+step 140 promises "$python" -m pytest -q -n0 -p no:cacheprovider tests/promises/test_gpu.py
+step 190 cost "$python" tests/benchmarks/cost.py "${device[@]}" --rounds "${ROUNDS:-2}"
 exit "$failed"

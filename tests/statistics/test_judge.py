@@ -50,27 +50,14 @@ def _calls(observation):
     return observation if isinstance(observation, list) else [observation]
 
 
-def rated_calls(window, ranks):
-    """List, for each observation, the calls whose rates are read: its last's, and those of a rank's first."""
-    firsts = {}
-    for number, observation in enumerate(window):
-        for place, x in enumerate(_calls(observation)):
-            if len(x):
-                firsts.setdefault(place % ranks, number)
-    return [
-        [x for place, x in enumerate(_calls(one)) if number == len(window) - 1 or firsts.get(place % ranks) == number]
-        for number, one in enumerate(window)
-    ]
-
-
-def slow_verdicts(windows, min_samples, ranks=1, all_rates=False):
+def slow_verdicts(windows, min_samples, all_rates=False):
     """Walk over all numbers, unit by unit, with plain Python lists."""
     verdicts = []
     units = _width(windows)
     age, ever, was_dead, came_back = [0] * units, [False] * units, [False] * units, [False] * units
     hits_ever, so_far, seen = [0] * units, [0] * units, [0] * units
     for window in windows:
-        rated = window if all_rates else rated_calls(window, ranks)
+        rated = window if all_rates or len(window) == 1 else [window[0], window[-1]]
         row = {
             "silent": [],
             "dead": [],
@@ -142,7 +129,7 @@ windows_strategy = st.lists(
 @settings(max_examples=150, deadline=None)
 @given(windows_strategy, st.integers(1, 12), st.integers(1, 3), st.booleans())
 def test_verdicts_equal_a_loop_over_all_activations_on_any_number_of_ranks(windows, min_samples, ranks, all_rates):
-    expected = slow_verdicts(windows, min_samples, ranks, all_rates)
+    expected = slow_verdicts(windows, min_samples, all_rates)
     for report, verdict in zip(report_of(windows, min_samples, ranks, all_rates), expected, strict=True):
         site = report.sites[0]
         masks = ("born_dead", "newly_dead", "revived", "redied", "frozen", "always_on", "rare")
