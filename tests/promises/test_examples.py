@@ -82,3 +82,38 @@ def test_ray(tmp_path):
     dead = re.search(r"A single process finds the same (\d+) units dead", printed)
     assert float(key[1]) == pytest.approx(int(dead[1]) / 192, abs=1e-4)
     assert int(dead[1]) > 5
+
+
+@pytest.mark.slow
+def test_plain_loop(tmp_path):
+    printed = run("04_plain_loop.py", tmp_path, "--remedy", "reset")
+    assert "128 units" in printed
+    assert re.search(r"step \d+: Reset revived `1`", printed)
+    assert list(tmp_path.glob(LEFT_BEHIND["wandb"]))
+
+
+@pytest.mark.slow
+def test_fabric(tmp_path):
+    assert re.search(r"step \d+: Reset revived `1`", run("05_fabric.py", tmp_path))
+
+
+def rows_of(printed: str, start: str) -> list[list[float]]:
+    lines = [line.removeprefix(start).split() for line in printed.splitlines() if line.startswith(start)]
+    return [[float(cell.rstrip("%")) for cell in cells] for cells in lines]
+
+
+@pytest.mark.slow
+def test_experts(tmp_path):
+    printed = run("06_experts.py", tmp_path)
+    (_, alone, _, _), (_, balanced, perplexity, _) = (rows_of(printed, f"balance x {x}")[-1] for x in (0.0, 0.1))
+    assert balanced < alone
+    assert perplexity > 2
+
+
+@pytest.mark.slow
+def test_codes(tmp_path):
+    printed = run("07_codes.py", tmp_path)
+    alone, anew = (rows_of(printed, start)[-1] for start in ("left alone", "drawn anew"))
+    assert alone[1] > 40
+    assert anew[1] < 10
+    assert anew[3] > 20
