@@ -87,6 +87,7 @@ class SiteResolver:
         """Why, by name, a rectifier that ran is not watched."""
         self.out_of_range: dict[str, str] = {}
         """By name, which of ``unit_dims`` is a dimension that the input has not."""
+        self._is_bare = False  # of parameters, so that nothing tells a layer from a loss
         self._places: dict[tuple[Any, ...], _Place] = {}
         self._site_calls: dict[tuple[Any, ...], tuple[SiteCall, _Place]] = {}
         self._widths: dict[tuple[Any, ...], set[int]] = {}
@@ -94,6 +95,7 @@ class SiteResolver:
     def look_at_model(self) -> None:
         """List modules and parameters; what is exchanged later goes by its module until the next look."""
         self.origins.look_at(self._model)
+        self._is_bare = next(self._model.parameters(), None) is None
         self._places.clear()
         self._site_calls.clear()
         self.modules = {id(module): (module, clean(name)) for name, module in self._model.named_modules()}
@@ -252,10 +254,11 @@ class SiteResolver:
         functional = not (stack and (is_rectifier_module(stack[-1].module) or owner in self.substituted))
         own = next((names for call in reversed(stack) if call.path and (names := call.owned(known.producers))), ())
         place = _Place(owner, functional, (*(own or sorted(known.producers)), *_details(known)), functional and not own)
-        if place.inside and not (known.producers and self._holds(place)):
+        if place.inside and not ((known.producers or self._is_bare) and self._holds(place)):
             return None
         home = next((call for call in reversed(stack) if call.has_weights()), None)
         if not known.producers or (home and home.is_passed_by(known)):
+            home = home or (stack[0] if stack else None)  # without any parameters
             return place._replace(source=(home.number(owner) if home else "#0",))
         self._places[key] = place
         return place

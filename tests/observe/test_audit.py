@@ -165,3 +165,24 @@ def test_lists_of_patterns_are_not_strings():
         TypeError, match=r"`include='encoder'`: it takes a list of patterns. Try `include=\['encoder'\]`"
     ):
         find_dead_units(net(), images(), include="encoder")
+
+
+class Bare(nn.Module):
+    """Has no parameters, and one rectifier for two inputs."""
+
+    def __init__(self, act):
+        super().__init__()
+        self.act = act
+
+    def forward(self, x):
+        return self.act(x) + self.act(-x).mean() + self.act(x - 9)
+
+
+@pytest.mark.parametrize("act", [nn.ReLU(), torch.relu], ids=["module", "function"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_model_without_parameters_has_one_site_for_each_call(act, inside):
+    x = torch.rand(300, 3) + 0.1
+    model = nn.Sequential(nn.Flatten(), Bare(act)) if inside else Bare(act)
+    report = find_dead_units(model, [x[:100], x[100:]])
+    assert [int(site.dead.sum()) for site in report.sites] == [0, 3, 3]
+    assert {site.samples for site in report.sites} == {300}
