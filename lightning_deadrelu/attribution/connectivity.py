@@ -42,6 +42,8 @@ class Connectivity:
         self.sharing: dict[str, str] = {}
         self.views: dict[str, set[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
         self.reads: dict[Origin, list[Read]] = {}
+        self.frozen: set[str] = set()
+        self.reached: set[str] = set()  # by a gradient
 
     # -- what was seen
 
@@ -64,6 +66,10 @@ class Connectivity:
             known = self.reads.setdefault(read.rows, [])
             if not any(_is_same_read(read, other) for other in known):
                 known.append(read)
+
+    def note_gradient(self, name: str, gradient: Tensor) -> None:
+        """Note that what a weight puts out reaches a loss."""
+        self.reached.add(name)
 
     def feed(self, site: Site, flow: Flow, units: Tensor) -> None:
         """Note what arrives at a site."""
@@ -185,10 +191,10 @@ class Connectivity:
     def _outgoing(self, site: Site) -> tuple[tuple[Slice, ...], str]:
         if refused := self.nonzero_when_silent.get(site) or next(iter(self.unaccounted.get(site, ())), ""):
             return (), refused
-        slices = []
+        slices, idle = [], self._idle_readers(site)
         for rows, reads in self.reads.items():
             mine = [read.sites.get(site, ()) for read in reads]
-            if not any(mine):
+            if not any(mine) or rows.name in idle:
                 continue
             if refused := self._conflict(rows.name):
                 return (), refused
@@ -196,6 +202,11 @@ class Connectivity:
                 return (), _MIXED.format(rows.name)
             slices.append(_reader(rows, mine[0]))
         return tuple(slices), "" if slices else _UNREAD
+
+    def _idle_readers(self, site: Site) -> frozenset[str]:
+        """Name the frozen weights that read a site for nothing: no loss hears of them, and of others one does."""
+        names = {rows.name for rows, reads in self.reads.items() if any(read.sites.get(site) for read in reads)}
+        return frozenset(names & self.frozen - self.reached if names & self.reached else ())
 
     def _outlet(self, site: Site) -> tuple[Outlet | None, str]:
         ends = [origin for origin in self.fed[site] if origin.role == OUTLET]

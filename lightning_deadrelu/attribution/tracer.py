@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -173,7 +174,17 @@ class Tracer:
             call.name = f"{call.name} of nested tensors"
         outcome = follow(call)
         self._connectivity.note(outcome)
+        for read in outcome.reads:
+            self._note_reader(read.rows.name, call)
         return outcome
+
+    def _note_reader(self, name: str, call: TracedCall) -> None:
+        """Ask whether what a reader puts out gets a gradient; the hook changes none, and goes with the graph."""
+        weights = [one for one in call.operands if (weight := call.look(one).weight) and weight.name == name]
+        if not any(weight.requires_grad for weight in weights):
+            self._connectivity.frozen.add(name)
+        if call.output.requires_grad:
+            call.output.register_hook(partial(self._connectivity.note_gradient, name))
 
     def _rectify(self, call: TracedCall, site: Site, rectifier: Rectifier, dims: tuple[int, ...], x: Tensor) -> Outcome:
         """Close what feeds a site, and open what it feeds."""

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_deadrelu.attribution.result import Attribution
+from lightning_deadrelu.model.parameters import tensors_of
 from lightning_deadrelu.model.sites import Site, clean
 from lightning_deadrelu.model.trainable import Gradients
 from lightning_deadrelu.observe.ranks import Ranks
@@ -70,7 +71,15 @@ class Subject:
         }
         found = [reasons[need] for need in sorted(remedy.needs) if reasons[need]]
         names = edited_names(remedy, attribution)
-        return "; ".join(dict.fromkeys(found)) or why_not(self.model, self.optimizers, names, self.trained)
+        return "; ".join(dict.fromkeys(found)) or why_not(
+            self.model, self.optimizers, names, self.trained | self._readers_for_nothing(attribution)
+        )
+
+    def _readers_for_nothing(self, attribution: Attribution) -> set[int]:
+        """Return the ``id`` of each reader that no loss hears of, if others are trained: it may be edited."""
+        tensors = tensors_of(self.model)
+        readers = {id(tensors[one.name]) for one in attribution.outgoing if one.name in tensors}
+        return readers & self.gradients.never if readers & self.trained else set()
 
     def no_module(self, site: str) -> str:
         """Say why another activation cannot take the place of a site's; empty if one can."""

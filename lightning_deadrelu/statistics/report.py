@@ -39,7 +39,8 @@ class SiteReport:
             on and dormant are judged by these, frozen by the last of them; 0 if the site ran in neither.
         trainable: Whether an optimizer trains what feeds it; frozen sites stay out of the headlines.
         smooth: Whether no input is exactly dead, as with GELU: only dormancy is judged.
-        dead: Silent in the window, and for at least ``min_samples`` samples. Bool.
+        dead: Silent in the window, and for at least ``min_samples`` samples; the last verdict, where the site did not
+            run. Bool.
         silent: Never fired in the observed batches of the window, whatever gradients prove. Bool.
         rare: Fired, or was proved to by a gradient, but on less than 1 % of the elements. Bool.
         always_on: Fired on all elements: the unit is linear. Bool.

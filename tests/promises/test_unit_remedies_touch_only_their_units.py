@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from lightning.pytorch import Callback
-from toys import Net, assert_same, batches, fit, mlp
+from torch import nn
+from toys import EVERYTHING, Net, assert_same, batches, fit, mlp
 
 from lightning_deadrelu import DeadReLUMonitor
 from lightning_deadrelu.remedies import BiasWarming, LeakySlope, Reset, SwapActivation, ThermalKick, WakeUp
@@ -110,3 +111,43 @@ def test_only_dead_units_of_the_site_are_touched(remedy):
                     )
                 assert kept, (name, key)
     assert "edited" in [event.action for event in monitor.events]
+
+
+class LastBlock(nn.Module):
+    """A block whose backcast nobody reads, as the last of N-BEATS has it."""
+
+    def __init__(self, frozen):
+        super().__init__()
+        self.fc, self.forecast, self.backcast = nn.Linear(4, 8), nn.Linear(8, 1), nn.Linear(8, 4)
+        self.backcast.requires_grad_(not frozen)
+        with torch.no_grad():
+            self.fc.bias[:3] = -100.0
+
+    def forward(self, x):
+        h = torch.relu(self.fc(x))
+        self.left = x - self.backcast(h)
+        return self.forecast(h)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_layer_that_never_reaches_the_loss_does_not_block_a_reset_of_what_feeds_it(frozen):
+    net = LastBlock(frozen)
+    kept = net.backcast.weight.clone()
+    monitor = DeadReLUMonitor(**EVERYTHING, remedy="reset")
+    fit(Net(net), batches(12), monitor)
+    assert [event.action for event in monitor.events][:1] == ["edited"], monitor.events
+    assert not frozen or torch.equal(net.backcast.weight, kept)
+
+
+class FrozenHead(LastBlock):
+    def forward(self, x):
+        return super().forward(x) + self.left.sum(1, keepdim=True)
+
+
+def test_a_frozen_layer_that_reaches_the_loss_is_a_reader():
+    monitor = DeadReLUMonitor(**EVERYTHING, remedy="reset")
+    with pytest.warns(
+        UserWarning, match=r"`net\.backcast\.weight` is not trained, so what is written there would stay"
+    ):
+        fit(Net(FrozenHead(True)), batches(12), monitor)
+    assert not any(event.action == "edited" for event in monitor.events)
