@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,17 @@ class Ran(NamedTuple):
     late: tuple[str, ...]
     kinds: tuple[str, ...]
     out_of_range: tuple[str, ...]
+
+
+class Offset(Protocol):
+    """A constant that is added to each unit's input for a time."""
+
+    @property
+    def value(self) -> Tensor:
+        """What is added, shape ``(units,)``."""
+
+    def before(self, x: Tensor) -> Tensor | None:
+        """Give what a sum with it was made of; None where the tensor is no such sum."""
 
 
 class Watch:
@@ -100,7 +111,7 @@ class Watch:
         self._trained: set[int] = set()
         self._untrained: list[tuple[int, Counts]] = []  # forwards without gradients, until the batch is over
         self.probe.ended = self._count_untrained
-        self.offsets: dict[int, Tensor] = {}
+        self.offsets: dict[int, Offset] = {}
         """By number of the site, what is added to each unit's input for a time; a verdict looks past it."""
         self._takers: OrderedDict[int, RectifierTaker] = OrderedDict()
         self._tracing: RemovableHandle | None = None
@@ -342,9 +353,14 @@ def _can_die(module: nn.Module) -> bool:
 
 
 def _without(
-    offset: Tensor, x: Tensor, dims: tuple[int, ...], rectifier: Rectifier
+    offset: Offset, x: Tensor, dims: tuple[int, ...], rectifier: Rectifier
 ) -> tuple[Tensor, Tensor, Rectifier]:
-    """Take a term off a rectifier's input, and say what it would put out then."""
-    shape = [x.shape[dim] if dim in dims else 1 for dim in range(-x.ndim, 0)]
-    x = x - offset.to(x.device, x.dtype).view(shape)
+    """Take a term off a rectifier's input, and say what it would put out then.
+
+    Half precision rounds small inputs away beside a large term, so that they are looked up where that is possible.
+    """
+    if (before := offset.before(x)) is None:
+        shape = [x.shape[dim] if dim in dims else 1 for dim in range(-x.ndim, 0)]
+        before = x - offset.value.to(x.device, x.dtype).view(shape)
+    x = before
     return x, (x - rectifier.hinge).clamp(min=0), rectifier._replace(plain=False)

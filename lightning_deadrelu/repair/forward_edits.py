@@ -125,8 +125,12 @@ class ForwardEdits:
 
     def offset(self, site: str) -> Tensor | None:
         """Give the constant that is added to each unit's input now, shape ``(units,)``; None if there is none."""
-        edit = self._edits.get(site)
-        return edit.value if isinstance(edit, BiasOffset) else None
+        return self.offsets[site].value if site in self.offsets else None
+
+    @property
+    def offsets(self) -> dict[str, BiasOffset]:
+        """The constants, by site."""
+        return {site: edit for site, edit in self._edits.items() if isinstance(edit, BiasOffset)}
 
     def drop(self, sites: Iterable[str]) -> list[str]:
         """Drop the edits of some sites, and leave the model as it was; harmless where there are none.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -146,6 +147,10 @@ class BiasOffset(OngoingEdit):
         """What is added to each unit's input now, shape ``(units,)``."""
         return self._hook.value
 
+    def before(self, x: Tensor) -> Tensor | None:
+        """Give what a sum with the constant was made of; None where the tensor is another one."""
+        return self._hook.before(x)
+
     def _update(self) -> None:
         self._hook.value = self._full * offset_left(self.state.step, self.state.steps)
 
@@ -219,13 +224,27 @@ class _AddOffset:
     def __init__(self, channels: Tensor, dim: int, value: Tensor) -> None:
         self._channels, self._dim = channels, dim
         self.value = value
+        self._made: tuple[weakref.ref[Tensor], Tensor] | None = None  # the last sum, and what it was made of
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
         if not isinstance(output, Tensor):
             return None
         value = self.value.to(output.device, output.dtype)  # autocast would widen the output
         offset = value.new_zeros(output.shape[self._dim]).index_copy(0, self._channels.to(output.device), value)
-        return output + offset.view(-1, *[1] * (-1 - self._dim))
+        total = output + offset.view(-1, *[1] * (-1 - self._dim))
+        self._made = weakref.ref(total, self._forget), output.detach()
+        return total
+
+    def _forget(self, total: weakref.ref[Tensor]) -> None:
+        """Let go of what a sum was made of, once the model has let go of the sum."""
+        if self._made is not None and self._made[0] is total:
+            self._made = None
+
+    def before(self, x: Tensor) -> Tensor | None:
+        """See :meth:`BiasOffset.before`."""
+        total = self._made[0]() if self._made else None
+        is_it = total is not None and x.shape == total.shape and x.data_ptr() == total.data_ptr()
+        return self._made[1] if self._made and is_it else None
 
     def __deepcopy__(self, memo: Any) -> Callable[..., None]:
         return _no_hook

@@ -129,6 +129,28 @@ def test_dtypes_stay_under_autocast_and_in_double_precision():
     terms.end()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_small_inputs_are_seen_beside_a_large_term(dtype):
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU()).to(dtype), torch.randn(5, 4).to(dtype)
+    with torch.no_grad():
+        model[0].weight.mul_(0.01)
+        inputs = model[0].bias.zero_() + model[0](x)
+    terms, watch = ForwardEdits(), Watch(model)
+    terms.warm(model, "1", Outlet("0", torch.arange(6), -1), Warmth(torch.full((6,), 50.0), 9))
+    with watch.probe:
+        model(x)
+    watch.liveness.reset()
+    terms.begin()
+    watch.offsets = {0: terms.offsets["1"]}
+    with watch.probe:
+        model(x)
+    terms.end()
+    totals = watch.liveness.totals()
+    assert torch.equal(totals.fired, (inputs > 0).sum(0))
+    assert torch.equal(totals.peak, inputs.amax(0).to(totals.peak.dtype))
+    assert terms.offsets["1"].before(inputs) is None  # and nothing of the batch is held
+
+
 def test_the_offset_is_what_is_added():
     model = mlp()
     terms = warmed(model, steps=3)
@@ -160,7 +182,7 @@ def test_the_site_stays_the_same_and_its_input_is_seen_with_the_term():
         terms.end()
         assert other.sites == before
         expected = (model[0](x) + 100).amax(0)
-        torch.testing.assert_close(other.liveness.report().sites[0].peak, expected.to(torch.float64))
+        torch.testing.assert_close(other.liveness.report().sites[0].peak, expected)
 
 
 def test_outputs_that_are_no_tensor_are_left_alone():
