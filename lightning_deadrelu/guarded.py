@@ -43,6 +43,7 @@ class Guard:
     Args:
         clean_up: Called after each failure.
         say: Called with what is to be said of the first.
+        reunite: Called once on all ranks, when they learn that one has failed.
         but: Kinds that are raised all the same.
 
     Example:
@@ -56,9 +57,13 @@ class Guard:
     """
 
     def __init__(
-        self, clean_up: Callable[[], None], say: Callable[[str], None], but: tuple[type[Exception], ...] = ()
+        self,
+        clean_up: Callable[[], None],
+        say: Callable[[str], None],
+        reunite: Callable[[], None] = lambda: None,
+        but: tuple[type[Exception], ...] = (),
     ) -> None:
-        self._clean_up, self._say, self._but = clean_up, say, but
+        self._clean_up, self._say, self._reunite, self._but = clean_up, say, reunite, but
         self.failure: Exception | None = None
         """The first failure; None while all is well."""
         self.ended = False
@@ -72,7 +77,9 @@ class Guard:
         """Take a failure."""
         self._clean_up()
         joint = isinstance(error, RankFailure)
-        self.ended = self.ended or joint
+        if joint and not self.ended:
+            self.ended = True
+            self._reunite()
         if self.failure is None:
             self.failure = error
             own = error.__cause__ if joint else error

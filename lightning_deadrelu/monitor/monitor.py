@@ -47,7 +47,7 @@ class Monitor:
 
     def __init__(self, settings: Settings, host: Host) -> None:
         self.settings, self.host = settings, host
-        self.guard = Guard(self.pause, self._say_failure, but=(Misuse,))
+        self.guard = Guard(self.pause, self._say_failure, lambda: self.repair.reunite(), but=(Misuse,))
         """Keeps the first failure, after which nothing is watched."""
         self.announcer = Announcer(settings, host)
         self.repair = _repair_of(settings, self.announcer)

@@ -117,6 +117,7 @@ def _settle(monitor: Monitor) -> None:
     if not monitor.guard.ended:
         with monitor.guard():
             monitor.ranks.settle()
+            monitor.repair.settle()
     if monitor.guard.failure:
         monitor.repair.forget()
 

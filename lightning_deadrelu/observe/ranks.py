@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -110,6 +110,13 @@ class Ranks:
         if self.joint:
             dist.all_gather_object(values, own)
         return values
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Give all ranks the values that rank 0 has; to be called on all of them, with as many tensors."""
+        for tensor in tensors if self.joint else ():
+            values = tensor.detach().contiguous()
+            dist.broadcast(values, src=0)
+            tensor.detach().copy_(values)
 
     def settle(self) -> None:
         """Make sure that no rank has failed. One collective of fixed size.

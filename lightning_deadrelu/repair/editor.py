@@ -117,6 +117,15 @@ class Editor:
         if self.forward.advance():
             self.mark_substitutes()
 
+    def share_lifted(self) -> None:
+        """Have on all ranks what rank 0 has lifted, after some rank could not do so."""
+        tensors = tensors_of(self._subject.model)
+        for name in sorted(self.lifts.unsettled):
+            states = (optimizer.state.get(tensors[name], {}) for optimizer in self._subject.optimizers)
+            held = (value for state in states for value in state.values())
+            alike = (one for one in held if isinstance(one, Tensor) and one.shape == tensors[name].shape)
+            self._subject.ranks.share([tensors[name], *alike])
+
     def stop(self) -> list[str]:
         """Stop all that is under way where it is, and name the sites that were not done."""
         busy = self.busy

@@ -62,6 +62,8 @@ class Lifts:
 
     def __init__(self) -> None:
         self._liftings: dict[str, Lifting] = {}
+        self.unsettled: set[str] = set()
+        """Names of the parameters that were lifted since all ranks last met without a failure."""
 
     @property
     def sites(self) -> list[str]:
@@ -71,6 +73,11 @@ class Lifts:
     def add(self, site: str, lift: Lift) -> None:
         """Begin to lift units of a site, in place of what was left of an earlier lift."""
         self._liftings[site] = Lifting(lift)
+        self.unsettled |= _names_in(lift)
+
+    def settle(self) -> None:
+        """Note that no rank has failed so far, so that all have lifted alike."""
+        self.unsettled = set().union(*(_names_in(lifting.lift) for lifting in self._liftings.values()))
 
     def advance(self, tensors: Mapping[str, Tensor]) -> list[str]:
         """Add the next part to all that is being lifted; to be called after each optimizer step, on every rank.
@@ -101,6 +108,11 @@ class Lifts:
     def restore(self, state: Mapping[str, Lifting]) -> None:
         """Go on where :attr:`state` was read."""
         self._liftings = dict(state)
+        self.settle()
+
+
+def _names_in(lift: Lift) -> set[str]:
+    return {rise.slice.name for rise in lift.rises}
 
 
 def add_(tensor: Tensor, rise: Write, rest: Tensor, steps: int) -> Tensor:

@@ -132,8 +132,8 @@ class Repair:
         if not self._editor.busy and not self._question:
             return
         self._editor.begin()
-        offsets = {site: forward.offset(site) for site in forward.sites if site in watch.layout}
-        watch.offsets = {watch.layout.number(site): one for site, one in offsets.items() if one is not None}
+        known = ((site, one) for site, one in forward.offsets.items() if site in watch.layout)
+        watch.offsets = {watch.layout.number(site): one for site, one in known}
         if observed and self._question and self._second_look is None:
             self._second_look = SecondLook(self.subject, self._question)
             self._second_look.begin()
@@ -265,6 +265,16 @@ class Repair:
             self._log_event(event)
         while len(self.events) > _MOST_EVENTS or sum(len(e.units) for e in self.events) > _MOST_UNITS_IN_EVENTS:
             self.events.popleft()
+
+    def settle(self) -> None:
+        """Note that all ranks have come to a window's end without a failure."""
+        self._editor.lifts.settle()
+
+    def reunite(self) -> None:
+        """Have equal parameters on all ranks again, once all know that one has failed, and lift nothing any more."""
+        if self._subject is not None:
+            self._editor.share_lifted()
+            self._editor.lifts.drop(self._editor.lifts.sites)
 
     # -- from start to end -------------------------------------------------------------------------------
 

@@ -33,7 +33,8 @@ from lightning_deadrelu import DeadReLUMonitor
 from lightning_deadrelu.monitor import merge, verdicts, window_end
 from lightning_deadrelu.monitor import monitor as monitoring
 from lightning_deadrelu.observe.watch import Watch
-from lightning_deadrelu.repair import editor, second_look, writer
+from lightning_deadrelu.remedies import BiasWarming
+from lightning_deadrelu.repair import editor, lift, second_look, writer
 from lightning_deadrelu.repair.lift import Lifts
 from lightning_deadrelu.repair.policy import EscalationPolicy
 from lightning_deadrelu.statistics import UnitLiveness
@@ -369,3 +370,25 @@ def test_wherever_one_rank_fails_all_go_on_without_the_monitor(victim):
         assert one["left"] == other["left"] == 0, place
         assert max(one["longest"], other["longest"]) < GO_ON_WITHIN, place
         assert_same(one["state"], other["state"])
+
+
+def lift_failing(rank, victim):
+    torch.manual_seed(0)
+    clock, model, remedy = Clock(), Net(lr=0.01), BiasWarming(steps=30)
+    monitor = Verdicts(remedy=remedy, every_n_steps=1, window=3, min_samples=2, threshold=0.0)
+    with fail_on(victim, lift, "add_", 1) as failing, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = ddp_trainer(callbacks=[monitor, clock], max_epochs=1)
+        trainer.fit(model, batches(20, 8, seed=rank))
+    edited = [event.action for event in monitor.events if event.action == "edited"]
+    return len(failing.calls), len(model.losses), edited, clock.longest, model.state_dict()
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_lift_that_fails_on_one_rank_leaves_equal_parameters_on_all(victim):
+    outcomes = on_two_ranks(lift_failing, victim)
+    assert all(calls > 1 for calls, *_ in outcomes)
+    assert [(losses, edited) for _, losses, edited, *_ in outcomes] == [(20, ["edited"])] * 2
+    assert max(longest for *_, longest, _ in outcomes) < GO_ON_WITHIN
+    assert_same(*(state for *_, state in outcomes))
