@@ -35,9 +35,8 @@ from two_ranks import ddp_trainer, on_two_ranks
 
 from lightning_deadrelu import DeadReLUMonitor
 from lightning_deadrelu.explain.postmortem.recorder import FlightRecorder
-from lightning_deadrelu.monitor import verdicts
+from lightning_deadrelu.monitor import merge, verdicts, window_end
 from lightning_deadrelu.monitor.announcer import Announcer
-from lightning_deadrelu.monitor.merge import Merger
 from lightning_deadrelu.monitor.monitor import Monitor
 from lightning_deadrelu.observe.ranks import Ranks
 from lightning_deadrelu.report.history import RunHistory
@@ -50,14 +49,14 @@ PARTS = {
     "agree on a layout": (Ranks, "_laid_out"),
     "lay sums end to end": (Totals, "sums"),
     "merge": (Ranks, "merge"),
-    "to the host, with notes for a post-mortem": (Merger, "_on_host"),
+    "to the host, with notes for a post-mortem": (merge, "_on_host"),
     "verdict": (verdicts, "judge"),
     "post-mortem": (FlightRecorder, "explain"),
     "history and forecast": (RunHistory, "close"),
     "scalars to a logger": (Reporter, "__call__"),
     "threshold": (Announcer, "tell_crossed"),
     "reset": (UnitLiveness, "reset"),
-    "in all": (Monitor, "_close_window"),
+    "in all": (window_end, "close"),
 }
 
 

@@ -8,8 +8,8 @@ from lightning.pytorch.callbacks import (
 from toys import EVERYTHING, KEY, Net, batches, fit, watchers
 
 from lightning_deadrelu import DeadReLUMonitor
-from lightning_deadrelu.monitor import merge, verdicts
 from lightning_deadrelu.monitor import monitor as monitoring
+from lightning_deadrelu.monitor import verdicts, window_end
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*the Trainer has no logger", "ignore:.*get no gradient", "ignore:.*no rectifier ran"
@@ -26,7 +26,7 @@ def test_a_failure_of_the_monitor_neither_ends_the_run_nor_loses_a_checkpoint(pl
         "judge": (verdicts, "judge"),
         "count": (monitoring.Watch, "_take"),
         "watch": (monitoring, "Watch"),
-        "restore": (merge.Merger, "merged"),
+        "restore": (window_end, "merged"),
         "unwatched": (monitoring.Watch, "unwatched"),
     }[place]
     monkeypatch.setattr(owner, name, broken)
