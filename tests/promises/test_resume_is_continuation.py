@@ -1,9 +1,12 @@
+import signal
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 from toys import (
     KEY,
@@ -280,6 +283,25 @@ def test_a_checkpoint_from_mid_batch_goes_on_as_if_nothing_had_been(where, error
     assert error or str(first) == str(whole)
     resumed, _ = train(seed=8, ckpt=tmp_path / ("on_exception.ckpt" if error else "meanwhile.ckpt"))
     assert_same(resumed, whole)
+
+
+def preempted(tmp_path, ckpt=None):
+    """Train; without a checkpoint, until the scheduler of a cluster says that it wants its machine back."""
+    torch.manual_seed(7)
+    preempt = partial(signal.raise_signal, signal.SIGTERM)
+    model = Interrupted() if ckpt else Interrupted("on_after_backward", preempt)
+    monitor, saver = Verdicts(**REPAIRING), OnExceptionCheckpoint(tmp_path)
+    with nullcontext() if ckpt else pytest.raises(SIGTERMException):
+        fit(model, Loader(tensors(40)), monitor, saver, ckpt=ckpt, enable_checkpointing=True)
+    return outcome(monitor, model)
+
+
+@pytest.mark.filterwarnings("ignore:dead_relu")
+def test_a_preempted_run_goes_on_as_if_nothing_had_been(tmp_path):
+    torch.manual_seed(7)
+    fit(model := Interrupted(), Loader(tensors(40)), whole := Verdicts(**REPAIRING))
+    preempted(tmp_path)
+    assert_same(preempted(tmp_path, tmp_path / "on_exception.ckpt"), outcome(whole, model))
 
 
 class Reader(Callback):
