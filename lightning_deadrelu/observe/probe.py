@@ -32,6 +32,7 @@ from lightning_deadrelu.observe.substitutes import Substitutes
 from lightning_deadrelu.observe.torch_modes import (
     EagerCompiler,
     holds_another,
+    is_scripting,
     no_caching_modes,
     plain_tensor,
     push_mode,
@@ -266,7 +267,7 @@ class Probe(TorchFunctionMode):
 
     def _enter_module(self, module: nn.Module, args: Any) -> None:
         entry = self._resolver.modules.get(id(module))
-        if entry is None or threading.get_ident() != self._thread:
+        if entry is None or threading.get_ident() != self._thread or is_scripting():
             return
         path = entry[1]
         self.entered.add(path)
@@ -291,14 +292,14 @@ class Probe(TorchFunctionMode):
         remove_mode(self)
 
     def _take_input(self, path: str, module: nn.Module, args: Any) -> None:
-        if args and isinstance(args[0], Tensor):
+        if args and isinstance(args[0], Tensor) and _is_taken(module, args[0]):
             for take in self._input_takers.get(path, {}).values():
                 take(args[0].detach())
         if reason := self._substitutes.enter(path, module, args):
             self.unwatched[plain_path(path)] = reason
 
     def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
-        if threading.get_ident() != self._thread:
+        if threading.get_ident() != self._thread or is_scripting():
             return
         if (substitute := self._substitutes.leave(module)) is not None:
             with guarded(self._fail), unseen_by_modes():
@@ -339,7 +340,7 @@ class Probe(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = function_name(func)
-        if name in IGNORED or self.failure or self._substitutes.is_running or recomputes():
+        if name in IGNORED or self.failure or self._substitutes.is_running or recomputes() or is_scripting():
             if name == "backward" and self.on_backward and not recomputes():
                 self.on_backward()
             return call_for_caller(func, args, kwargs)
@@ -414,3 +415,8 @@ class Probe(TorchFunctionMode):
         with no_caching_modes():
             for taker in self._call_takers.values():
                 taker.see(*call, frame, met)
+
+
+def _is_taken(module: nn.Module, x: Tensor) -> bool:
+    """Whether a layer takes an input of this width; if not, the call is going to fail, and a model may catch that."""
+    return not isinstance(module, nn.Linear) or x.shape[-1:] == (module.in_features,)

@@ -102,6 +102,11 @@ def recomputes() -> bool:
     return torch._C._current_graph_task_id() != -1  # autograd tells it to nobody else
 
 
+def is_scripting() -> bool:
+    """Tell whether ``torch.jit.trace`` runs the model, for which sizes are tensors and all that is computed is code."""
+    return torch._C._get_tracing_state() is not None  # the official way wraps the same in two calls more
+
+
 def is_transformed(tensor: Tensor) -> bool:
     """Tell whether a tensor is one of ``torch.func``'s, whose values stand for those of a whole batch."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))  # its type is `Tensor` all the same

@@ -1,6 +1,9 @@
 """Promise 10: an error of the monitor ends the watch, and neither the run nor its checkpoints."""
 
+from contextlib import suppress
+
 import pytest
+import torch
 from lightning.pytorch.callbacks import (
     EarlyStopping,
     ModelCheckpoint,
@@ -62,3 +65,42 @@ def test_what_a_user_raises_on_a_verdict_ends_the_run():
         fit(model, batches(12), Strict(**EVERYTHING))
     assert len(model.losses) == 4
     assert watchers() == []
+
+
+class Exports(Net):
+    """Traces itself for deployment in the middle of a training step."""
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx < 2:
+            self.exported = torch.jit.trace(self.net, batch)
+        return super().training_step(batch, batch_idx)
+
+
+class Tries(Net):
+    """Tries shapes until one fits."""
+
+    def forward(self, x):
+        h = self.net[:2](x)
+        for shape in ((3, 3, 7), (5, 9)):
+            with suppress(RuntimeError):
+                h = h + torch.zeros(shape)
+        for layer in (self.net[0], self.net[2]):
+            with suppress(RuntimeError):
+                out = layer(h)
+        return self.net[3:](out)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*torch.jit", "ignore:Converting a tensor")
+@pytest.mark.parametrize("kind", [Exports, Tries])
+@pytest.mark.parametrize("remedy", [None, "reset"])
+def test_a_traced_export_and_a_shape_error_that_the_model_catches_end_nothing(kind, remedy):
+    def train(build, **options):
+        torch.manual_seed(3)
+        model, monitor = build(), DeadReLUMonitor(**EVERYTHING, **options)
+        fit(model, batches(8), monitor)
+        return monitor.report, model.losses
+
+    (report, losses), (expected, same) = train(kind, remedy=remedy), train(Net, remedy=remedy)
+    assert [site.samples for site in report.sites] == [site.samples for site in expected.sites] == [20, 20]
+    assert [site.dead.tolist() for site in report.sites] == [site.dead.tolist() for site in expected.sites]
+    assert losses == same
