@@ -6,7 +6,7 @@ Each point is a process that trains and is sent SIGKILL, or SIGINT, after a rand
 latest checkpoint. A checkpoint is saved after each batch, and after SIGINT once more, wherever that came. Where it came
 between the optimizer's step and the batch's end, weights and progress do not fit together whatever watches, and the
 run goes on from the checkpoint before; such points are counted as "in halves". In the end weights, optimizer, events
-and verdicts have to be those of the run that nothing stopped, to the last bit.
+and the last verdict have to be those of the run that nothing stopped, to the last bit.
 """
 
 import argparse
@@ -78,13 +78,12 @@ def train(folder: Path, steps: int, start: Path | None = None) -> dict[str, Any]
     callbacks = [batches, monitor, saver, OnExceptionCheckpoint(folder, INTERRUPTED.removesuffix(".ckpt"))]
     trainer = Trainer(**bare(callbacks=callbacks, enable_checkpointing=True))
     trainer.fit(model, batches, ckpt_path=start)
-    reports = [[site | {"last_fired": 0} for site in one.to_dict()["sites"]] for one in monitor.reports[-3:]]
     return {
         "weights": model.state_dict(),
         "optimizer": trainer.optimizers[0].state_dict(),
         "actions": [event.action for event in monitor.events],
         "events": [str(event._replace(step=0)) for event in monitor.events],
-        "reports": reports,
+        "report": [site | {"last_fired": 0} for site in monitor.report.to_dict()["sites"]] if monitor.report else [],
         "failure": repr(monitor.failure),
     }
 
@@ -153,7 +152,7 @@ class Tally:
     points: int = 0
     equal: int = 0
     halves: int = 0
-    ended: int = 0
+    over: int = 0
     left: int = 0
     wrong: list[str] = field(default_factory=list)
 
@@ -167,14 +166,16 @@ def point(how: signal.Signals, after: float, whole: dict[str, Any], steps: int, 
         time.sleep(after)
         os.kill(child, how)
         os.waitpid(child, 0)
-        tally.points += 1
-        tally.ended += (folder / OUTCOME).exists()
         tally.left += torch.load(folder / "left.pt") if (folder / "left.pt").exists() else 0
         start = latest(folder)
         if interrupts and (folder / INTERRUPTED).exists():
             in_order = fits(folder / INTERRUPTED, folder)
             tally.halves += not in_order
             start = folder / INTERRUPTED if in_order else start
+        if start == folder / f"step={steps}.ckpt":
+            tally.over += 1
+            return
+        tally.points += 1
         os.waitpid(in_a_process(trained(folder, steps, start)), 0)
         outcome = torch.load(folder / OUTCOME, weights_only=False) if (folder / OUTCOME).exists() else {}
         wrong = [key for key in whole if not same(outcome.get(key), whole[key])]
@@ -197,7 +198,7 @@ def run(kills: int, interrupts: int, steps: int, seed: int) -> dict[str, Tally]:
     draw, tallies = random.Random(seed), {}
     for how, points in ((signal.SIGKILL, kills), (signal.SIGINT, interrupts)):
         tallies[how.name] = Tally()
-        for _ in range(points):
+        while tallies[how.name].points < points:
             point(how, draw.uniform(0.02, 0.9) * takes, whole, steps, tallies[how.name])
             print(tallies[how.name], file=sys.stderr)
     return tallies
@@ -213,9 +214,9 @@ def main() -> None:
     logging.disable(logging.INFO)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)  # processes are forked, and threads would not survive that
-    table = Table("", "points", "equal to the last bit", "in halves", "were over", "hooks and modes left")
+    table = Table("", "points", "equal to the last bit", "in halves", "came too late", "hooks and modes left")
     for name, tally in run(given.kills, given.interrupts, given.steps, given.seed).items():
-        table.add_row(name, *map(str, (tally.points, tally.equal, tally.halves, tally.ended, tally.left)))
+        table.add_row(name, *map(str, (tally.points, tally.equal, tally.halves, tally.over, tally.left)))
         print(*tally.wrong, sep="\n")
     Console(width=130).print(table)
 
