@@ -21,11 +21,13 @@ from torch.utils.data import DataLoader
 from trackers import Tracker
 
 from lightning_deadrelu.observe.probe import Probe
+from lightning_deadrelu.observe.site_resolver import SiteResolver
 
 ALONE = "no callback"
 HOOKS = ("on_train_batch_start", "on_before_backward", "on_after_backward", "on_before_zero_grad")
 HOOKS += ("on_before_optimizer_step", "on_train_batch_end")
-PROBE = ("_enter_module", "_leave_module", "_find", "_note")
+PROBE = ((Probe, "_enter_module"), (Probe, "_leave_module"), (Probe, "_rectified"))
+PROBE += ((SiteResolver, "find"), (SiteResolver, "follow"))
 
 Build = Callable[[], tuple[nn.Module, Tensor]]
 
@@ -139,14 +141,14 @@ def _seconds(start: Any, end: Any) -> float:
 @contextmanager
 def _instrumented(turns: Turns) -> Iterator[None]:
     """Time the probe's share of each torch call and module; the rest of the monitor is in its hooks."""
-    originals = {name: getattr(Probe, name) for name in PROBE}
-    for name, function in originals.items():
-        setattr(Probe, name, turns.around(function))
+    originals = {(owner, name): getattr(owner, name) for owner, name in PROBE}
+    for (owner, name), function in originals.items():
+        setattr(owner, name, turns.around(function))
     try:
         yield
     finally:
-        for name, function in originals.items():
-            setattr(Probe, name, function)
+        for (owner, name), function in originals.items():
+            setattr(owner, name, function)
 
 
 def compare(
