@@ -111,6 +111,13 @@ class Ranks:
             dist.all_gather_object(values, own)
         return values
 
+    def union(self, names: Iterable[str]) -> list[str]:
+        """Return the names that some rank has, in one order; to be called on all ranks, also on one that has failed."""
+        found: list[Any] = [sorted(names)] * self.size
+        if self.joint:
+            dist.all_gather_object(found, found[0])
+        return sorted({name for one in found for name in one})
+
     def share(self, tensors: Iterable[Tensor]) -> None:
         """Give all ranks the values that rank 0 has; to be called on all of them, with as many tensors."""
         for tensor in tensors if self.joint else ():

@@ -120,7 +120,7 @@ class Editor:
     def share_lifted(self) -> None:
         """Have on all ranks what rank 0 has lifted, after some rank could not do so."""
         tensors = tensors_of(self._subject.model)
-        for name in sorted(self.lifts.unsettled):
+        for name in self._subject.ranks.union(self.lifts.unsettled):
             states = (optimizer.state.get(tensors[name], {}) for optimizer in self._subject.optimizers)
             held = (value for state in states for value in state.values())
             alike = (one for one in held if isinstance(one, Tensor) and one.shape == tensors[name].shape)
