@@ -90,8 +90,7 @@ class Repair:
         self.refusal = ""
         """Why nothing can be repaired here; empty if it can."""
         self.sums = torch.zeros(3, dtype=torch.float64)
-        """Over the open window, on the device: number, sum and sum of squares of the losses, then what
-        :class:`~lightning_deadrelu.repair.usefulness.TaylorShares` adds up for sites on trial."""
+        """Over the open window: number, sum and sum of squares of the losses, then Taylor shares of sites on trial."""
         self._subject: Subject | None = None
         self._init: dict[str, InitDistribution] = {}
         self._question: Question | None = None  # the units asked about
@@ -275,8 +274,6 @@ class Repair:
         if self._subject is not None:
             self._editor.share_lifted()
             self._editor.lifts.drop(self._editor.lifts.sites)
-
-    # -- from start to end -------------------------------------------------------------------------------
 
     def stop(self, step: int) -> None:
         """Take out of the model what was there for a time; harmless when there is nothing."""
