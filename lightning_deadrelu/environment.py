@@ -48,7 +48,7 @@ class MonitorFromEnvironment(DeadReLUMonitor):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._steps_back = any(isinstance(one, DeadReLUMonitor) and one is not self for one in trainer.callbacks)
         if self._steps_back:
-            self.remedy = None  # the one in code is then alone in having any
+            self.remedy, self.name = None, f"{self.name}_of_environment"  # to be in nobody's way
         super().setup(trainer, pl_module, stage)
 
     @override

@@ -328,6 +328,10 @@ def watch(
         ...         loss.backward()
         ...         optimizer.step()
         ...         report = monitor.step(loss)
+        dead_relu: None of 8 units is dead.
+        layer  kind  units  dead        verdict
+                             now
+        1      relu      8     0  0.0%  linear
         >>> report.dead_units, report.units
         (0, 8)
     """

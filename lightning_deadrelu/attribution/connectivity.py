@@ -44,6 +44,7 @@ class Connectivity:
         self.reads: dict[Origin, list[Read]] = {}
         self.frozen: set[str] = set()
         self.reached: set[str] = set()  # by a gradient
+        self.multiplied: set[Site] = set()  # with other activations
 
     # -- what was seen
 
@@ -62,6 +63,7 @@ class Connectivity:
         """Note what a call read, and which entries it used."""
         for origin in (*outcome.uses, *_rows_in(outcome)):
             self.views.setdefault(origin.name, set()).add((origin.dims, origin.shape))
+        self.multiplied.update(outcome.multiplied)
         for read in outcome.reads:
             known = self.reads.setdefault(read.rows, [])
             if not any(_is_same_read(read, other) for other in known):
@@ -130,7 +132,8 @@ class Connectivity:
         incoming, no_incoming = self._incoming(site)
         outgoing, no_outgoing = self._outgoing(site)
         outlet, no_outlet = self._outlet(site)
-        return Attribution(incoming, outgoing, outlet, no_incoming, no_outgoing, no_outlet)
+        reasons, multiplied = (no_incoming, no_outgoing, no_outlet), site in self.multiplied
+        return Attribution(incoming, outgoing, outlet, *reasons, multiplied=multiplied)
 
     def sole_readers(self) -> dict[Site, tuple[Slice, ...]]:
         """List for every site met what feeds it and nothing else, so that all gradient comes through the site.

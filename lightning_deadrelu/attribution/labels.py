@@ -157,6 +157,7 @@ class Outcome(NamedTuple):
     unaccounted: tuple[UnaccountedRead, ...] = ()
     reads: tuple[Read, ...] = ()
     uses: tuple[Origin, ...] = ()
+    multiplied: tuple[Site, ...] = ()  # with other activations
 
 
 def unaccounted_reads(flow: Flow, before: str, behind: str) -> tuple[UnaccountedRead, ...]:

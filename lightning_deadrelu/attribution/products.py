@@ -19,6 +19,7 @@ from lightning_deadrelu.attribution.labels import (
     shrunk,
     unaccounted_reads,
 )
+from lightning_deadrelu.model.sites import Site
 from lightning_deadrelu.model.torch_calls import contraction
 
 
@@ -50,7 +51,9 @@ def multiply(call: TracedCall) -> Outcome:
     unaccounted = unaccounted_reads(
         Flow(tuple(gone)), f"`{call.name}`", f"`{call.name}` reads it, and not unit by unit"
     )
-    return Outcome((Flow(tuple(kept), why, constant=all(flow.constant for flow in flows)),), unaccounted)
+    scored = [s.origin for s in kept if isinstance(s.origin, Site)] if len(call.operands) > 1 else []
+    flow = Flow(tuple(kept), why, constant=all(flow.constant for flow in flows))
+    return Outcome((flow,), unaccounted, multiplied=tuple(scored))
 
 
 def _carried(labels: Tensor, letters: str | None, result: str) -> Tensor | None:

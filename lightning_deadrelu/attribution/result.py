@@ -37,6 +37,7 @@ class Attribution:
         no_incoming: Why the units' parameters must not be edited; empty if they may.
         no_outgoing: Why the readers are not known; empty if they are.
         no_outlet: Why there is no outlet.
+        multiplied: Whether a product with other activations is on the way to the readers.
     """
 
     incoming: tuple[Slice, ...] = ()
@@ -45,6 +46,7 @@ class Attribution:
     no_incoming: str = ""
     no_outgoing: str = ""
     no_outlet: str = ""
+    multiplied: bool = False
 
     @property
     def bias(self) -> Slice | None:

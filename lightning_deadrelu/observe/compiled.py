@@ -181,7 +181,7 @@ class Compiled:
 
     def take(self, calls: Sequence[Seen], sizes: Sequence[Any], fired: Tensor, rest: Tensor) -> None:
         """Add what a graph has counted."""
-        if not self.counting or recomputes() or self.probe.passes_over():
+        if not self.counting or recomputes() or self._counter.probe.passes_over():
             return
         units = [call.site.units for call in calls]
         columns = [column.split(units) for column in rest.clone().view(3, -1)]  # a CUDA graph reuses its outputs

@@ -176,6 +176,7 @@ def rare_items(count=60, rare=(5, 7), size=40):
 
 def run_rare(net=None, loader=None, **settings):
     monitor = Verdicts(**{**SETTINGS, "min_samples": 100, **settings})
+    monitor.all_rates = True  # who is rare is told from 100 elements on
     fit(net or Net(rare_net(), 0.0, torch.optim.SGD), loader or Loader(rare_items()), monitor)
     return monitor
 

@@ -135,8 +135,10 @@ class CheckContext:
 
     def multiplies(self, site: SiteReport) -> bool:
         """Whether a site's output is multiplied with other activations, as the scores of an attention are."""
-        reader = self.attributions[site.name].no_outgoing
-        return reader.startswith(tuple(f"`{name}`" for name in ("matmul", "bmm", "baddbmm", "einsum")))
+        known = self.attributions[site.name]
+        return known.multiplied or known.no_outgoing.startswith(
+            tuple(f"`{name}`" for name in ("matmul", "bmm", "baddbmm", "einsum"))
+        )
 
     def step(self, name: str) -> float:
         """Divide the first update of some weights by their size; NaN where it is not known.

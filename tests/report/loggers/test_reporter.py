@@ -295,6 +295,7 @@ def test_wandb_need_not_be_installed(tmp_path):
     assert KEY in file.read_text()
 
 
+@pytest.mark.filterwarnings("ignore:.*did not run in this window")
 def test_a_model_that_grows_gets_its_new_site_mapped_and_logged():
     class Growing(Net):
         def __init__(self):
