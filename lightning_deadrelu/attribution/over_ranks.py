@@ -35,7 +35,8 @@ def _joined(name: str, theirs: Sequence[Attributions], missing: str) -> Attribut
         () if why["incoming"] else known[0].incoming,
         () if why["outgoing"] else tuple(readers.values()),
         None if why["outlet"] else known[0].outlet,
-        *(why[part] for part in _PARTS),
+        **{f"no_{part}": why[part] for part in _PARTS},
+        multiplied=any(one.multiplied for one in known),
     )
 
 
