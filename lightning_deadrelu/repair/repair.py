@@ -170,7 +170,7 @@ class Repair:
     def note_loss(self, loss: Tensor | None) -> None:
         """Add up the losses of observed batches, without looking at them."""
         if self.remedies and isinstance(loss, Tensor) and loss.is_floating_point():
-            mean = loss.detach().mean().to(self.sums)
+            mean = loss.detach().mean().to(self.sums.dtype)
             self.sums[:3] += torch.stack([torch.ones_like(mean), mean, mean * mean])
 
     # -- the end of a window -----------------------------------------------------------------------------

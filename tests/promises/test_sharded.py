@@ -157,6 +157,7 @@ def watch_shards(rank):
 
 
 @pytest.mark.ranks
+@pytest.mark.filterwarnings("ignore:.*Reset refused")
 def test_shards_are_watched_as_the_whole():
     found = on_two_ranks(watch_shards)
     joined = [list(pair) for pair in zip(shares(0), shares(1), strict=True)]
@@ -165,7 +166,7 @@ def test_shards_are_watched_as_the_whole():
         fit(Shares(case), plain(joined), alone)
         expected = reports_of(alone)
         assert expected[-1]["dead_units"] or case == "a transformer"
-        assert "refused" not in str(alone.events)
+        assert "shard" not in str(alone.events)  # what is refused, is so for the same reason everywhere
         for reports, attribution, events, trainable in (ranks[case] for ranks in found):
             assert len(reports) == len(expected) == 3
             for report, one in zip(reports, expected, strict=True):
@@ -376,7 +377,7 @@ def interrupt_and_resume(rank, folder, steps):
 @pytest.mark.ranks
 def test_a_resumed_run_goes_on_in_mid_window_and_mid_anneal(tmp_path):
     for whole, *resumed in on_two_ranks(interrupt_and_resume, tmp_path, (2, 5, 10, 11)):
-        assert sum(" edited " in event for event in whole[0]) >= 3
+        assert sum(" repaired " in event for event in whole[0]) >= 3
         for one in resumed:
             assert one[0] == whole[0]
             assert_same(one, whole)
