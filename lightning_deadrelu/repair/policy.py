@@ -213,7 +213,7 @@ class EscalationPolicy:
             progress.rest += 1
             return events
         trial.windows -= 1
-        if trial.windows > 0 or not site.elements:  # a site that did not run says nothing
+        if trial.windows > 0 or not site.elements:  # without rates it cannot be told who is back
             return []
         progress.trial = None
         return [] if trial.dry else self._conclude(progress, site, trial, step, shares)

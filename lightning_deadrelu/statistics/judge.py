@@ -118,14 +118,14 @@ def _units(
         seen=units["seen"],
         last_fired=units["last_fired"],
         elements=before.elements + totals.elements.sum(1),
+        ran=before.ran | totals.samples.any(1),
     )
 
 
 def unseen(totals: Totals, before: UnitHistory) -> list[bool]:
     """Tell for each site whether it ran before, and not in this window, so that its last verdict stands."""
-    known = before.elements.tolist()
-    now = totals.elements.sum(1).tolist()
-    return [not seen and place < len(known) and known[place] > 0 for place, seen in enumerate(now)]
+    now, known = totals.samples.any(1).tolist(), before.ran.tolist()
+    return [not runs and place < len(known) and known[place] for place, runs in enumerate(now)]
 
 
 def _unseen(totals: Totals, before: UnitHistory, layout: Layout) -> Array:

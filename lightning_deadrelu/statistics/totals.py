@@ -151,7 +151,8 @@ class UnitHistory:
         fired: Elements that fired so far, int64.
         seen: Elements observed up to the end of the last window in which the unit fired, int64.
         last_fired: The step of the last observation in which the unit fired, int32; -1 if it never did.
-        elements: Elements observed so far, by site, shape ``(sites,)``, int64.
+        elements: Elements counted so far, by site, shape ``(sites,)``, int64; not of observations of peaks alone.
+        ran: Whether the site has run at all, shape ``(sites,)``.
     """
 
     age: Tensor
@@ -162,13 +163,14 @@ class UnitHistory:
     seen: Tensor
     last_fired: Tensor
     elements: Tensor
+    ran: Tensor
 
     @classmethod
     def empty(cls, units: int = 0, sites: int = 0) -> UnitHistory:
         """Start with units of which nothing is known."""
         none, zero = torch.zeros(units, dtype=torch.bool), torch.zeros(units, dtype=torch.int64)
         never, elements = torch.full((units,), -1, dtype=torch.int32), torch.zeros(sites, dtype=torch.int64)
-        return cls(zero, none, none.clone(), none.clone(), zero.clone(), zero.clone(), never, elements)
+        return cls(zero, none, none.clone(), none.clone(), zero.clone(), zero.clone(), never, elements, elements > 0)
 
     def extended(self, units: int, sites: int) -> UnitHistory:
         """Add unknown units at the end, for the sites that were met since, up to so many units and sites."""
