@@ -186,7 +186,7 @@ class GradientEvidence:
             first: Whether it starts anew; False where it adds to the gradients of the batch before.
         """
         altered = frozenset(watch.substitutes), frozenset(watch.offsets)
-        key = watch.traces, id(watch.liveness), len(watch.sites), len(self._refuted), altered
+        key = watch.tracer.batches, id(watch.liveness), len(watch.sites), len(self._refuted), altered
         if key != self._key:
             self.flush(watch)
             self._key, self._plan = key, self._new_plan(watch, model)
@@ -197,7 +197,7 @@ class GradientEvidence:
                 self._plan.begin()
 
     def _new_plan(self, watch: Watch, model: nn.Module) -> Plan | None:
-        self._slices |= watch.sole_readers()
+        self._slices |= watch.tracer.sole_readers()
         tensors, places = tensors_of(model), watch.layout.places
         parts = []
         for number, site in enumerate(watch.sites):
@@ -265,7 +265,7 @@ class GradientEvidence:
 
     def state(self, watch: Watch) -> GradientEvidenceState:
         """Return what a resumed run needs."""
-        known = self._slices | watch.sole_readers()
+        known = self._slices | watch.tracer.sole_readers()
         slices = {number: known[site] for number, site in enumerate(watch.sites) if site in known}
         return GradientEvidenceState(slices, [site in self._refuted for site in watch.sites])
 

@@ -14,7 +14,6 @@ from lightning_deadrelu.attribution import Attributions, Tracer, merged
 from lightning_deadrelu.model.layout import Layout
 from lightning_deadrelu.model.rectifiers import WATCHPOINT, Rectifier, is_rectifier_module
 from lightning_deadrelu.model.sites import Site, clean, is_selected, own_name, plain_path, unmatched
-from lightning_deadrelu.model.slices import Slice
 from lightning_deadrelu.observe.compiled import Compiled, Seen
 from lightning_deadrelu.observe.padding_mask import over_rows
 from lightning_deadrelu.observe.probe import Probe
@@ -99,7 +98,8 @@ class Watch:
         self.probe = Probe(model, self._take, unit_dims, keep_fused)
         self.compiled = Compiled(self)
         self.probe.compiled = self.compiled
-        self._tracer = Tracer(self.probe.model, self._name_of)
+        self.tracer = Tracer(self.probe.model, self._name_of)
+        """Knows who feeds and reads whom, as far as all traced batches tell."""
         self.valid: Tensor | None = None
         """True where the current batch holds data, False where padding; None where all is data."""
         self.masked = False
@@ -258,35 +258,15 @@ class Watch:
         """Follow the next observed batch from layers to sites and on; what was known before is added to."""
         if self._tracing is not None:
             self._tracing.remove()  # asked for twice, it is followed once
-        self._tracing = self.probe.subscribe_calls(self._tracer)
+        self._tracing = self.probe.subscribe_calls(self.tracer)
 
     @property
     def attributions(self) -> Attributions:
         """Which entries feed and read the units of each site, as far as all traced batches tell."""
-        tracer = self._tracer
-        known = merged(tracer.attributions(), self.sites, tracer.failure or NOT_TRACED)
+        known = merged(self.tracer.attributions(), self.sites, self.tracer.failure or NOT_TRACED)
         known |= merged({}, [site for site in self.sites if site.kind == WATCHPOINT], ONLY_WATCHED)
         named = zip(self.layout.names, self.sites, strict=True)
-        return Attributions({name: known[site] for name, site in named if site.units}, tracer.used)
-
-    @property
-    def traces(self) -> int:
-        """Batches traced so far, with one that is under way."""
-        return self._tracer.batches
-
-    def sole_readers(self) -> dict[Site, tuple[Slice, ...]]:
-        """Say, for every site traced, which entries feed its units and nothing else."""
-        return self._tracer.sole_readers()
-
-    @property
-    def used(self) -> frozenset[str]:
-        """Names of the parameters and buffers that traced batches have used."""
-        return self._tracer.used
-
-    @property
-    def tracer(self) -> Tracer:
-        """Knows who feeds and reads whom, as far as all traced batches tell."""
-        return self._tracer
+        return Attributions({name: known[site] for name, site in named if site.units}, self.tracer.used)
 
     def unwatched(self) -> dict[str, str]:
         """Say, by name, why a rectifier of the model is not watched."""
@@ -320,20 +300,23 @@ class Watch:
             ValueError: If a pattern of ``include``, ``exclude`` or ``unit_dims`` matches no site on any rank, or names
                 a dimension that an input has not on one.
         """
-        ran = ran or [self.ran]
-        for wrong in (wrong for one in ran for wrong in one.out_of_range):
-            raise ValueError(wrong)
-        names = list(dict.fromkeys(name for one in ran for name in one.names))
-        late = set(ran[0].late).intersection(*(one.late for one in ran))
-        kinds = [kind for one in ran for kind in one.kinds]
-        given = {"include": list(self._include), "exclude": list(self._exclude), "unit_dims": list(self._unit_dims)}
-        for argument, patterns in given.items():
-            if missing := unmatched(patterns, [*names, *late], kinds):
-                known = ", ".join(f"`{name}`" for name in names) or "none"
-                raise ValueError(
-                    f"`{argument}={patterns}`: {missing} matches no activation that ran. Mend or drop it; the"
-                    f" sites of this model: {known}."
-                )
+        given = {"include": self._include, "exclude": self._exclude, "unit_dims": self._unit_dims}
+        _refuse_unmatched({argument: list(patterns) for argument, patterns in given.items()}, ran or [self.ran])
+
+
+def _refuse_unmatched(given: Mapping[str, list[str]], ran: Sequence[Ran]) -> None:
+    for wrong in (wrong for one in ran for wrong in one.out_of_range):
+        raise ValueError(wrong)
+    names = list(dict.fromkeys(name for one in ran for name in one.names))
+    late = set(ran[0].late).intersection(*(one.late for one in ran))
+    kinds = [kind for one in ran for kind in one.kinds]
+    for argument, patterns in given.items():
+        if missing := unmatched(patterns, [*names, *late], kinds):
+            known = ", ".join(f"`{name}`" for name in names) or "none"
+            raise ValueError(
+                f"`{argument}={patterns}`: {missing} matches no activation that ran. Mend or drop it; the"
+                f" sites of this model: {known}."
+            )
 
 
 def _check_lists(**arguments: Sequence[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -140,11 +140,8 @@ class UnitLiveness(Metric):
 
     @property
     def _rates_all(self) -> bool:
-        """Whether more than the peaks is to be read of all sites in the present observation.
-
-        It is in a window's first, so that there are rates whenever a verdict is asked for, and in its last, so that
-        they are of the latest weights. This goes by the number alone, so that all ranks read the same.
-        """
+        # a window's first, so that there are rates whenever a verdict is asked for, and its last, so that they are of
+        # the latest weights; by the number alone, so that all ranks read the same
         return self._observation in (0, self._last_of_window) or self.rules.all_rates
 
     def add(self, site: int, counts: Counts) -> None:
@@ -187,20 +184,11 @@ class UnitLiveness(Metric):
         if not self._pending:
             return
         pending, self._pending = self._pending, {}
-        self._add_peaks(FlatCounts(self.layout, pending, self.maxima))
+        _raise_to(self.maxima[:3], *_peak_rows(FlatCounts(self.layout, pending, self.maxima), self._observation))
         rated = {number: counts for number, counts in pending.items() if counts.magnitude is not None}
         if rated:
             self._add_rates(FlatCounts(self.layout, rated, self.maxima))
         self._add_sizes(pending)
-
-    def _add_peaks(self, flat: FlatCounts) -> None:
-        peak, trough = flat.of("peak", -math.inf), flat.of("trough", math.inf)
-        lost = peak.isnan()  # beside a NaN, what was counted tells who fired
-        peak = torch.where(lost, -math.inf, peak)
-        last = torch.where((peak > 0) | (flat.of("fired", 0) > 0), self._observation, -1)
-        infinite = peak.isposinf() | trough.isneginf()
-        nonfinite = torch.where(lost | trough.isnan(), NAN, torch.where(infinite, INFINITE, FINITE))
-        _raise_to(self.maxima[:3], peak, last, nonfinite)
 
     def _add_rates(self, flat: FlatCounts) -> None:
         self.fired.add_(flat.of("fired", 0).to(self.fired.dtype))
@@ -224,12 +212,11 @@ class UnitLiveness(Metric):
         """Add samples and elements; where no mask made them tensors, of all sites at once."""
         sizes = [(counts.samples, counts.elements) for counts in pending.values()]
         if any(isinstance(number, Tensor) for pair in sizes for number in pair):
-            for number, counts in pending.items():
-                self.samples[number, self._observation].add_(counts.samples)
-                self.elements[number, self._observation].add_(counts.elements)
+            for number, (samples, elements) in zip(pending, sizes, strict=True):
+                self.samples[number, self._observation].add_(samples)
+                self.elements[number, self._observation].add_(elements)
             return
-        table = torch.zeros(len(self.layout), 2, dtype=torch.int64, device="cpu")
-        table[list(pending)] = torch.tensor(sizes, device="cpu")
+        table = _size_table(len(self.layout), pending, sizes)
         samples, elements = table.to(self.samples.device, non_blocking=True).unbind(1)  # waits for no device
         self.samples[:, self._observation].add_(samples)
         self.elements[:, self._observation].add_(elements)
@@ -285,6 +272,23 @@ class UnitLiveness(Metric):
             setattr(self, name, _cleared(name, state))
         self._pending = {}
         self._observation, self._latest = 0, -1
+
+
+def _peak_rows(flat: FlatCounts, observation: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tell of each unit its peak, the observation if it fired in it, and how finite its inputs were."""
+    peak, trough = flat.of("peak", -math.inf), flat.of("trough", math.inf)
+    lost = peak.isnan()  # beside a NaN, what was counted tells who fired
+    peak = torch.where(lost, -math.inf, peak)
+    last = torch.where((peak > 0) | (flat.of("fired", 0) > 0), observation, -1)
+    infinite = peak.isposinf() | trough.isneginf()
+    return peak, last, torch.where(lost | trough.isnan(), NAN, torch.where(infinite, INFINITE, FINITE))
+
+
+def _size_table(sites: int, numbers: Iterable[int], sizes: Sequence[tuple[Any, Any]]) -> Tensor:
+    """Put the sizes of some sites in their places among all, shape ``(sites, 2)``, on the CPU."""
+    table = torch.zeros(sites, 2, dtype=torch.int64, device="cpu")
+    table[list(numbers)] = torch.tensor(sizes, device="cpu")
+    return table
 
 
 def _raise_to(rows: Tensor, *values: Tensor) -> None:
