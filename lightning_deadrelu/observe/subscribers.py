@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
@@ -40,6 +41,42 @@ class CallTaker(Protocol):
 
     def end(self) -> None:
         """End the batch."""
+
+
+class RectifierCallTaker(ABC):
+    """Takes, of all calls in one batch, those of rectifiers, with the autograd graph that they have made."""
+
+    def begin(self) -> None:  # noqa: B027 - to do nothing is what most want
+        """Do nothing at a batch's start."""
+
+    def see(
+        self,
+        name: str,
+        func: Any,
+        args: Any,
+        kwargs: Any,
+        output: Any,
+        frame: tuple[str, nn.Module | None] = ("", None),
+        met: tuple[Site, Rectifier, tuple[int, ...], Tensor] | None = None,
+    ) -> None:
+        """Take one call; see :meth:`CallTaker.see`."""
+        if met is not None:
+            self.take(*met, output if isinstance(output, Tensor) else output[0])
+
+    @abstractmethod
+    def take(self, site: Site, rectifier: Rectifier, dims: tuple[int, ...], x: Tensor, output: Tensor) -> None:
+        """Take the call of a site's rectifier.
+
+        Args:
+            site: The site.
+            rectifier: What it is.
+            dims: The dimensions that hold the units, counted from the end.
+            x: Its input.
+            output: What it put out.
+        """
+
+    def end(self) -> None:  # noqa: B027
+        """Do nothing at a batch's end."""
 
 
 class InCompiled(Protocol):

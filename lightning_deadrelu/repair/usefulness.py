@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_deadrelu.model.rectifiers import Rectifier
 from lightning_deadrelu.model.sites import Site
+from lightning_deadrelu.observe.subscribers import RectifierCallTaker
 
 _LEAST_SHARE = 0.1  # of the median live unit's
 
 
-class TaylorShares:
+class TaylorShares(RectifierCallTaker):
     """Add up, for each unit of some sites, its output times the gradient of the loss with respect to it.
 
     To first order that is by how much the loss would fall if the unit were taken out. Source: Molchanov et al. 2017,
@@ -25,6 +25,7 @@ class TaylorShares:
         places: Where the units of each site are.
 
     Example:
+        >>> from torch import nn
         >>> from lightning_deadrelu.observe.probe import Probe
         >>> model, site = nn.Sequential(nn.Linear(2, 2), nn.ReLU()), Site("1", False, "relu", ("0.bias", "0.weight"), 2)
         >>> _ = nn.init.eye_(model[0].weight), nn.init.zeros_(model[0].bias)
@@ -40,37 +41,19 @@ class TaylorShares:
     def __init__(self, sums: Tensor, places: Mapping[Site, slice]) -> None:
         self._sums, self._places = sums, places
 
-    def begin(self) -> None:
-        """Start a batch."""
-
-    def see(
-        self,
-        name: str,
-        func: Any,
-        args: Any,
-        kwargs: Any,
-        output: Any,
-        frame: tuple[str, nn.Module | None] = ("", None),
-        met: tuple[Site, Rectifier, tuple[int, ...], Tensor] | None = None,
-    ) -> None:
+    def take(self, site: Site, rectifier: Rectifier, dims: tuple[int, ...], x: Tensor, output: Tensor) -> None:
         """Hang a hook on the node of the autograd graph that a rectifier's call has made."""
-        if met is None or met[0] not in self._places:
+        if site not in self._places or output.grad_fn is None:
             return
-        out: Tensor = output if isinstance(output, Tensor) else output[0]
-        if out.grad_fn is None:
-            return
-        kept, sums = out.detach(), self._sums[self._places[met[0]]]
-        others = [dim for dim in range(-out.ndim, 0) if dim not in met[2]]
+        kept, sums = output.detach(), self._sums[self._places[site]]
+        others = [dim for dim in range(-output.ndim, 0) if dim not in dims]
 
         def add(gradients: tuple[Tensor | None, ...]) -> None:
             if gradients[0] is not None:
                 shares = (kept * gradients[0]).sum(others, dtype=torch.float64).flatten()
                 sums.add_(shares.to(sums.device).nan_to_num(0.0, 0.0, 0.0))  # where a scaled loss overflowed
 
-        out.grad_fn.register_prehook(add)
-
-    def end(self) -> None:
-        """End the batch."""
+        output.grad_fn.register_prehook(add)
 
 
 def useful(shares: Tensor, live: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from lightning_deadrelu.model.rectifiers import Rectifier
 from lightning_deadrelu.model.sites import Site
 from lightning_deadrelu.observe.probe import Probe
+from lightning_deadrelu.observe.subscribers import RectifierCallTaker
 from lightning_deadrelu.remedies import Push
 
 
@@ -132,33 +132,13 @@ class WakeUps:
         self._wakings = dict(state)
 
 
-class _Pusher:
-    """Takes the calls of one forward."""
-
+class _Pusher(RectifierCallTaker):
     def __init__(self, wakings: Mapping[str, Waking], names: Mapping[Site, str]) -> None:
         self._pushes = {site: wakings[name].push for site, name in names.items() if name in wakings}
 
-    def begin(self) -> None:
-        pass
-
-    def see(
-        self,
-        name: str,
-        func: Any,
-        args: Any,
-        kwargs: Any,
-        output: Any,
-        frame: tuple[str, nn.Module | None] = ("", None),
-        met: tuple[Site, Rectifier, tuple[int, ...], Tensor] | None = None,
-    ) -> None:
-        if met is None or met[0] not in self._pushes:
-            return
-        site, rectifier, dims, x = met
-        outputs = [output] if isinstance(output, Tensor) else output
-        push_(self._pushes[site], x, outputs[0], dims, rectifier.hinge)
-
-    def end(self) -> None:
-        pass
+    def take(self, site: Site, rectifier: Rectifier, dims: tuple[int, ...], x: Tensor, output: Tensor) -> None:
+        if site in self._pushes:
+            push_(self._pushes[site], x, output, dims, rectifier.hinge)
 
 
 def push_(push: Push, x: Tensor, output: Tensor, dims: tuple[int, ...], hinge: float = 0.0) -> None:

@@ -92,11 +92,11 @@ class Adapter:
 
     def show(self, media: Media) -> None:
         """Send pictures, tables and firing rates; on rank 0 alone."""
-        raise NotImplementedError
+        raise NotImplementedError  # nobody asks where `takes_media` is False, and where it is True this is overridden
 
     def alert(self, title: str, text: str) -> None:
         """Send an alert; on rank 0 alone."""
-        raise NotImplementedError
+        raise NotImplementedError  # likewise, by `takes_alerts`
 
     def names_of(self, keys: Iterable[str]) -> dict[str, str]:
         """Map names that the tracker takes to keys: no two alike, and the key itself where it may stay.
