@@ -20,13 +20,13 @@ import argparse
 import logging
 import math
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
 
 import torch
+from expected import ignore_expected
 from intervals import share
 from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
@@ -293,7 +293,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
+    ignore_expected()
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.nets)
     remedy = replace(REMEDY, evidence=arguments.evidence, tries=arguments.tries)
     setting, study = SETTING | {"window": arguments.window}, through_trainer if arguments.trainer else batched

@@ -14,11 +14,11 @@ from __future__ import annotations
 import argparse
 import logging
 import time
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from expected import ignore_expected
 from intervals import mean
 from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
@@ -156,7 +156,7 @@ def main() -> None:
     torch.set_num_threads(1)
     seeds = range(arguments.first, arguments.first + arguments.seeds)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
+    ignore_expected()
     print(f"seeds {seeds[0]} to {seeds[-1]}, {arguments.tasks} tasks, means over the last {LATE}")
     table = Table("setting", "dead units", "accuracy at task end", "accuracy online", "edits", "given up", "s per run")
     for name in arguments.only or SETTINGS:

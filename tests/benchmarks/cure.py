@@ -19,13 +19,13 @@ import argparse
 import copy
 import logging
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from expected import ignore_expected
 from intervals import mean
 from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
@@ -310,7 +310,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
+    ignore_expected()
     seeds = range(arguments.first, arguments.first + arguments.seeds)
     print(f"seeds {seeds[0]} to {seeds[-1]}; DeadReLUMonitor(threshold=0, remedy=...), all else as it comes")
     for name in arguments.task or TASKS:

@@ -17,7 +17,6 @@ import signal
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from expected import ignore_expected
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from rich.console import Console
@@ -212,7 +212,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     logging.disable(logging.INFO)
-    warnings.filterwarnings("ignore")
+    ignore_expected()
     torch.set_num_threads(1)  # processes are forked, and threads would not survive that
     table = Table("", "points", "equal to the last bit", "in halves", "came too late", "hooks and modes left")
     for name, tally in run(given.kills, given.interrupts, given.steps, given.seed).items():

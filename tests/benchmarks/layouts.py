@@ -14,7 +14,6 @@ import logging
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from expected import ignore_expected
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from rich.console import Console
@@ -200,7 +200,7 @@ def main() -> None:
     given = parser.parse_args()
     layouts = [(given.sites, given.units)] if given.sites else list(LAYOUTS)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
+    ignore_expected()
     console = Console(width=130)
     if not given.alone:  # first: processes are forked, and threads would not survive that
         two = [on_two_ranks(joint, *layout, given.windows)[0] for layout in layouts]

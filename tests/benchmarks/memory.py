@@ -11,11 +11,11 @@ import gc
 import logging
 import sys
 import tracemalloc
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from expected import ignore_expected
 from lightning.pytorch import Callback
 from rich.console import Console
 from rich.table import Table
@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10_000)
     given = parser.parse_args()
     logging.disable(logging.INFO)
-    warnings.filterwarnings("ignore")
+    ignore_expected()
     torch.set_num_threads(1)
     (half, end), monitor = measure(given.steps)
     table = Table("bytes", "at half the run", "at its end", "growth")

@@ -13,11 +13,11 @@ from __future__ import annotations
 import argparse
 import logging
 import time
-import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+from expected import ignore_expected
 from intervals import mean
 from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
@@ -139,7 +139,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
+    ignore_expected()
     print(f"seeds 0 to {arguments.seeds - 1}; DeadReLUMonitor(remedy=...), all else as it comes")
     cases = {"unharmed": (False, None), "none": (True, None)}
     cases |= {name: (True, REMEDIES[name]) for name in arguments.remedy or REMEDIES}
