@@ -51,7 +51,7 @@ def attribute(model: nn.Module, run: Run) -> dict[Site, Attribution]:
     seed()
     probe = Probe(model, lambda *call: None)
     tracer = Tracer(model)
-    probe.subscribe_calls(tracer)
+    probe.router.subscribe_calls(tracer)
     with probe:
         for out in tensors(run()):
             if out.requires_grad:

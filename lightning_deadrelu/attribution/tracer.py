@@ -37,7 +37,7 @@ class Tracer:
         >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
         >>> probe = Probe(model, lambda *call: None)
         >>> tracer = Tracer(model)
-        >>> handle = probe.subscribe_calls(tracer)
+        >>> handle = probe.router.subscribe_calls(tracer)
         >>> with probe:
         ...     _ = model(torch.zeros(5, 3))
         >>> (attribution,) = tracer.attributions().values()

@@ -152,7 +152,7 @@ class Watch:
         if place is None:
             left_out = self._places.get(site._replace(units=0))
             place = self._places[site] = self._add(site) if left_out is None else left_out
-        trains = self.probe.is_training
+        trains = self.probe.router.is_training
         if not self.liveness.layout.sites[place].units or (place in self._trained and not trains):
             return
         if site.kind == WATCHPOINT:
@@ -258,7 +258,7 @@ class Watch:
         """Follow the next observed batch from layers to sites and on; what was known before is added to."""
         if self._tracing is not None:
             self._tracing.remove()  # asked for twice, it is followed once
-        self._tracing = self.probe.subscribe_calls(self.tracer)
+        self._tracing = self.probe.router.subscribe_calls(self.tracer)
 
     @property
     def attributions(self) -> Attributions:

@@ -127,7 +127,7 @@ class Repair:
             self._trace()
         if observed and self._measured:
             places = {watch.layout.site(name): at for name, at in self._places().items() if name in watch.layout}
-            watch.probe.subscribe_calls(TaylorShares(self.sums[3:], places))
+            watch.probe.router.subscribe_calls(TaylorShares(self.sums[3:], places))
         if not self._editor.busy and not self._question:
             return
         self._editor.begin()

@@ -77,7 +77,7 @@ class SecondLook:
         self._handles = [watch.subscribe(self._confirmation)]
         for site, path in self._question.layers.items():
             listen = partial(_listen, self._confirmation, number(site), watch)
-            self._handles.append(watch.probe.subscribe_input(path, listen))
+            self._handles.append(watch.probe.router.subscribe_input(path, listen))
         watch.trace()
 
     def end(self) -> None:

@@ -30,7 +30,7 @@ class TaylorShares(RectifierCallTaker):
         >>> model, site = nn.Sequential(nn.Linear(2, 2), nn.ReLU()), Site("1", False, "relu", ("0.bias", "0.weight"), 2)
         >>> _ = nn.init.eye_(model[0].weight), nn.init.zeros_(model[0].bias)
         >>> sums, probe = torch.zeros(2, dtype=torch.float64), Probe(model, lambda *call: None)
-        >>> handle = probe.subscribe_calls(TaylorShares(sums, {site: slice(0, 2)}))
+        >>> handle = probe.router.subscribe_calls(TaylorShares(sums, {site: slice(0, 2)}))
         >>> with probe:
         ...     loss = (model(torch.tensor([[1.0, -1.0], [2.0, 3.0]])) * torch.tensor([10.0, 1.0])).sum()
         >>> loss.backward()

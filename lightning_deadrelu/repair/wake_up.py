@@ -75,7 +75,7 @@ class WakeUps:
             names: Of the sites.
         """
         if self._wakings:
-            self._probe.subscribe_calls(_Pusher(self._wakings, names))
+            self._probe.router.subscribe_calls(_Pusher(self._wakings, names))
             self._probe.arm()
 
     def pause(self) -> None:

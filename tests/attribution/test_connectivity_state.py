@@ -36,7 +36,7 @@ def test_what_is_known_outlasts_a_checkpoint(name):
     model, shape = MODELS[name]
     tracer, again = Tracer(model), Tracer(model)
     probe = Probe(model, lambda *call: None)
-    probe.subscribe_calls(tracer)
+    probe.router.subscribe_calls(tracer)
     with probe:
         model(torch.randn(shape))
     torch.save(encode(tracer.state), buffer := io.BytesIO())

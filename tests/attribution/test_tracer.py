@@ -776,7 +776,7 @@ def test_a_swapped_activation_is_loud_for_as_long_as_it_is_there() -> None:
     tracer = Tracer(model)
     for act in (nn.ReLU(), nn.LeakyReLU(0.1), nn.ReLU()):
         judged = Probe(model, lambda *call: None)
-        judged.subscribe_calls(tracer)
+        judged.router.subscribe_calls(tracer)
         model[1] = act
         if isinstance(act, nn.LeakyReLU):
             judged.substitutes = {"1": Rectifier("relu", plain=True)}

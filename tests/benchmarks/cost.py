@@ -95,7 +95,7 @@ def observation(build: Build, repeats: int) -> Cost:
     torch.manual_seed(0)
     model, batch = build()
     watch, inside, size = Watch(model, window=repeats + 2), 0.0, 0
-    take = watch.probe._sink
+    take = watch.probe.router.sink
 
     def timed(*call: object) -> None:
         nonlocal inside, size
@@ -104,7 +104,7 @@ def observation(build: Build, repeats: int) -> Cost:
         inside += time.perf_counter() - start
         size += call[2].nbytes  # type: ignore[attr-defined]
 
-    watch.probe._sink, taken = timed, []
+    watch.probe.router.sink, taken = timed, []
     for _ in range(repeats + 2):
         inside, size = 0.0, 0
         with watch.probe, torch.no_grad():

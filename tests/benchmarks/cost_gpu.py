@@ -80,7 +80,7 @@ def observe(build: Build, device: torch.device) -> Observation:
     model, batch = build()
     model, batch = model.to(device), batch.to(device)
     watch, moved, inputs = Watch(model, window=100), Moved(), []
-    take, counting = watch.probe._sink, False
+    take, counting = watch.probe.router.sink, False
 
     def sink(site: Any, rectifier: Any, x: Tensor, *rest: Any) -> None:
         if not counting:
@@ -89,7 +89,7 @@ def observe(build: Build, device: torch.device) -> Observation:
         with moved:
             return take(site, rectifier, x, *rest)
 
-    watch.probe._sink = sink
+    watch.probe.router.sink = sink
     for observed in (False, True, False, True):  # compile, and trace
         _step(model, batch, watch, observed)
     kernels = [_kernels(partial(_step, model, batch, watch, observed), device) for observed in (False, True)]

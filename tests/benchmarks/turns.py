@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from trackers import Tracker
 
-from lightning_deadrelu.observe.probe import Probe
+from lightning_deadrelu.observe.call_router import CallRouter
+from lightning_deadrelu.observe.module_hooks import ModuleHooks
 from lightning_deadrelu.observe.site_resolver import SiteResolver
 
 ALONE = "no callback"
 HOOKS = ("on_train_batch_start", "on_before_backward", "on_after_backward", "on_before_zero_grad")
 HOOKS += ("on_before_optimizer_step", "on_train_batch_end")
-PROBE = ((Probe, "_enter_module"), (Probe, "_leave_module"), (Probe, "_rectified"))
+PROBE = ((ModuleHooks, "_enter"), (ModuleHooks, "_leave"), (CallRouter, "take_rectified"))
 PROBE += ((SiteResolver, "find"), (SiteResolver, "follow"))
 
 Build = Callable[[], tuple[nn.Module, Tensor]]

@@ -57,8 +57,8 @@ def test_include_and_exclude(include, exclude, expected):
 def test_subscribers_do_not_displace_each_other():
     watch, seen = Watch(Shared()), []
     handles = [
-        watch.probe.subscribe_input("head", lambda x: seen.append("first")),
-        watch.probe.subscribe_input("head", lambda x: seen.append("second")),
+        watch.probe.router.subscribe_input("head", lambda x: seen.append("first")),
+        watch.probe.router.subscribe_input("head", lambda x: seen.append("second")),
         watch.subscribe(lambda number, rectifier, x, dims, valid: seen.append(rectifier.kind)),
     ]
     expected = ["relu", "first", "second", "relu6"]

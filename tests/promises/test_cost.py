@@ -165,7 +165,7 @@ def test_a_batch_has_just_so_many_operations_more(model, unobserved, peaks, rate
 def test_an_observation_reads_each_input_once_and_five_times_where_rates_are_read(model):
     build, shape = MODELS[model]
     watch, reads, inputs = Watch(build(), window=3), [], []
-    take = watch.probe._sink
+    take = watch.probe.router.sink
 
     class Reads(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -181,7 +181,7 @@ def test_an_observation_reads_each_input_once_and_five_times_where_rates_are_rea
         with mode:
             take(site, rectifier, x, *rest)
 
-    watch.probe._sink = sink
+    watch.probe.router.sink = sink
     share = []
     for number in range(3):
         watch.liveness.observation = number

@@ -44,7 +44,7 @@ def test_shares_are_derivatives_with_respect_to_a_factor(rectifier, calls, convo
     with Probe(model, lambda site, *call: sites.append(site)):
         model(x)
     sums, probe = torch.zeros(3, dtype=torch.float64), Probe(model, lambda *call: None)
-    probe.subscribe_calls(TaylorShares(sums, {sites[0]: slice(0, 3)}))
+    probe.router.subscribe_calls(TaylorShares(sums, {sites[0]: slice(0, 3)}))
     with probe:
         loss = model(x)
     loss.backward()

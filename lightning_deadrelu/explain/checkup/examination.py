@@ -87,7 +87,9 @@ class CheckRun:
         """Follow the next batch, and look at what its first layer is given."""
         watch.trace()
         layers = {clean(n): m for n, m in watch.probe.model.named_modules() if isinstance(m, _FIRST_LAYERS)}
-        self._handles = [watch.probe.subscribe_input(name, partial(self._enter, name, m)) for name, m in layers.items()]
+        self._handles = [
+            watch.probe.router.subscribe_input(name, partial(self._enter, name, m)) for name, m in layers.items()
+        ]
 
     def _enter(self, path: str, layer: nn.Module, x: Tensor) -> None:
         if self._first_input is None:
