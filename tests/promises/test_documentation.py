@@ -6,10 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from lightning.pytorch import LightningModule
-from torch import nn
-from torch.utils.data import DataLoader
+from documented import code_of, run
+from expected import MESSAGES
 
 import lightning_deadrelu
 
@@ -18,36 +16,13 @@ DOCS = ROOT / "docs"
 PAGES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)
 
 
-class Net(LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.encoder = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
-        self.head = nn.Linear(8, 1)
-
-    def forward(self, x):
-        return self.head(self.encoder(x))
-
-    def training_step(self, batch, batch_idx):
-        return self(batch).square().mean()
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.01)
-
-
-def code_of(page: Path) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-
-
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*")
+@pytest.mark.filterwarnings(*(f"ignore:{message}" for message in MESSAGES))
 @pytest.mark.parametrize("page", [page for page in PAGES if code_of(page)], ids=lambda page: page.stem)
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib").use("agg")
     monkeypatch.chdir(tmp_path)
-    data = DataLoader(torch.randn(64, 4), batch_size=16)
-    known = {"model": Net(), "train_loader": data, "network": Net(), "batches": list(data)}
-    for block in code_of(page):
-        exec(compile(block, str(page), "exec"), known)
+    known = run(page)
     for trainer in [value for name, value in known.items() if name == "trainer"]:
         assert "dead_relu/dead_fraction" in trainer.callback_metrics
 

@@ -5,10 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import torch
-from lightning.pytorch import LightningModule
-from torch import nn
-from torch.utils.data import DataLoader
+from documented import code_of, run
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -39,31 +36,11 @@ def test_the_documentation_names_every_metric():
         assert f"| `{key}` |" in page
 
 
-class Net(LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.encoder = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
-        self.head = nn.Linear(8, 1)
-
-    def forward(self, x):
-        return self.head(self.encoder(x))
-
-    def training_step(self, batch, batch_idx):
-        return self(batch).square().mean()
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.01)
-
-
 def test_readme_code_runs(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib").use("agg")
     monkeypatch.chdir(tmp_path)
-    data = DataLoader(torch.randn(64, 4), batch_size=16)
-    known = {"model": Net(), "train_loader": data, "network": Net(), "batches": list(data)}
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) >= 2
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), known)
+    assert len(code_of(ROOT / "README.md")) >= 2
+    known = run(ROOT / "README.md")
     assert known["trainer"].callback_metrics["dead_relu/dead_fraction"] == 0
     assert known["monitor"].report.sites
 
