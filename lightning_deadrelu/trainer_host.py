@@ -17,6 +17,7 @@ from lightning_deadrelu.monitor.host import Misuse
 from lightning_deadrelu.monitor.settings import Settings
 from lightning_deadrelu.observe import ranks
 from lightning_deadrelu.report.loggers import Reporter
+from lightning_deadrelu.report.loggers.private_lightning import read_private
 from lightning_deadrelu.report.run_report import RunReport
 
 _SHARDED = frozenset({"FSDPStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy"})
@@ -160,14 +161,14 @@ def _known(value: object, names: AbstractSet[str]) -> str:
 
 def logging_step(trainer: Trainer) -> int:
     """Count steps as Lightning's own monitors do, so that the curves share an x-axis."""
-    return int(getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step))
+    return read_private(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step)
 
 
 def trains(trainer: Trainer) -> bool:
     """Whether batches train: StochasticWeightAveraging ends with an epoch that only measures BatchNorm statistics."""
-    return not getattr(trainer.fit_loop, "_skip_backward", False)
+    return not read_private(trainer.fit_loop, "_skip_backward", False)
 
 
 def in_training_step(model: LightningModule) -> bool:
     """Whether the training step is running: forwards of hooks, also other callbacks', train nothing."""
-    return getattr(model, "_current_fx_name", None) in ("training_step", None)
+    return read_private(model, "_current_fx_name", None) in ("training_step", None)

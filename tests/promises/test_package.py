@@ -40,13 +40,8 @@ ONLY_IN = {
 
 # Where private torch may be named: each place is one that a new torch may break.
 PRIVATE_TORCH = ("observe/torch_modes", "observe/compiled")  # and what else begins so
-# Functions that read what Lightning keeps to itself, each with a value for a version that has no such thing.
-PRIVATE_LIGHTNING = {
-    ("trainer_host", "logging_step"),
-    ("trainer_host", "trains"),
-    ("trainer_host", "in_training_step"),
-    ("report/loggers/adapters", "_prefixed"),
-}
+# The one function that reads what Lightning keeps to itself.
+READS_PRIVATE_LIGHTNING = ("report/loggers/private_lightning", "read_private")
 MOST_LINES, MOST_LINES_OF_A_CLASS = 400, 250
 
 SOURCES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
@@ -138,17 +133,22 @@ def test_private_torch_is_named_in_few_places():
     assert {where: names for where, tree in elsewhere.items() if (names := private_torch(tree))} == {}
 
 
-def test_private_lightning_is_named_in_few_places():
-    found = {
-        (where, function.name)
-        for where, tree in TREES.items()
-        if "lightning" in {name.partition(".")[0] for name in imports(where)} or where.startswith("report/loggers")
-        for function in ast.walk(tree)
-        if isinstance(function, ast.FunctionDef) and not function.name.startswith("__")
-        for node in ast.walk(function)
-        if re.match(r"getattr\(.*, '_[a-z]|(?!self\.)[\w.]+\._[a-z]\w*$", ast.unparse(node))
+def test_private_lightning_is_read_by_one_function():
+    where, function = READS_PRIVATE_LIGHTNING
+    assert function in {node.name for node in TREES[where].body if isinstance(node, ast.FunctionDef)}
+    reads = {
+        (other, ast.unparse(node))
+        for other, tree in TREES.items()
+        if "lightning" in {name.partition(".")[0] for name in imports(other)} or other.startswith("report/loggers")
+        for node in ast.walk(tree)
+        if re.match(r"getattr\(.*, f?'_[a-z]|(?!self\.)[\w.]+\._[a-z]\w*$", ast.unparse(node))
     }
-    assert found == PRIVATE_LIGHTNING
+    assert reads == set()
+    assert {other for other, tree in TREES.items() if f"{function}(" in ast.unparse(tree)} == {
+        where,
+        "trainer_host",
+        "report/loggers/adapters",
+    }
 
 
 def test_names_of_functions_and_classes_are_unique_in_their_folder():

@@ -20,6 +20,7 @@ from lightning_deadrelu.guarded import guarded
 from lightning_deadrelu.render.names import cut_name
 from lightning_deadrelu.render.table import Column, markdown_table
 from lightning_deadrelu.report.loggers.media import LEGEND, Media
+from lightning_deadrelu.report.loggers.private_lightning import read_private
 from lightning_deadrelu.report.raster import Picture
 
 _LONGEST_FILE = 150  # characters of a name that a file's is made of: systems take 255, trackers add some 80
@@ -123,7 +124,7 @@ class Adapter:
 
     def _prefixed(self, key: str) -> str:
         """Put the logger's own prefix before a key, as it does itself with scalars."""
-        prefix = getattr(self.logger, "_prefix", "")
+        prefix = read_private(self.logger, "_prefix", "")
         return f"{prefix}-{key}" if prefix else key
 
 
