@@ -63,7 +63,9 @@ class Guard:
         reunite: Callable[[], None] = lambda: None,
         but: tuple[type[Exception], ...] = (),
     ) -> None:
-        self._clean_up, self._say, self._reunite, self._but = clean_up, say, reunite, but
+        self._clean_up, self._say, self._reunite = clean_up, say, reunite
+        self.but = but
+        """Kinds that are raised all the same."""
         self.failure: Exception | None = None
         """The first failure; None while all is well."""
         self.ended = False
@@ -71,7 +73,7 @@ class Guard:
 
     def __call__(self) -> AbstractContextManager[None]:
         """Guard a block."""
-        return guarded(self.fail, but=self._but)
+        return guarded(self.fail, but=self.but)
 
     def fail(self, error: Exception) -> None:
         """Take a failure."""
@@ -101,9 +103,14 @@ def unless_failed(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenat
 
     @wraps(method)
     def attempt(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T | None:
-        if self.guard.failure is None:
-            with self.guard():
+        guard = self.guard
+        if guard.failure is None:
+            try:  # not `with guard()`: several of these run at each batch, and it takes longer
                 return method(self, *args, **kwargs)
+            except guard.but:
+                raise
+            except Exception as error:
+                guard.fail(error)
         return None
 
     return attempt

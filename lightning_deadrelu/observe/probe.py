@@ -186,7 +186,9 @@ class Probe(TorchFunctionMode):
 
     def pause(self) -> None:
         """Stop to look, but leave compiled code as it is: what ran eagerly has to be recomputed so in backward."""
-        if self.compiled and self.armed:
+        if not self.armed:  # as in most batches, at each of several hooks
+            return
+        if self.compiled:
             with guarded(self._fail):
                 self.compiled.end()
         with guarded(self._fail):

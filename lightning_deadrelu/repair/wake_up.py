@@ -58,6 +58,7 @@ class WakeUps:
     def __init__(self, model: nn.Module, unit_dims: Mapping[str, int]) -> None:
         self._probe = Probe(model, _nothing, unit_dims)
         self._wakings: dict[str, Waking] = {}
+        self._looks = False  # from a batch's begin to its end
 
     @property
     def sites(self) -> list[str]:
@@ -77,6 +78,7 @@ class WakeUps:
         if self._wakings:
             self._probe.router.subscribe_calls(_Pusher(self._wakings, names))
             self._probe.arm()
+            self._looks = True
 
     def pause(self) -> None:
         """Look no more, once the forward is over; compiled code goes on running eagerly for its backward."""
@@ -84,7 +86,9 @@ class WakeUps:
 
     def end(self) -> None:
         """Look no more; harmless when nothing is being looked for."""
-        self._probe.disarm()
+        if self._looks:
+            self._probe.disarm()
+            self._looks = False
 
     def advance(self) -> list[str]:
         """Go on by one training batch.

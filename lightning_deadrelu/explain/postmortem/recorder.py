@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -93,12 +92,6 @@ class FlightRecorder:
         self.failure: Exception | None = None
         """What went wrong; nothing more is recorded since."""
 
-    @contextmanager
-    def _guarded(self) -> Iterator[bool]:
-        """Let an error end the record alone; yields whether there is one still."""
-        with guarded(self._fail):
-            yield self.failure is None
-
     def _fail(self, error: Exception) -> None:
         if self.failure is None:
             self.failure = error
@@ -119,8 +112,8 @@ class FlightRecorder:
             model: The model.
             sites: The sites met so far.
         """
-        with self._guarded() as running:
-            if running:
+        if self.failure is None:
+            with guarded(self._fail):
                 if len(sites) != self._known_sites:
                     self._incoming.meet(sites, incoming_of(sites, model))
                     self._known_sites = len(sites)
@@ -134,8 +127,8 @@ class FlightRecorder:
             batch: What it was given.
             step: The training batch, as loggers count, once the last of those that accumulate is done; else None.
         """
-        with self._guarded() as running:
-            if running:
+        if self.failure is None:
+            with guarded(self._fail):
                 if self._off_centre is None:
                     self._off_centre = off_centre(batch)
                 self.steps.note_batch(loss, batch)
@@ -157,8 +150,8 @@ class FlightRecorder:
             device: Where the counts are.
         """
         readings = Readings.unknown(len(layout))
-        with self._guarded() as running:
-            if running:
+        if self.failure is None:
+            with guarded(self._fail):
                 weights = self._incoming.read(layout.sites, incoming_of(layout.sites, model), device)
                 centre = readings.off_centre if self._off_centre is None else self._off_centre.reshape(1)
                 readings = Readings(self.steps.ring, weights, centre)
@@ -188,8 +181,8 @@ class FlightRecorder:
             optimizers: What trains it.
         """
         deaths: tuple[DeathEvent, ...] = ()
-        with self._guarded() as running:
-            if running and report.total("newly_dead"):
+        if self.failure is None and report.total("newly_dead"):
+            with guarded(self._fail):
                 dying = self._dying(report, totals, readings, layout, peaks, incoming_of(layout.sites, model))
                 units = [one._replace(**trained(incoming, optimizers, self.steps.travelled)) for one, incoming in dying]
                 centre, rows = float(readings.off_centre), self.steps.read(readings.steps)
@@ -270,8 +263,8 @@ class FlightRecorder:
             model: The model.
             deaths: What :meth:`explain` found in it.
         """
-        with self._guarded() as running:
-            if running:
+        if self.failure is None:
+            with guarded(self._fail):
                 fired, incoming = totals.last_fired >= 0, incoming_of(layout.sites, model)
                 self._incoming.close(fired, layout.places, incoming, readings.weights, self._observed[-1])
                 self._closed = largest(merged([*self._closed, *deaths]), _DEATHS)
@@ -287,15 +280,15 @@ class FlightRecorder:
     def state(self) -> RecorderState:
         """What a checkpoint has to hold; of a record that has ended, the deaths."""
         state = RecorderState(deaths=list(self._closed))
-        with self._guarded() as running:
-            if running:
+        if self.failure is None:
+            with guarded(self._fail):
                 observed = list(self._observed)
                 state = RecorderState(self.steps.state, self._incoming.state, state.deaths, observed, self._off_centre)
         return state
 
     def restore(self, state: RecorderState) -> None:
         """Go on from a saved state."""
-        with self._guarded():
+        with guarded(self._fail):
             self._closed = list(state.deaths)
             self._observed = deque(state.observed, maxlen=_LEAST_ROWS)
             self._off_centre = state.off_centre
