@@ -7,6 +7,7 @@ where the output is ``max(input, 0)``, at most clipped.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -15,8 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
-_ROWS, _COLUMNS = 16, 128  # of a tile
-_PROGRAMS = 1024  # at most, so that each reads many tiles before it adds to the sums of all
+_TILE = 2048  # elements that a program reads at a time
+_COLUMNS = 128  # of a tile, where neighbours in memory are units
+_LONGEST = 1024  # columns of a tile, where neighbours in memory are of one unit
+_PROGRAMS = 1024  # about as many, so that each reads many tiles before it adds to the sums of all
 
 
 class Reductions(NamedTuple):
@@ -52,13 +55,12 @@ def reduce_once(
     layout = _layout_of(x, dims) if x.dtype in _DTYPES else None
     if layout is None or (valid is not None and dims != (-1,)):
         return None
-    floats, whole = _empty_sums(layout.units, x.device)
     mask = None if valid is None else valid.reshape(-1).contiguous()
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        _launch(x, layout, mask, cap, floats, whole)
-    missing = whole[1] > 0
-    peak, trough = torch.where(missing, math.nan, floats[0]), torch.where(missing, math.nan, -floats[1])
-    return Reductions(whole[0], floats[2], peak, trough)
+        sums = _nothing(layout.units, x.device).clone()
+        _launch(x, layout, mask, cap, sums)
+    peak, depth, magnitude, _ = sums.view(torch.float32)
+    return Reductions(sums[3], magnitude, peak, -depth)
 
 
 class _Layout(NamedTuple):
@@ -82,42 +84,44 @@ def _layout_of(x: Tensor, dims: tuple[int, ...]) -> _Layout | None:
     return _Layout(math.prod(sizes[: at[0]]), math.prod(sizes[at[0] : at[-1] + 1]), math.prod(sizes[at[-1] + 1 :]))
 
 
-def _empty_sums(units: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    floats = torch.full((3, units), -math.inf, device=device)
-    floats[2] = 0
-    return floats, torch.zeros(2, units, dtype=torch.int32, device=device)
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _nothing(units: int, device: torch.device) -> Tensor:
+    """Return what is copied before a read: the bits of highest, of lowest with its sign turned, of sum, and a count."""
+    sums = torch.zeros(4, units, dtype=torch.int32, device=device)
+    sums[:2].view(torch.float32).fill_(-math.inf)
+    return sums
 
 
-def _launch(x: Tensor, layout: _Layout, mask: Tensor | None, cap: float, floats: Tensor, whole: Tensor) -> None:
+def _launch(x: Tensor, layout: _Layout, mask: Tensor | None, cap: float, sums: Tensor) -> None:
     outer, units, inner = layout
     if inner == 1:
-        across = triton.cdiv(units, _COLUMNS)
-        tiles = triton.cdiv(outer, _ROWS)
+        rows, across = _TILE // _COLUMNS, triton.cdiv(units, _COLUMNS)
+        tiles = triton.cdiv(outer, rows)
         splits = max(1, min(tiles, _PROGRAMS // across))
         _reduce_rows[(across, splits)](
-            x, mask if mask is not None else x, floats, whole, outer, units, cap, triton.cdiv(tiles, splits),
-            MASKED=mask is not None, ROWS=_ROWS, COLUMNS=_COLUMNS,
+            x, mask if mask is not None else x, sums, outer, units, cap, triton.cdiv(tiles, splits),
+            MASKED=mask is not None, ROWS=rows, COLUMNS=_COLUMNS,
         )  # fmt: skip
         return
-    block = _ROWS * _COLUMNS
-    tiles = triton.cdiv(outer * inner, block)
+    columns = min(triton.next_power_of_2(inner), _LONGEST)
+    rows, across = _TILE // columns, triton.cdiv(inner, columns)
+    tiles = triton.cdiv(outer, rows) * across
     splits = max(1, min(tiles, triton.cdiv(_PROGRAMS, units)))
     _reduce_channels[(units, splits)](
-        x, floats, whole, outer, units, inner, cap, triton.cdiv(tiles, splits), BLOCK=block
+        x, sums, outer, units, inner, cap, across, triton.cdiv(tiles, splits), ROWS=rows, COLUMNS=columns
     )
 
 
 @triton.jit
 def _reduce_rows(
-    x, mask, floats, whole, rows, units, cap, tiles,
-    MASKED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    x, mask, sums, rows, units, cap, tiles, MASKED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     peak = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)
     depth = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     fired = tl.zeros((ROWS, COLUMNS), tl.int32)
-    missing = tl.zeros((ROWS, COLUMNS), tl.int32)
     first = tl.program_id(1).to(tl.int64) * tiles * ROWS
     for tile in range(tiles):
         row = first + tile * ROWS + tl.arange(0, ROWS)
@@ -125,44 +129,52 @@ def _reduce_rows(
         if MASKED:
             inside = inside & (tl.load(mask + row, row < rows, other=0) != 0)[:, None]
         value = tl.load(x + row[:, None] * units + column[None, :], inside, other=0).to(tl.float32)
-        absent = value != value
-        counted = inside & (absent == 0)
-        peak = tl.maximum(peak, tl.where(counted, value, float("-inf")))
-        depth = tl.maximum(depth, tl.where(counted, -value, float("-inf")))
-        total += tl.where(absent, value, tl.minimum(tl.maximum(value, 0.0), cap))
-        fired += (value > 0).to(tl.int32)
-        missing += absent.to(tl.int32)
-    known = column < units
-    tl.atomic_max(floats + column, tl.max(peak, 0), known)
-    tl.atomic_max(floats + units + column, tl.max(depth, 0), known)
-    tl.atomic_add(floats + 2 * units + column, tl.sum(total, 0), known)
-    tl.atomic_add(whole + column, tl.sum(fired, 0), known)
-    tl.atomic_add(whole + units + column, tl.sum(missing, 0), known)
+        peak, depth, total, fired = _take(value, inside, cap, peak, depth, total, fired)
+    _add(sums, units, column, column < units, tl.max(peak, 0), tl.max(depth, 0), tl.sum(total, 0), tl.sum(fired, 0))
 
 
 @triton.jit
-def _reduce_channels(x, floats, whole, outer, units, inner, cap, tiles, BLOCK: tl.constexpr):
+def _reduce_channels(x, sums, outer, units, inner, cap, across, tiles, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     unit = tl.program_id(0)
-    peak = tl.full((BLOCK,), float("-inf"), tl.float32)
-    depth = tl.full((BLOCK,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    fired = tl.zeros((BLOCK,), tl.int32)
-    missing = tl.zeros((BLOCK,), tl.int32)
-    first = tl.program_id(1).to(tl.int64) * tiles * BLOCK
+    peak = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)
+    depth = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    fired = tl.zeros((ROWS, COLUMNS), tl.int32)
     for tile in range(tiles):
-        number = first + tile * BLOCK + tl.arange(0, BLOCK)
-        inside = number < outer * inner
-        place = (number // inner) * units * inner + unit * inner + number % inner
-        value = tl.load(x + place, inside, other=0).to(tl.float32)
-        absent = value != value
-        counted = inside & (absent == 0)
-        peak = tl.maximum(peak, tl.where(counted, value, float("-inf")))
-        depth = tl.maximum(depth, tl.where(counted, -value, float("-inf")))
-        total += tl.where(absent, value, tl.minimum(tl.maximum(value, 0.0), cap))
-        fired += (value > 0).to(tl.int32)
-        missing += absent.to(tl.int32)
-    tl.atomic_max(floats + unit, tl.max(peak, 0))
-    tl.atomic_max(floats + units + unit, tl.max(depth, 0))
-    tl.atomic_add(floats + 2 * units + unit, tl.sum(total, 0))
-    tl.atomic_add(whole + unit, tl.sum(fired, 0))
-    tl.atomic_add(whole + units + unit, tl.sum(missing, 0))
+        number = tl.program_id(1) * tiles + tile  # divided as a whole: dividing element by element takes longest
+        row = (number // across) * ROWS + tl.arange(0, ROWS)
+        column = (number % across) * COLUMNS + tl.arange(0, COLUMNS)
+        inside = (row < outer)[:, None] & (column < inner)[None, :]
+        stretch = x + (row.to(tl.int64) * units + unit) * inner
+        value = tl.load(stretch[:, None] + column[None, :], inside, other=0).to(tl.float32)
+        peak, depth, total, fired = _take(value, inside, cap, peak, depth, total, fired)
+    highest, lowest = tl.max(tl.max(peak, 1), 0), tl.max(tl.max(depth, 1), 0)
+    _add(sums, units, unit, unit < units, highest, lowest, tl.sum(tl.sum(total, 1), 0), tl.sum(tl.sum(fired, 1), 0))
+
+
+@triton.jit
+def _take(value, inside, cap, peak, depth, total, fired):
+    """Take a tile in; what is not a number shows in the sum alone, and nothing else makes a sum of outputs one."""
+    peak = tl.maximum(peak, tl.where(inside, value, float("-inf")))
+    depth = tl.maximum(depth, tl.where(inside, -value, float("-inf")))
+    total += tl.where(value != value, value, tl.minimum(tl.maximum(value, 0.0), cap))
+    fired += (value > 0).to(tl.int32)
+    return peak, depth, total, fired
+
+
+@triton.jit
+def _add(sums, units, unit, known, peak, depth, total, fired):
+    missing = total != total
+    _raise(sums + unit, tl.where(missing, float("nan"), peak), known)
+    _raise(sums + units + unit, tl.where(missing, float("nan"), depth), known)
+    tl.atomic_add((sums + 2 * units + unit).to(tl.pointer_type(tl.float32), bitcast=True), total, known)
+    tl.atomic_add(sums + 3 * units + unit, fired, known)
+
+
+@triton.jit
+def _raise(place, value, known):
+    """Raise a float by its bits: as whole numbers they are ordered alike above zero, in reverse below; NaN is above."""
+    bits = (value + 0.0).to(tl.int32, bitcast=True)  # -0.0 becomes 0.0, which has the order's lowest bits above zero
+    below = value < 0
+    tl.atomic_max(place, bits, known & (below == 0))
+    tl.atomic_min(place.to(tl.pointer_type(tl.uint32), bitcast=True), bits.to(tl.uint32, bitcast=True), known & below)

@@ -38,6 +38,14 @@ def brute_force(x, dim, cap):
     return [torch.tensor(one) for one in zip(*told, strict=True)]
 
 
+def only(places):
+    """Be -0.0 all over, but for some."""
+    x = torch.full((40, 3), -0.0)
+    for place, value in places.items():
+        x.view(-1)[place] = value
+    return x
+
+
 def agrees(x, dim, cap=math.inf, valid=None):
     told = reduce_once(x.to(DEVICE), (dim,), cap, None if valid is None else valid.to(DEVICE))
     fired, magnitude, peak, trough = brute_force(x if valid is None else x[valid], dim, cap)
@@ -67,6 +75,17 @@ def test_odd_values_anywhere(data):
     agrees(x, -1)
 
 
+@pytest.mark.parametrize("values", [{}, {0: -1.0}, {3: math.nan, 6: -2.0}, {7: -math.inf}, {9: math.nan, 100: 5.0}])
+def test_zeros_with_a_sign_are_zeros(values):
+    agrees(only(values), -1)
+    agrees(only(values).T.contiguous()[None], -2)
+
+
+@pytest.mark.parametrize("inner", [2, 49, 1025, 3136])
+def test_channels_of_every_length(inner):
+    agrees(torch.randn(3, 4, inner), -2)
+
+
 def test_channels_last():
     agrees(torch.randn(3, 4, 5, 6).to(memory_format=torch.channels_last), -3)
 
@@ -83,15 +102,16 @@ def test_several_dimensions_of_units():
 
 
 @pytest.mark.parametrize(
-    ("x", "dims"),
+    ("shape", "dtype", "dims", "every"),
     [
-        (torch.randn(8, 20)[:, ::2], (-1,)),  # gaps
-        (torch.randn(8, 20, dtype=torch.float64), (-1,)),  # would be rounded
-        (torch.randn(2, 3, 4), (-3, -1)),  # units apart from each other
+        ((8, 20), torch.float32, (-1,), 2),  # gaps
+        ((8, 20), torch.float64, (-1,), 1),  # would be rounded
+        ((2, 3, 4), torch.float32, (-3, -1), 1),  # units apart from each other
     ],
 )
-def test_what_it_cannot_read_in_one_go_is_left_to_others(x, dims):
-    assert reduce_once(x.to(DEVICE), dims) is None
+def test_what_it_cannot_read_in_one_go_is_left_to_others(shape, dtype, dims, every):
+    x = torch.randn(shape, dtype=dtype, device=DEVICE)[..., ::every]
+    assert reduce_once(x, dims) is None
 
 
 @pytest.fixture
