@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 
 Z = 1.959964  # two-sided 95 %
-T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # by number of seeds
+_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
+T = dict(enumerate(_STUDENT, 2))  # by number of seeds
 
 
 def wilson(hits: int, number: int) -> tuple[float, float]:
@@ -30,7 +31,9 @@ def share(hits: int, number: int) -> str:
 
 
 def mean(values: Sequence[float]) -> str:
-    """Print the mean over seeds with its 95 % interval (Student's t)."""
+    """Print the mean over seeds with its 95 % interval (Student's t); nothing where one of them has no value."""
+    if any(map(math.isnan, values)):
+        return ""
     average = sum(values) / len(values)
     if len(values) < 2:
         return f"{average:.1%}"
