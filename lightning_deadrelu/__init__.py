@@ -14,8 +14,6 @@ Words used throughout:
 - deaths, findings: units that died together, and why; what a check-up expects to kill units.
 """
 
-from importlib.metadata import version as _version
-
 from lightning_deadrelu.callback import DeadReLUMonitor
 from lightning_deadrelu.explain.checkup import checkup
 from lightning_deadrelu.explain.finding import Finding
@@ -33,7 +31,7 @@ from lightning_deadrelu.repair.activation_swap import swap_activations_
 from lightning_deadrelu.repair.restore_activations import restore_activations
 from lightning_deadrelu.statistics import LivenessReport, SiteReport, UnitLiveness
 
-__version__ = _version("lightning-deadrelu")
+__version__ = "0.1.0"
 
 __all__ = [
     "BiasWarming",

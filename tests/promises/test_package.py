@@ -213,10 +213,13 @@ except ModuleNotFoundError as error:
 
 
 def test_version_is_told_once():
-    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    stated = re.search(r'^version = "(.+)"$', project, re.MULTILINE).group(1)
+    stated = lightning_deadrelu.__version__
     assert version("lightning-deadrelu") == stated
-    assert not any(re.search(rf'"{re.escape(stated)}"', path.read_text(encoding="utf-8")) for path in SOURCES.values())
+    told = [path.name for path in SOURCES.values() if f'"{stated}"' in path.read_text(encoding="utf-8")]
+    assert told == ["__init__.py"]
+    assert stated not in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for other in ("CITATION.cff", "conda/recipe.yaml"):
+        assert f"version: {stated}\n" in (ROOT / other).read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
