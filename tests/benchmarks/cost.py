@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10, help="turns of ten steps; the tenth has the verdict")
     parser.add_argument("--repeats", type=int, default=20, help="observations per size")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--models", default="", help="part of a model's name")
+    parser.add_argument("--models", default="", help="part of a table's title")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--gpu-models", choices=["small", "large"], help="also without a GPU; large on one")
     options = parser.parse_args()
@@ -157,7 +157,7 @@ def main() -> None:
             console.print(table)
         print_linear(models, options.repeats, console)
     else:
-        print_gpu(options.device, options.gpu_models or "large", options.rounds, contestants, console)
+        print_gpu(options.device, options.gpu_models or "large", options.rounds, contestants, console, options.models)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What watching costs on a GPU: ResNet-50 and OPT-1.3B's blocks in bfloat16, eager and compiled.
 
-CUDA events take the time. Beside it: how many kernels an observation adds to a step, how many bytes it moves
-against the lower limit, which is each rectifier's input once, and how long one such read takes on this device. Run by
+CUDA events take the time. Beside it: how many kernels an observation adds to a step, how many bytes its operations move
+(what a Triton kernel reads is no operation's), the lower limit, which is each rectifier's input once, and how long one
+such read takes on this device; and how long the host takes for a forward, plain and observed. Run by
 ``cost.py --device cuda``; ``cost.py --gpu-models small`` runs the same code on a CPU, on models of no importance.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -67,12 +69,16 @@ class Moved(TorchDispatchMode):
 
 
 class Observation(NamedTuple):
-    """Kernels it adds, bytes it moves, bytes of all rectifiers' inputs, and the seconds to read these once."""
+    """Kernels it adds, bytes they move, bytes of all rectifiers' inputs, and the seconds to read these once.
+
+    And the seconds that the host takes for a forward, plain and observed.
+    """
 
     kernels: int
     moved: int
     least: int
     read: float
+    host: tuple[float, float]
 
 
 def observe(build: Build, device: torch.device) -> Observation:
@@ -93,11 +99,12 @@ def observe(build: Build, device: torch.device) -> Observation:
     for observed in (False, True, False, True):  # compile, and trace
         _step(model, batch, watch, observed)
     kernels = [_kernels(partial(_step, model, batch, watch, observed), device) for observed in (False, True)]
+    host = _host_time(model, batch, watch, False), _host_time(model, batch, watch, True)
     counting = True
     with torch.compiler.set_stance("force_eager"):  # where calls are handed over one by one
         _step(model, batch, watch, True)
     sizes = [shape.numel() * dtype.itemsize for shape, dtype in inputs]
-    return Observation(kernels[1] - kernels[0], moved.bytes, sum(sizes), _read_once(inputs, device))
+    return Observation(kernels[1] - kernels[0], moved.bytes, sum(sizes), _read_once(inputs, device), host)
 
 
 def _step(model: nn.Module, batch: Tensor, watch: Watch, observed: bool) -> None:
@@ -109,6 +116,19 @@ def _step(model: nn.Module, batch: Tensor, watch: Watch, observed: bool) -> None
     watch.probe.disarm()
     watch.liveness.flush()
     model.zero_grad()
+
+
+def _host_time(model: nn.Module, batch: Tensor, watch: Watch, observed: bool, repeats: int = 8) -> float:
+    """Time a forward until the host is done with it: the median of some, each begun on an idle device."""
+    taken = []
+    for _ in range(repeats):
+        _wait(batch.device)
+        start = time.perf_counter()
+        with watch.probe if observed else nullcontext():
+            model(batch)
+        taken.append(time.perf_counter() - start)
+        watch.liveness.flush()
+    return statistics.median(taken)
 
 
 def _kernels(step: Callable[[], None], device: torch.device) -> int:
@@ -142,16 +162,30 @@ def _wait(device: torch.device) -> None:
 
 
 def print_gpu(
-    device: str, size: str, rounds: int, contestants: Callable[[], Mapping[str, Callback | None]], console: Console
+    device: str,
+    size: str,
+    rounds: int,
+    contestants: Callable[[], Mapping[str, Callback | None]],
+    console: Console,
+    part: str = "",
 ) -> None:
-    """Print a table for each model and way to run it; other trackers' hooks would be compiled in, so none there."""
+    """Print a table for each model and way to run it whose title holds the part.
+
+    Other trackers' hooks would be compiled in, so none there.
+    """
     backend = "inductor" if device == "cuda" else "eager"
     large = size == "large"
     for name, build in {"ResNet-50": partial(resnet50, large), "OPT blocks": partial(opt, large)}.items():
-        print_one(f"{name} ({size}), bf16, eager", build, device, rounds, contestants(), console)
-        ours = {name: callback for name, callback in contestants().items() if not isinstance(callback, Tracker)}
-        made = partial(compiled, build, backend)
-        print_one(f"{name} ({size}), bf16, compiled", made, device, rounds, ours, console)
+        ways = {
+            "eager": (build, contestants()),
+            "compiled": (
+                partial(compiled, build, backend),
+                {key: callback for key, callback in contestants().items() if not isinstance(callback, Tracker)},
+            ),
+        }
+        for way, (made, callbacks) in ways.items():
+            if part in (title := f"{name} ({size}), bf16, {way}"):
+                print_one(title, made, device, rounds, callbacks, console)
 
 
 def print_one(
@@ -170,8 +204,9 @@ def print_one(
         longer = "" if name == ALONE else f"{middle:+.1%} [{low:+.1%}, {high:+.1%}]"
         table.add_row(name, f"{statistics.median(block.step for block in own) * 1e3:.2f}", limit, longer)
     console.print(table)
+    plain, observed = (seconds * 1e3 for seconds in seen.host)
     console.print(
-        f"an observation adds {seen.kernels} {'kernels' if device == 'cuda' else 'operations'} and moves"
-        f" {seen.moved / 2**20:.1f} MiB, {seen.moved / seen.least:.1f} times the rectifiers' inputs"
-        f" ({seen.least / 2**20:.1f} MiB, read once in {seen.read * 1e3:.2f} ms)"
+        f"an observation adds {seen.kernels} {'kernels' if device == 'cuda' else 'operations'}, which move"
+        f" {seen.moved / 2**20:.1f} MiB; the rectifiers' inputs are {seen.least / 2**20:.1f} MiB, read once in"
+        f" {seen.read * 1e3:.2f} ms; the host takes {plain:.1f} ms for a forward, {observed:.1f} ms if it is observed"
     )

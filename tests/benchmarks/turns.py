@@ -158,6 +158,8 @@ def compare(
     """Train a model under all callbacks in turn; the blocks of one place in the lists belong to one round."""
     torch.manual_seed(0)
     model, batch = build()
+    if device == "cuda":
+        batch = batch.pin_memory()  # else each copy of it waits for the device, and no step could be ahead of it
     turns = Turns(callbacks, rounds, block)
     with _instrumented(turns), quiet():
         trainer = Trainer(
