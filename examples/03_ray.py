@@ -7,9 +7,9 @@ python examples/03_ray.py --workers 4
 The last epoch has learning rate 0. So its verdict, which the workers came to together, is about one set of weights,
 those of the checkpoint; at the end it is held against an audit of that checkpoint in a single process.
 
-Ray's callback reports at the end of each epoch what it finds in ``callback_metrics``, so the monitor is listed before
-it: behind it, a first epoch in which no window ended would be reported as 0. The key is never missing. The verdict on
-a window that is still open when training ends comes after Ray's last report; here the windows end with the epochs.
+Ray's callback reports at the end of each epoch what it finds in ``callback_metrics``. The monitor is called before it,
+wherever it is listed, and has judged by then. The verdict on a window that is still open when training ends comes after
+Ray's last report; here the windows end with the epochs.
 """
 
 from __future__ import annotations

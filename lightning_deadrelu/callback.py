@@ -21,7 +21,7 @@ from lightning_deadrelu.monitor.settings import Settings
 from lightning_deadrelu.monitor.state import exchange_as_in
 from lightning_deadrelu.remedies import Remedy
 from lightning_deadrelu.statistics import LivenessReport
-from lightning_deadrelu.trainer_host import TrainerHost, act_first_on_error, logging_step, trains
+from lightning_deadrelu.trainer_host import TrainerHost, logging_step, stand_first, trains
 
 
 class DeadReLUMonitor(MonitorOwner, Callback):
@@ -161,7 +161,7 @@ class DeadReLUMonitor(MonitorOwner, Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # only here has every strategy restored its checkpoint
-        act_first_on_error(trainer, self, self._abort)
+        stand_first(trainer, self)
         self._start(TrainerHost(trainer, self._settings))
 
     @override
@@ -206,7 +206,7 @@ class DeadReLUMonitor(MonitorOwner, Callback):
             self._judge_first(self._monitor, trainer, pl_module)
 
     def _judge_first(self, monitor: Monitor, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Judge before EarlyStopping and ModelCheckpoint come for the first time, wherever they are listed."""
+        """Judge before EarlyStopping and ModelCheckpoint come for the first time."""
         if not monitor.progress.judged:
             self._tell(trainer, pl_module, monitor.provisional_verdict())
 

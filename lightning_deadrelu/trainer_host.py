@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 
 import torch
@@ -11,7 +11,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
-from typing_extensions import override
 
 from lightning_deadrelu.monitor.host import Misuse
 from lightning_deadrelu.monitor.settings import Settings
@@ -123,32 +122,14 @@ class TrainerHost:
         print(f"{self._name}: {text}")
 
 
-class _ErrorListener(Callback):
-    """Stands before all other callbacks, because one that raises when told of an error keeps those behind it untold."""
-
-    def __init__(self, act: Callable[[], None]) -> None:
-        self._act = act
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.teardown(trainer, pl_module, "fit")
-        self._act()
-
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        trainer.callbacks = [one for one in trainer.callbacks if one is not self]
-
-
-def act_first_on_error(trainer: Trainer, callback: Callback, act: Callable[[], None]) -> None:
-    """Have something done when training ends by an error, before any other callback can raise in its ``on_exception``.
+def stand_first(trainer: Trainer, callback: Callback) -> None:
+    """Have a callback called before all others: one that raises keeps those behind it uncalled, also of the error.
 
     Args:
-        trainer: The Trainer; until training ends, its list of callbacks has one more in front.
-        callback: Who wants it; one that is listed first needs no help.
-        act: What to do.
+        trainer: The Trainer, whose list of callbacks has the callback in front from now on.
+        callback: One of them.
     """
-    if trainer.callbacks[0] is not callback:
-        trainer.callbacks = [_ErrorListener(act), *trainer.callbacks]
+    trainer.callbacks = [callback, *(one for one in trainer.callbacks if one is not callback)]
 
 
 def _known(value: object, names: AbstractSet[str]) -> str:

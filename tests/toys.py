@@ -136,6 +136,14 @@ def watchers() -> list[object]:
     return [*modes, *module._global_forward_hooks.values(), *module._global_forward_pre_hooks.values()]
 
 
+def left_behind(model: nn.Module) -> tuple[object, ...]:
+    """What there may be of ours in the process, and what hooks in a model."""
+    limits = torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit
+    stance = torch._dynamo.eval_frame._stance
+    hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
+    return watchers(), limits, (stance.stance, stance.backend), hooks
+
+
 class Nosy(Callback):
     """Notes at which events something watches."""
 

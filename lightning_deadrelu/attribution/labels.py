@@ -98,7 +98,7 @@ class Flow(NamedTuple):
 
     streams: tuple[Stream, ...] = ()
     why: str = ""
-    pending: frozenset[UnaccountedRead] = frozenset()
+    pending: tuple[UnaccountedRead, ...] = ()
     constant: bool = False
     derived: frozenset[str] = frozenset()
     weight: Weight | None = None

@@ -156,12 +156,11 @@ class Tracer:
             self._flows.keep(call)
         outcome = self._rectify(call, *met) if met else self._follow(call)
         trained = any(out.requires_grad for out in outputs) or name == "__setitem__"
-        pending = frozenset[UnaccountedRead]().union(
-            *(look(tensor).pending for tensor in call.operands), outcome.unaccounted
-        )
+        inherited = [read for tensor in call.operands for read in look(tensor).pending]
+        pending = tuple(dict.fromkeys((*inherited, *outcome.unaccounted)))
         if trained:
             self._connectivity.note_unaccounted(pending)
-            pending = frozenset()
+            pending = ()
         for out, flow in zip(outputs, outcome.flows, strict=True):
             self._flows.remember(out, self._pruned(flow)._replace(pending=pending))
 

@@ -68,7 +68,7 @@ class Turns(Callback):
         self._callbacks, self._block = dict(callbacks), block
         shuffled = random.Random(0)
         self._order = [name for _ in range(rounds + 1) for name in shuffled.sample([*callbacks], len(callbacks))]
-        self.steps = len(self._order) * block + 1  # the last one stops the clock
+        self.steps = len(self._order) * block
         self.now = ""
         self.inside = 0.0
         self._start: Any = None
@@ -93,20 +93,26 @@ class Turns(Callback):
 
         return timed
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        turn, place = divmod(batch_idx, self._block)
-        if place:
-            return
-        if self._start is not None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin(0, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        turn, place = divmod(batch_idx + 1, self._block)
+        if not place:
             self._end(_stamp(pl_module.device))
-        if turn < len(self._order):
-            self.now = self._order[turn]
-            if isinstance(callback := self._callbacks[self.now], Tracker):
-                callback.attach(pl_module)
-                callback.seconds = 0.0
-            self.inside, self._start = 0.0, _stamp(pl_module.device)
-        else:
+            self._begin(turn, pl_module)
+
+    def _begin(self, turn: int, pl_module: LightningModule) -> None:
+        if turn == len(self._order):
             self.now = ""
+            return
+        self.now = self._order[turn]
+        if isinstance(callback := self._callbacks[self.now], Tracker):
+            callback.attach(pl_module)
+            callback.seconds = 0.0
+        self.inside, self._start = 0.0, _stamp(pl_module.device)
 
     def _end(self, stamp: Any) -> None:
         inside = self.inside
@@ -166,7 +172,7 @@ def compare(
             accelerator=device,
             devices=1,
             max_steps=turns.steps,
-            callbacks=[turns, *(callback for callback in callbacks.values() if callback)],
+            callbacks=[*(callback for callback in callbacks.values() if callback), turns],
             logger=DummyLogger(),  # takes scalars: pictures come a few times in a run, and have a table of their own
             enable_checkpointing=False,
             enable_progress_bar=False,

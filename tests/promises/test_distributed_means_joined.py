@@ -196,7 +196,7 @@ class Leaving(Callback):
 
     def on_exception(self, trainer, pl_module, exception):
         if trainer.global_rank == 1:
-            self.state = trainer.callbacks[1].state_dict()
+            self.state = trainer.callbacks[0].state_dict()
 
 
 def interrupted(rank):

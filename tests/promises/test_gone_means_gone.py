@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import (
     EarlyStopping,
     ModelCheckpoint,
 )
-from toys import EVERYTHING, WITHIN, Log, Net, Nosy, Verdicts, bare, batches, fit, mlp, run_of, watchers
+from toys import EVERYTHING, WITHIN, Log, Net, Nosy, Verdicts, bare, batches, fit, left_behind, mlp, run_of, watchers
 
 from lightning_deadrelu import DeadReLUMonitor
 from lightning_deadrelu.remedies import BiasWarming, LeakySlope, WakeUp
@@ -84,12 +84,9 @@ class Sore(Callback):
         raise OSError("disk full")
 
 
-def left_behind(model):
+def state_of(model):
     """What there may be of ours in the process, and in a model."""
-    limits = torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit
-    stance = torch._dynamo.eval_frame._stance
-    hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
-    return watchers(), limits, (stance.stance, stance.backend), hooks, [type(module) for module in model.modules()]
+    return left_behind(model), [type(module) for module in model.modules()]
 
 
 CASES = {
@@ -108,20 +105,20 @@ def test_nothing_stays_where_another_callback_fails_on_hearing_of_an_error(case,
         def training_step(self, batch, batch_idx):
             loss = super().training_step(batch, batch_idx)
             if batch_idx == 9:
-                inside.append(left_behind(plain) != before)
+                inside.append(state_of(plain) != before)
                 raise error("stop here")
             return loss
 
     (remedy, compiled), plain, inside = CASES[case], mlp(), []
-    before = left_behind(plain)
+    before = state_of(plain)
     model = Doomed(torch.compile(plain, backend="eager") if compiled else plain)
     monitor = DeadReLUMonitor(**{**EVERYTHING, "window": 2}, remedy=remedy)
     trainer = Trainer(**bare(callbacks=[Sore(), monitor]))
     with pytest.raises(OSError, match="disk full"):
         trainer.fit(model, batches(12))
     assert inside == [True]
-    assert left_behind(plain) == before
-    assert trainer.callbacks[1] is monitor
+    assert state_of(plain) == before
+    assert trainer.callbacks[0] is monitor
 
 
 class Copies(Callback):

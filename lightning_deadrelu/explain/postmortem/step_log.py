@@ -253,7 +253,8 @@ def _summed(steps: Sequence[_Step], missing: Tensor) -> list[Tensor]:
 
 def _sums_of_squares(alike: Sequence[tuple[int, Tensor, Tensor]]) -> Sequence[Tensor]:
     entries = torch.stack([entries for _, _, entries in alike])
-    return (entries.float().square() @ alike[0][1]).unbind()
+    # no `@`, which rounds a row by how many there are: a resumed run would hold other bits
+    return (entries.float().square() * alike[0][1]).sum(1).unbind()
 
 
 def _joined(steps: Sequence[_Step], missing: Tensor) -> list[Tensor]:

@@ -71,6 +71,22 @@ def test_rows_are_optimizer_steps_and_gradients_are_not_yet_clipped():
     assert rows.column("input_0").tolist() == pytest.approx(largest)
 
 
+def test_no_bit_of_a_row_depends_on_when_the_ring_is_read():
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Linear(50, 20)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    once, often = StepLog(64), StepLog(64)
+    for step in range(40):
+        for parameter in layer.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        for log in (once, often):
+            log.note_gradients(optimizer)
+            log.close_step(step)
+        if step % 7 in (0, 2, 3):
+            assert len(often.ring)
+    assert torch.equal(*(log.read(log.ring).column("gradient") for log in (once, often)))
+
+
 class Manual(Net):
     """Two optimizers of its own, of which the second rests at odd batches; the loss is not returned."""
 
