@@ -75,11 +75,19 @@ class Weight(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class UnaccountedRead:
-    """Rows of an origin, units of a site, or a whole parameter, read where it cannot be accounted for."""
+    """Rows of an origin, units of a site, or a whole parameter, read where it cannot be accounted for.
+
+    Args:
+        origin: What was read.
+        labels: Which rows or units of it.
+        reason: What read it.
+        chooses: Whether it was read in order to choose, which a site that selects accounts for.
+    """
 
     origin: Origin | Site | str
     labels: Tensor
     reason: str
+    chooses: bool = False
 
 
 class Flow(NamedTuple):

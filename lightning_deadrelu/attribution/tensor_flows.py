@@ -78,7 +78,7 @@ class TensorFlows:
             return self._found(tensor)
         flow, made_plainly = entry
         if id(tensor) not in changed:
-            if self._known.is_changed(tensor):
+            if self._known.writes_to(tensor):
                 return self._changed(tensor, flow)
             if made_plainly and _is_made_out_of_sight(tensor):
                 return self._emerged(tensor, flow)

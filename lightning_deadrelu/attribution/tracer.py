@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,10 +16,21 @@ from lightning_deadrelu.attribution.labels import Flow, Outcome, Stream, TracedC
 from lightning_deadrelu.attribution.propagation import follow
 from lightning_deadrelu.attribution.result import Attribution
 from lightning_deadrelu.attribution.tensor_flows import TensorFlows
-from lightning_deadrelu.model.rectifiers import Rectifier
+from lightning_deadrelu.model.rectifiers import COMPETITIONS, SELECTIONS, Rectifier
 from lightning_deadrelu.model.sites import Site, own_name
 from lightning_deadrelu.model.slices import Slice
-from lightning_deadrelu.model.torch_calls import makes_zeros, plain_name, tensors_in, writes_in_place
+from lightning_deadrelu.model.torch_calls import (
+    CHOICES,
+    IDENTITIES,
+    RESHAPES,
+    makes_zeros,
+    plain_name,
+    tensors_in,
+    writes_in_place,
+)
+
+_CARRYING_CHOICES = CHOICES | IDENTITIES | RESHAPES | {"relu", "scatter"}
+"""Functions between a choice and the call that ends a selection: until then it is open whether it is one."""
 
 
 class Tracer:
@@ -156,11 +168,16 @@ class Tracer:
             self._flows.keep(call)
         outcome = self._rectify(call, *met) if met else self._follow(call)
         trained = any(out.requires_grad for out in outputs) or name == "__setitem__"
+        chooses = call.name in CHOICES
+        new = [replace(read, chooses=True) for read in outcome.unaccounted] if chooses else outcome.unaccounted
         inherited = [read for tensor in call.operands for read in look(tensor).pending]
-        pending = tuple(dict.fromkeys((*inherited, *outcome.unaccounted)))
+        pending = tuple(dict.fromkeys((*inherited, *new)))
+        if met and met[1].kind in SELECTIONS:
+            pending = tuple(read for read in pending if not read.chooses)
         if trained:
-            self._connectivity.note_unaccounted(pending)
-            pending = ()
+            kept = [read for read in pending if read.chooses] if call.name in _CARRYING_CHOICES else []
+            self._connectivity.note_unaccounted(read for read in pending if read not in kept)
+            pending = tuple(kept)
         for out, flow in zip(outputs, outcome.flows, strict=True):
             self._flows.remember(out, self._pruned(flow)._replace(pending=pending))
 
@@ -231,7 +248,9 @@ def _units(site: Site, shape: tuple[int, ...], dims: tuple[int, ...]) -> Tensor:
 
 
 def _nonzero_when_silent(call: TracedCall, rectifier: Rectifier) -> str:
-    """Say why a unit that does not fire puts out something all the same; empty if it does not."""
+    """Say why the output changes with a unit that does not fire; empty if it does not."""
+    if rectifier.kind in COMPETITIONS:
+        return "a unit that is chosen takes the place of another"
     if call.name == "substitute":
         return "a silent unit puts out something since its activation was swapped"
     value = call.argument(2, "value", 0.0) if rectifier.kind == "threshold" else float(rectifier.kind == "softplus")

@@ -10,6 +10,10 @@ from torch import Tensor, nn
 
 WATCHPOINT = "watchpoint"
 """The kind of what is no rectifier and is watched as one; nothing is known of what feeds it."""
+COMPETITIONS = frozenset({"topk", "batch_topk"})
+"""The kinds of selections in which a unit that is chosen takes the place of another."""
+SELECTIONS = COMPETITIONS | {"jumprelu"}
+"""The kinds of what keeps some activations and makes zeros of the others; a unit fires where it is not zero."""
 
 
 class Rectifier(NamedTuple):

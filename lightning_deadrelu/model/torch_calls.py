@@ -90,6 +90,10 @@ RESIZES = frozenset({"interpolate", "upsample", "upsample_nearest", "upsample_bi
 REDUCTIONS = frozenset({"mean", "sum", "amax", "amin", "max", "min", "median", "nanmean", "nansum", "std", "var"})
 ALONG = frozenset({"index_select", "cumsum", "sort", "cummax", "topk"})
 """Functions that take or order elements along one dimension."""
+ABOVE = frozenset({"gt", "ge", "greater", "greater_equal"})
+BELOW = frozenset({"lt", "le", "less", "less_equal"})
+CHOICES = ABOVE | BELOW | {"topk"}
+"""Functions that tell which elements are large."""
 GATHERS = frozenset({"getitem", "index_select", "gather", "take_along_dim"})
 POOL = re.compile(r"(?:adaptive_)?(?:avg|max|lp)_pool([123])d(?:_with_indices)?$")
 
@@ -268,14 +272,14 @@ class TensorTable(Generic[Known]):
     """What is known of tensors, for as long as each is alive.
 
     Args:
-        versions: Whether to note how often each was written to, for :meth:`is_changed`.
+        versions: Whether to note how often each was written to, for :meth:`writes_to`.
 
     Example:
         >>> import torch
         >>> x, table = torch.ones(2), TensorTable[str]()
         >>> table.put(x, "ones")
-        >>> table.get(x), table.get(torch.ones(2)), table.is_changed(x.zero_())
-        ('ones', None, True)
+        >>> table.get(x), table.get(torch.ones(2)), table.writes_to(x.zero_())
+        ('ones', None, 1)
     """
 
     def __init__(self, versions: bool = True) -> None:
@@ -291,9 +295,9 @@ class TensorTable(Generic[Known]):
         entry = self._entries.get(id(tensor))
         return entry[2] if entry is not None and entry[0]() is tensor else None
 
-    def is_changed(self, tensor: Tensor) -> bool:
-        """Tell whether a tensor of the table was written to since it was put there."""
-        return self._entries[id(tensor)][1] != version_of(tensor)
+    def writes_to(self, tensor: Tensor) -> int:
+        """Count how often a tensor of the table was written to since it was put there."""
+        return version_of(tensor) - self._entries[id(tensor)][1]
 
     def __bool__(self) -> bool:
         return bool(self._entries)

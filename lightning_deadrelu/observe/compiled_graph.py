@@ -20,6 +20,7 @@ from lightning_deadrelu.model.sites import Site
 from lightning_deadrelu.model.torch_calls import function_name
 from lightning_deadrelu.observe.call_stack import ModuleCall, in_forward
 from lightning_deadrelu.observe.probe import Probe
+from lightning_deadrelu.observe.selections import NAMES
 from lightning_deadrelu.observe.site_resolver import Rectified, SiteCall, SiteResolver, activations_in
 from lightning_deadrelu.observe.torch_modes import push_mode, recomputes, remove_mode
 
@@ -128,6 +129,8 @@ class _Replay(TorchFunctionMode):
         call = self.resolver.find(name, args, kwargs)
         output = func(*args, **kwargs)
         if call is None:
+            if name in NAMES and (selected := self.resolver.select(name, args, kwargs, output)):
+                raise Unreadable(f"`{selected.rectifier.kind}` is made of several calls")
             self.resolver.follow(name, args, kwargs, output)
         elif call.rectifier.fused:
             raise Unreadable(f"`{call.rectifier.kind}` hides its input")

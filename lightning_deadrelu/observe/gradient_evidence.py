@@ -18,14 +18,18 @@ from torch.optim import Optimizer
 
 from lightning_deadrelu.model.layout import Layout
 from lightning_deadrelu.model.parameters import tensors_of
+from lightning_deadrelu.model.rectifiers import COMPETITIONS
 from lightning_deadrelu.model.sites import Site
 from lightning_deadrelu.model.slices import Slice
 from lightning_deadrelu.observe.watch import Watch
 from lightning_deadrelu.statistics import Totals
 from lightning_deadrelu.statistics.totals import NAN
 
-KINDS = frozenset({"relu", "relu6", "hardtanh", "threshold"})
-"""The rectifiers without any gradient at the hinge and below; ``clamp`` and ``maximum`` share it out at a tie."""
+KINDS = frozenset({"relu", "relu6", "hardtanh", "threshold"}) | COMPETITIONS
+"""The rectifiers without any gradient at the hinge and below; ``clamp`` and ``maximum`` share it out at a tie.
+
+A ``jumprelu`` may have a derivative of its own there, by which its threshold learns.
+"""
 
 
 class GradientRows(NamedTuple):
@@ -283,7 +287,7 @@ class GradientEvidence:
 
 _NOBODY = (
     "`gradient_evidence=True` changes nothing: there is no site whose gradients prove life. It takes a `relu`, `relu6`,"
-    " `hardtanh` or `threshold` that alone reads what its parameters feed, and parameters that are not sharded."
+    " `hardtanh`, `threshold` or `topk` that alone reads what its parameters feed, and parameters that are not sharded."
 )
 _UNANNOUNCED = (
     "`gradient_evidence=True` takes no gradient for a proof of a backward that it is not told of: what a penalty in the"

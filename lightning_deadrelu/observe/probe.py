@@ -24,6 +24,7 @@ from lightning_deadrelu.observe.call_router import CallRouter
 from lightning_deadrelu.observe.call_stack import in_autograd_function
 from lightning_deadrelu.observe.compiled_operators import backends_around, call_compiled, why_unwatched
 from lightning_deadrelu.observe.module_hooks import ModuleHooks
+from lightning_deadrelu.observe.selections import NAMES
 from lightning_deadrelu.observe.site_resolver import SiteResolver
 from lightning_deadrelu.observe.subscribers import InCompiled, Sink
 from lightning_deadrelu.observe.substitutes import Substitutes
@@ -241,6 +242,8 @@ class Probe(TorchFunctionMode):
             self.failure = error
         output = call_for_caller(func, args, kwargs)
         try:
+            if found is None and name in NAMES:
+                found = self._resolver.select(name, args, kwargs, output)
             if found is None and not self._call_takers:
                 self._resolver.follow(name, args, kwargs, output)
             else:

@@ -12,6 +12,7 @@ from lightning_deadrelu.model.sites import Site, base_name, clean, count_units, 
 from lightning_deadrelu.model.torch_calls import ANY_CONVOLUTION, LAYERS, Call, plain_name, tensors_in
 from lightning_deadrelu.observe.call_stack import CallStack, in_forward
 from lightning_deadrelu.observe.provenance import Provenance, activated, of_module, parameter
+from lightning_deadrelu.observe.selections import Selections
 from lightning_deadrelu.observe.tensor_origins import TensorOrigins
 
 _WEIGHTED = LAYERS | ANY_CONVOLUTION
@@ -77,6 +78,7 @@ class SiteResolver:
         self._model, self._unit_dims, self._runs = model, unit_dims, runs
         self.origins = TensorOrigins(model)
         """Where tensors come from."""
+        self._selections = Selections(self.origins)
         self.stack = CallStack()
         """The forwards that are running."""
         self.substituted: frozenset[str] = frozenset()
@@ -103,6 +105,7 @@ class SiteResolver:
     def forget(self) -> None:
         """Let go of the tensors of a batch."""
         self.origins.forget()
+        self._selections.forget()
         self.stack.clear()
 
     # -- calls of torch functions
@@ -121,8 +124,22 @@ class SiteResolver:
         operands = tensors_in((*args, *kwargs.values()))
         others = operands if len(operands) > 1 else ()
         x = next((tensor for tensor in others if not self.origins.is_zero(tensor)), operands[0])
+        if self._selections.is_chosen(x):
+            return None
         in_place = name.endswith("_") or kwargs.get("inplace") or kwargs.get("out") is not None
         return Rectified(rectifier, x, x.detach().clone() if in_place else x)
+
+    def select(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> Rectified | None:
+        """Tell whether a selection of activations ends with a call that has run, which counts as a rectifier's then.
+
+        Args:
+            name: The function's full name, one of :data:`~lightning_deadrelu.observe.selections.NAMES`.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+            output: What it returned.
+        """
+        found = self._selections.find(name, args, kwargs, output)
+        return Rectified(*found) if found else None
 
     def follow(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> list[Tensor]:
         """Note where the outputs of a call come from, and return those that may hold activations."""
@@ -178,6 +195,7 @@ class SiteResolver:
         """
         known = self.provenance(call.x) or Provenance()
         self.origins.remember(output, activated(known))
+        self._selections.note_rectified(call.x, output)
         if not _holds_data(call.values):
             return None
         values, out = plain(call.values), plain(output)

@@ -74,10 +74,12 @@ class TensorOrigins:
 
     def is_zero(self, value: Any) -> bool:
         """Whether a value is known to hold nothing but zeros."""
-        if not isinstance(value, Tensor):
-            return False
+        return isinstance(value, Tensor) and self.was_zero(value, writes=0)
+
+    def was_zero(self, value: Tensor, writes: int) -> bool:
+        """Whether a tensor is known to have held nothing but zeros before it was last written to so many times."""
         if self._zeros.get(value):
-            return not self._zeros.is_changed(value)
+            return self._zeros.writes_to(value) == writes
         return any(value is zeros and version_of(value) == version for zeros, version in self._zero_buffers)
 
     def follow(self, call: Call, known: list[Provenance | None]) -> Provenance | None:

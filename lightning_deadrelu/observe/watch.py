@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_deadrelu.attribution import Attributions, Tracer, merged
 from lightning_deadrelu.model.layout import Layout
-from lightning_deadrelu.model.rectifiers import WATCHPOINT, Rectifier, is_rectifier_module
+from lightning_deadrelu.model.rectifiers import SELECTIONS, WATCHPOINT, Rectifier, is_rectifier_module
 from lightning_deadrelu.model.sites import Site, clean, is_selected, own_name, plain_path, unmatched
 from lightning_deadrelu.observe.compiled import Compiled, Seen
 from lightning_deadrelu.observe.padding_mask import over_rows
@@ -23,6 +23,7 @@ from lightning_deadrelu.statistics import Counts, Rules, UnitLiveness, count
 from lightning_deadrelu.statistics.counts import count_indices
 
 ONLY_WATCHED = "it is a watchpoint, which is watched and never repaired"
+_NOT_IN_COMPILED = SELECTIONS | {WATCHPOINT}
 NOT_TRACED = "it has not run while its layers were traced"
 
 
@@ -155,8 +156,8 @@ class Watch:
         trains = self.probe.router.is_training
         if not self.liveness.layout.sites[place].units or (place in self._trained and not trains):
             return
-        if site.kind == WATCHPOINT:
-            self.compiled.refuse(f"`{self.name_of(place)}` is a watchpoint, of which compiled code has no trace")
+        if site.kind in _NOT_IN_COMPILED:
+            self.compiled.refuse(f"`{self.name_of(place)}` is a {site.kind}, of which compiled code has no trace")
         else:
             self.compiled.saw(place)
         self.dims[place], self.hinges[place] = dims, rectifier.hinge

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lightning_deadrelu.model.rectifiers import SELECTIONS
 from lightning_deadrelu.remedies.base import Activation, Edits, Lift, NotApplicable, Push, Remedy, SiteView, Warmth
 from lightning_deadrelu.remedies.lifting import raised
 
@@ -35,7 +36,8 @@ class BiasWarming(Remedy):
     (2 of 281 came back in the shock benchmark); handed over to the parameters, or without it, all come back.
 
     Args:
-        firing_rate: Share of the confirming batch on which a unit is to fire; None for just above its peak.
+        firing_rate: Share of the confirming batch on which a unit is to fire; None for just above its peak. Where units
+            are selected (``topk``, ``batch_topk``, ``jumprelu``) at most as often as the median live one.
         steps: Optimizer steps until then.
         at_once: Whether a term makes the unit fire in training meanwhile.
         cap: Largest distance, relative to that from the unit's peak to the hinge plus the spread of its inputs (the
@@ -87,9 +89,16 @@ class BiasWarming(Remedy):
             return torch.zeros(len(known), dtype=torch.float64)
         size = view.depth + view.spread
         typical = float(size[known].median()) or 1.0  # all inputs are 0: there is no scale to go by
-        target = view.quantile(1.0 if self.firing_rate is None else 1 - self.firing_rate)
+        target = view.quantile(1 - self._rate(view))
         height = -target if self.cap is None else (-target).minimum(self.cap * size)
         return torch.where(known, height.clamp(min=0) + self.margin * typical, 0.0)
+
+    def _rate(self, view: SiteView) -> float:
+        """Tell the share of the inputs to fire on; no more than is usual where units take one another's places."""
+        live, rate = ~view.report.silent, self.firing_rate or 0.0
+        if view.report.kind not in SELECTIONS or not bool(live.any()):
+            return rate
+        return min(rate, float(view.report.firing_rate[live].median()))
 
 
 @dataclass(frozen=True, kw_only=True)

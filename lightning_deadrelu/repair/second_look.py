@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_deadrelu.attribution import joined_over_ranks, plain
 from lightning_deadrelu.attribution.result import Attribution
 from lightning_deadrelu.model.parameters import tensors_of, values_of
+from lightning_deadrelu.model.rectifiers import SELECTIONS
 from lightning_deadrelu.model.sharding import reshard_
 from lightning_deadrelu.observe.watch import NOT_TRACED, Watch
 from lightning_deadrelu.remedies import InitDistribution, NotApplicable, Remedy, SiteView
@@ -152,7 +153,7 @@ class SecondLook:
             parts = (*attribution.incoming, *attribution.outgoing)
             values = values_of(subject.model, [one.name for one in parts])
             inputs = _rows_of(known, request.site) if fed_by_linear(attribution, tensors_of(subject.model)) else None
-            if units.any() and inputs is not None:
+            if units.any() and inputs is not None and site.kind not in SELECTIONS:  # there is more to be than above 0
                 units &= site.frozen | ~fires_now(inputs, attribution, values, hinge)
             no_module = subject.no_module(request.site)
             view = SiteView(site, units, attribution, values, init, quantiles, step, inputs, hinge, no_module)

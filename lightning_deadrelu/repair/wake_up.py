@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_deadrelu.model.rectifiers import Rectifier
+from lightning_deadrelu.model.rectifiers import SELECTIONS, Rectifier
 from lightning_deadrelu.model.sites import Site
 from lightning_deadrelu.observe.probe import Probe
 from lightning_deadrelu.observe.subscribers import RectifierCallTaker
@@ -142,10 +142,10 @@ class _Pusher(RectifierCallTaker):
 
     def take(self, site: Site, rectifier: Rectifier, dims: tuple[int, ...], x: Tensor, output: Tensor) -> None:
         if site in self._pushes:
-            push_(self._pushes[site], x, output, dims, rectifier.hinge)
+            push_(self._pushes[site], x, output, dims, None if rectifier.kind in SELECTIONS else rectifier.hinge)
 
 
-def push_(push: Push, x: Tensor, output: Tensor, dims: tuple[int, ...], hinge: float = 0.0) -> None:
+def push_(push: Push, x: Tensor, output: Tensor, dims: tuple[int, ...], hinge: float | None = 0.0) -> None:
     """Have a rectifier's backward add an upward gradient to the inputs of units that fire too seldom.
 
     The gradient is the same for all inputs of a unit. Their sum is that of a typical unit, before the rectifier cuts it
@@ -157,7 +157,7 @@ def push_(push: Push, x: Tensor, output: Tensor, dims: tuple[int, ...], hinge: f
         x: The rectifier's input.
         output: What it put out, with a graph.
         dims: The dimensions of the input that hold the units, counted from the end.
-        hinge: What an input has to exceed to fire.
+        hinge: What an input has to exceed to fire; None where units are selected, and fire if they put out something.
     """
     node = output.grad_fn
     if node is None or not node.next_functions:
@@ -165,18 +165,26 @@ def push_(push: Push, x: Tensor, output: Tensor, dims: tuple[int, ...], hinge: f
     place = next((number for number, (behind, _) in enumerate(node.next_functions) if behind is not None), 0)
     others = [dim for dim in range(-x.ndim, 0) if dim not in dims]
     with torch.no_grad():
-        rate = (x.detach() > hinge).float().mean(others, keepdim=True)  # of an output written in place it is the same
+        fires = output.detach() != 0 if hinge is None else x.detach() > hinge  # of an output written in place the same
+        rate = fires.float().mean(others, keepdim=True)
         asleep = (rate < push.firing_rate) & push.units.to(x.device).view(rate.shape)
     each = push.strength * rate.numel() / x.numel()
+
+    def upward(above: Tensor) -> Tensor:
+        return asleep * (each * above.abs().sum(others).median()).to(above.dtype)
 
     def hook(inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
         own, above = inputs[place], outputs[0]
         if own is None or above is None or own.shape != x.shape:
             return None
-        typical = above.abs().sum(others).median()
-        return (*inputs[:place], own - asleep * (each * typical).to(own.dtype), *inputs[place + 1 :])
+        return (*inputs[:place], own - upward(above).to(own.dtype), *inputs[place + 1 :])
 
-    node.register_hook(hook)
+    if hinge is not None:
+        node.register_hook(hook)
+    elif x.requires_grad:  # several calls lead from one to the other, and those in between hear of what was selected
+        pushes: list[Tensor] = []
+        node.register_prehook(lambda above: pushes.extend(upward(one) for one in above if one is not None))
+        x.register_hook(lambda own: own - pushes.pop().to(own.dtype) if pushes else None)
 
 
 def _nothing(site: Site, rectifier: Rectifier, x: Tensor, out: Tensor, dims: tuple[int, ...]) -> None:

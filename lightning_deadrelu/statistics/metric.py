@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_deadrelu.model.layout import Layout
-from lightning_deadrelu.model.rectifiers import WATCHPOINT, Rectifier
+from lightning_deadrelu.model.rectifiers import SELECTIONS, WATCHPOINT, Rectifier
 from lightning_deadrelu.model.sites import Site
 from lightning_deadrelu.statistics.counts import RELU, Counts, FlatCounts, count
 from lightning_deadrelu.statistics.judge import Rules, judge
@@ -20,6 +20,7 @@ from lightning_deadrelu.statistics.report import LivenessReport
 from lightning_deadrelu.statistics.totals import FINITE, INFINITE, NAN, NOTHING, Totals, UnitHistory
 
 _UNIT_DIM = {"maxima": 1}
+_RATED = SELECTIONS | {WATCHPOINT}  # which fire so seldom that every observation counts
 _LATEST = slice(3, 5)  # the rows of the maxima that hold the last observation alone
 
 
@@ -136,7 +137,7 @@ class UnitLiveness(Metric):
         Of a watchpoint it always is: how often a latent or a code is chosen is what is asked there, and it may be
         seldom.
         """
-        return self._rates_all or self.layout.sites[site].kind == WATCHPOINT
+        return self._rates_all or self.layout.sites[site].kind in _RATED
 
     @property
     def _rates_all(self) -> bool:

@@ -30,8 +30,8 @@ class TopK(nn.Module):
             self.up.bias[7:] = -100.0
 
     def forward(self, x):
-        values, places = self.up(x).topk(2)
-        return self.down(self.latents(torch.zeros(*x.shape[:-1], 10).scatter(-1, places, values)))
+        values, places = self.up(x).sort(-1, descending=True)  # with `topk` it would be a site of its own
+        return self.down(self.latents(torch.zeros(*x.shape[:-1], 10).scatter(-1, places[..., :2], values[..., :2])))
 
 
 class Routed(nn.Module):

@@ -36,6 +36,18 @@ def test_warming_makes_a_share_fire(rate):
     assert fires.max() < rate + 0.25  # the margin is the same for narrow and broad units
 
 
+def test_where_units_are_selected_they_are_to_fire_no_more_than_the_others():
+    values, laws, attribution = layer()
+    view = view_of(attribution, DEAD, values, laws, quantiles=normal_quantiles(6, -5.0, 1.0))
+    seldom = {"fired": torch.tensor([1, 0, 3, 0, 5, 100]), "elements": 100}
+    heights_of = {}
+    for kind in ("relu", "topk"):
+        own = dataclasses.replace(view, report=dataclasses.replace(view.report, kind=kind, **seldom))
+        heights_of[kind] = heights(BiasWarming(firing_rate=0.2).propose(own, seeded()))
+    assert heights_of["relu"].equal(heights(BiasWarming(firing_rate=0.2).propose(view, seeded())))
+    assert heights_of["topk"].equal(heights(BiasWarming(firing_rate=0.03).propose(view, seeded())))
+
+
 def test_warming_to_just_above_the_peak():
     quantiles = normal_quantiles(6, -5.0, 1.0)
     above = quantiles[-1] + heights(warmed(BiasWarming(firing_rate=None), quantiles))

@@ -59,6 +59,25 @@ def test_what_is_added_equals_a_slow_loop(rectifier, shape, dims):
     assert torch.allclose(difference, wanted.expand_as(difference))
 
 
+def test_where_units_are_selected_the_push_goes_to_what_they_are_selected_from():
+    torch.manual_seed(0)
+    push = Push(torch.tensor([True, True, True, False]), firing_rate=0.3, strength=0.7)
+    start, above = torch.randn(9, 4, dtype=torch.float64), torch.randn(9, 4, dtype=torch.float64)
+    start[:, [0, 3]] -= 10
+    gradients = []
+    for pushed in (False, True):
+        leaf = start.clone().requires_grad_()
+        x = leaf * 1.0
+        values, indices = x.topk(2)
+        out = torch.zeros_like(x).scatter(-1, indices, values.relu())
+        if pushed:
+            push_(push, x, out, (-1,), None)
+        gradients.append(torch.autograd.grad(out, leaf, above)[0])
+    wanted = torch.tensor(expected(push, out.detach(), above, (-1,)), dtype=torch.float64)
+    assert (wanted < 0).tolist() == [True, False, False, False]
+    assert torch.allclose(gradients[1] - gradients[0], wanted.expand(9, 4))
+
+
 class Shared(nn.Module):
     """One function serves two layers; the weight of one is computed in the forward."""
 
