@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lightning_deadrelu.model.rectifiers import Rectifier, is_rectifier_module, rectifier_of
+from lightning_deadrelu.model.rectifiers import SELECTIONS, Rectifier, is_rectifier_module, rectifier_of
 from lightning_deadrelu.model.sites import Site, base_name, clean, count_units, guess_dims, matches, plain_parameter
 from lightning_deadrelu.model.torch_calls import ANY_CONVOLUTION, LAYERS, Call, plain_name, tensors_in
 from lightning_deadrelu.observe.call_stack import CallStack, in_forward
@@ -199,7 +199,8 @@ class SiteResolver:
         if not _holds_data(call.values):
             return None
         values, out = plain(call.values), plain(output)
-        key = (*self.stack.paths, known, call.rectifier, None if values is None else values.shape)
+        selects = call.rectifier.kind in SELECTIONS
+        key = (*self.stack.paths, known, selects, call.rectifier, None if values is None else values.shape)
         found = None if out is None else self._site_calls.get(key)
         if found is None:
             site_call = self._settle(key, call.rectifier, known, values if out is not None else None)
@@ -213,7 +214,7 @@ class SiteResolver:
 
     def _settle(self, key: Any, rectifier: Rectifier, known: Provenance, values: Tensor | None) -> SiteCall | None:
         """Tell the site of a call and its unit dimensions, once for all calls alike; None if it is not watched."""
-        place = self._place(known)
+        place = self._place(known, rectifier.kind in SELECTIONS)
         if place is None:
             return None
         owner, functional, source, _ = place
@@ -263,15 +264,19 @@ class SiteResolver:
         )
         return None
 
-    def _place(self, known: Provenance) -> _Place | None:
-        """Tell the owner of this call and what tells it from the owner's other calls; None if it is no site."""
+    def _place(self, known: Provenance, selects: bool) -> _Place | None:
+        """Tell the owner of this call and what tells it from the owner's other calls; None if it is no site.
+
+        A selection among what parameters feed is a layer wherever it is made: SAELens trains without a forward.
+        """
         stack, owner = self.stack, self.stack.path
-        key = (*stack.paths, known)
+        key = (*stack.paths, known, selects)
         if (place := self._places.get(key)) is not None:
             return place if self._holds(place) else None
         functional = not (stack and (is_rectifier_module(stack[-1].module) or owner in self.substituted))
         own = next((names for call in reversed(stack) if call.path and (names := call.owned(known.producers))), ())
-        place = _Place(owner, functional, (*(own or sorted(known.producers)), *_details(known)), functional and not own)
+        inside = functional and not own and not (selects and known.producers)
+        place = _Place(owner, functional, (*(own or sorted(known.producers)), *_details(known)), inside)
         if place.inside and not ((known.producers or self._is_bare) and self._holds(place)):
             return None
         home = next((call for call in reversed(stack) if call.has_weights()), None)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -149,7 +150,8 @@ def push_(push: Push, x: Tensor, output: Tensor, dims: tuple[int, ...], hinge: f
     """Have a rectifier's backward add an upward gradient to the inputs of units that fire too seldom.
 
     The gradient is the same for all inputs of a unit. Their sum is that of a typical unit, before the rectifier cuts it
-    off: the median over the site's units of the sum of the output gradient's absolute values. So it goes along with
+    off: the median over the site's units of the sum of the output gradient's absolute values; where units are selected,
+    the mean over those that were, of what they get. So it goes along with
     whatever scales the loss (accumulation, loss scaling), and with how much there is left to learn.
 
     Args:
@@ -159,10 +161,6 @@ def push_(push: Push, x: Tensor, output: Tensor, dims: tuple[int, ...], hinge: f
         dims: The dimensions of the input that hold the units, counted from the end.
         hinge: What an input has to exceed to fire; None where units are selected, and fire if they put out something.
     """
-    node = output.grad_fn
-    if node is None or not node.next_functions:
-        return
-    place = next((number for number, (behind, _) in enumerate(node.next_functions) if behind is not None), 0)
     others = [dim for dim in range(-x.ndim, 0) if dim not in dims]
     with torch.no_grad():
         fires = output.detach() != 0 if hinge is None else x.detach() > hinge  # of an output written in place the same
@@ -170,21 +168,32 @@ def push_(push: Push, x: Tensor, output: Tensor, dims: tuple[int, ...], hinge: f
         asleep = (rate < push.firing_rate) & push.units.to(x.device).view(rate.shape)
     each = push.strength * rate.numel() / x.numel()
 
-    def upward(above: Tensor) -> Tensor:
-        return asleep * (each * above.abs().sum(others).median()).to(above.dtype)
+    def pushed(own: Tensor, typical: Tensor) -> Tensor:
+        return own - asleep * (each * typical).to(own.dtype)
+
+    def push_selected(own: Tensor) -> Tensor:
+        sizes = own.abs().sum(others)
+        return pushed(own, sizes.sum() / (sizes > 0).sum().clamp(min=1))
+
+    if hinge is not None:
+        _hook_node(output.grad_fn, lambda own, above: pushed(own, above.abs().sum(others).median()))
+    elif x.requires_grad:  # several calls lead from one to the other
+        x.register_hook(push_selected)
+
+
+def _hook_node(node: Any, change: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Have the gradient of a function's first input changed, given that and the output's; nothing where it has none."""
+    if node is None or not node.next_functions:
+        return
+    place = next((number for number, (behind, _) in enumerate(node.next_functions) if behind is not None), 0)
 
     def hook(inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
         own, above = inputs[place], outputs[0]
-        if own is None or above is None or own.shape != x.shape:
+        if own is None or above is None or own.shape != above.shape:
             return None
-        return (*inputs[:place], own - upward(above).to(own.dtype), *inputs[place + 1 :])
+        return (*inputs[:place], change(own, above), *inputs[place + 1 :])
 
-    if hinge is not None:
-        node.register_hook(hook)
-    elif x.requires_grad:  # several calls lead from one to the other, and those in between hear of what was selected
-        pushes: list[Tensor] = []
-        node.register_prehook(lambda above: pushes.extend(upward(one) for one in above if one is not None))
-        x.register_hook(lambda own: own - pushes.pop().to(own.dtype) if pushes else None)
+    node.register_hook(hook)
 
 
 def _nothing(site: Site, rectifier: Rectifier, x: Tensor, out: Tensor, dims: tuple[int, ...]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_deadrelu.attribution.result import Attribution
+from lightning_deadrelu.model.rectifiers import SELECTIONS
 from lightning_deadrelu.model.sites import clean
 from lightning_deadrelu.statistics import LivenessReport, SiteReport
 
@@ -114,7 +115,8 @@ class CheckContext:
     @cached_property
     def sites(self) -> list[SiteReport]:
         """The rectifiers that are trained, in the order of execution."""
-        return [site for site in self.report.sites if site.trainable and not site.smooth]
+        hard = (site for site in self.report.sites if site.trainable and not site.smooth)
+        return [site for site in hard if site.kind not in SELECTIONS]
 
     def weights(self, site: SiteReport) -> list[str]:
         """Name the weights that feed a site and that are trained."""

@@ -57,6 +57,7 @@ class DyingUnits(NamedTuple):
         left: What decay alone would have left of a bias since the start, 0 to 1.
         adaptive: Whether the optimizer divides by the size of past gradients, as Adam does.
         momentum: Of an optimizer that does not.
+        selected: Whether they have to be more than positive to fire, so that what they were drawn from tells little.
     """
 
     site: str
@@ -77,6 +78,7 @@ class DyingUnits(NamedTuple):
     left: float = 1.0
     adaptive: bool = False
     momentum: float = 0.0
+    selected: bool = False
 
     def of(self, chosen: Tensor) -> DyingUnits:
         """Choose some of the units.

@@ -89,7 +89,7 @@ def _decay(dying: DyingUnits) -> DeathEvent:
 def _shock(dying: DyingUnits, rows: Rows, off_centre: float) -> DeathEvent:
     cause = UNKNOWN
     if are_many(dying):
-        early = int(dying.last_fired.min()) < _EARLY
+        early = int(dying.last_fired.min()) < _EARLY and not dying.selected
         cause = (
             spiked(dying, rows)
             or (bad_init(dying) if early else None)
@@ -103,7 +103,7 @@ def _shock(dying: DyingUnits, rows: Rows, off_centre: float) -> DeathEvent:
 
 def _born(dying: DyingUnits, off_centre: float, widths: Sequence[int]) -> DeathEvent:
     few = UNKNOWN._replace(measured="they have fired on no sample since the first step")
-    if len(dying.units) < max(UNITS, 2 * SHARE * dying.size):
+    if dying.selected or len(dying.units) < max(UNITS, 2 * SHARE * dying.size):
         return _event("born dead", dying, few, moved=False)
     options = (
         negative_bias(dying),

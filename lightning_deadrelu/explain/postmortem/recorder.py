@@ -27,6 +27,7 @@ from lightning_deadrelu.explain.postmortem.incoming_weights import (
 from lightning_deadrelu.explain.postmortem.step_log import Rows, StepLog, StepLogState
 from lightning_deadrelu.guarded import guarded
 from lightning_deadrelu.model.layout import Layout
+from lightning_deadrelu.model.rectifiers import SELECTIONS
 from lightning_deadrelu.model.sites import Site
 from lightning_deadrelu.statistics import LivenessReport, SiteReport, Totals
 
@@ -238,6 +239,7 @@ class FlightRecorder:
             alive=WeightStats.unknown(len(units)),
             now=WeightStats.unknown(len(units)),
             start=WeightStats.unknown(site.units),
+            selected=site.kind in SELECTIONS,
         )
 
     def _fed(self, dying: DyingUnits, number: int, biases: Tensor, readings: Readings) -> DyingUnits:
