@@ -15,6 +15,7 @@ Words used throughout:
 """
 
 from lightning_deadrelu.callback import DeadReLUMonitor
+from lightning_deadrelu.explain.autopsy import autopsy
 from lightning_deadrelu.explain.checkup import checkup
 from lightning_deadrelu.explain.finding import Finding
 from lightning_deadrelu.loop import watch
@@ -47,6 +48,7 @@ __all__ = [
     "UnitLiveness",
     "WakeUp",
     "Watchpoint",
+    "autopsy",
     "born_dead_bounds",
     "checkup",
     "decay_groups",

@@ -1,4 +1,4 @@
-"""``python -m lightning_deadrelu audit``: which units of a trained model are dead."""
+"""``python -m lightning_deadrelu audit`` and ``autopsy``: which units of a trained model are dead, and since when."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import argparse
 import importlib
 import importlib.util
 import itertools
+import json
 import platform
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -18,8 +19,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from lightning_deadrelu.checkpoint import read_checkpoint
+from lightning_deadrelu.explain.autopsy import autopsy
 from lightning_deadrelu.observe.audit import find_dead_units
 from lightning_deadrelu.repair.restore_activations import restore_activations
 from lightning_deadrelu.report import RunReport, summary
@@ -34,6 +37,18 @@ examples:
 
 exit status: 0, or 1 with --fail-above if more is dead, or 2 if the audit cannot be made.
 """
+_AUTOPSY_EPILOG = """
+examples:
+  python -m lightning_deadrelu autopsy last.ckpt --model my_package.nets:Classifier
+  python -m lightning_deadrelu autopsy last.ckpt --model train.py:make_model --json dates.json
+
+exit status: 0, or 2 if the checkpoint holds no optimizer's state, or that of another model.
+"""
+_STATES = (
+    "optimizer_states",
+    "optimizer_state_dict",
+    "optimizer",
+)  # where checkpoints have it; Lightning's comes first
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,21 +63,65 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
-        report = audit(options)
-        print(summary(RunReport(report)))
-        _write(report, options)
+        status: int = options.run(options)
     except (ValueError, TypeError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     except Exception:  # of the model or its data; 1 is kept for --fail-above
         traceback.print_exc()
         return 2
+    return status
+
+
+def _run_audit(options: argparse.Namespace) -> int:
+    report = audit(options)
+    print(summary(RunReport(report)))
+    _write(report, options)
     return int(options.fail_above is not None and report.dead_fraction > options.fail_above)
+
+
+def _run_autopsy(options: argparse.Namespace) -> int:
+    model = _model(options.model)
+    checkpoint = read_checkpoint(
+        options.checkpoint, str(options.checkpoint), "add `--trust`", weights_only=not options.trust
+    )
+    found = autopsy(model, _saved_optimizers(model, checkpoint, options.checkpoint))
+    print(found)
+    if options.json:
+        _write_text(options.json, json.dumps(found.to_dict()))
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m lightning_deadrelu", description="Find dead ReLU units.")
     parser.add_argument("--version", action="version", version=_versions(), help="print versions, for a bug report")
-    commands = parser.add_subparsers(required=True, metavar="audit")
+    commands = parser.add_subparsers(required=True, metavar="audit|autopsy")
+    _add_audit(commands)
+    _add_autopsy(commands)
+    return parser
+
+
+def _add_autopsy(commands: Any) -> None:
+    command = commands.add_parser(
+        "autopsy",
+        help="say since when units have had no gradient, from a checkpoint alone",
+        description="Say which units have had no gradient, and since when, from an optimizer's state, without data.",
+        epilog=_AUTOPSY_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=_run_autopsy)
+    add = command.add_argument
+    add(
+        "checkpoint",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="a Lightning checkpoint, or a file with an optimizer's state",
+    )
+    add("--model", required=True, metavar="MODEL_FACTORY", help="as for audit; best a LightningModule")
+    add("--trust", action="store_true", help="load a checkpoint that holds more than tensors, which may run any code")
+    add("--json", type=Path, metavar="FILE", help="write the dates here")
+
+
+def _add_audit(commands: Any) -> None:
     command = commands.add_parser(
         "audit",
         help="say which units of a trained model never fire on some data",
@@ -70,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    command.set_defaults(run=_run_audit)
     add = command.add_argument
     add(
         "model", metavar="MODEL_FACTORY", help="package.module:name or path/to/file.py:name; called, it makes the model"
@@ -86,7 +146,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", type=Path, metavar="FILE", help="write the verdicts here")
     add("--html", type=Path, metavar="FILE", help="write a page here")
     add("--fail-above", type=_fraction, metavar="FRACTION", help="exit with 1 if a larger share is dead, 0 to 1")
-    return parser
 
 
 def _versions() -> str:
@@ -130,8 +189,12 @@ def _device(name: str) -> torch.device:
 def _write(report: LivenessReport, options: argparse.Namespace) -> None:
     for path, content in ((options.json, to_json), (options.html, to_html)):
         if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(content(RunReport(report)), encoding="utf-8")
+            _write_text(path, content(RunReport(report)))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
 
 
 # -- factories -------------------------------------------------------------------------------------------
@@ -254,6 +317,65 @@ def _prefix(ours: Sequence[str], theirs: Sequence[str], path: Path) -> str:
 def _some(keys: Sequence[str]) -> str:
     more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
     return ", ".join(f"`{key}`" for key in keys[:3]) + more
+
+
+def _saved_optimizers(model: nn.Module, checkpoint: Mapping[str, Any], path: Path) -> list[Optimizer]:
+    """Bring the state of the optimizers back, for the parameters that it belongs to."""
+    held = next((checkpoint[key] for key in _STATES if checkpoint.get(key)), None)
+    if held is None:
+        raise ValueError(
+            f"`{path}` holds no state of an optimizer, which tells the dates. Give a checkpoint that a Trainer saved"
+            " with `save_weights_only=False`, or save `optimizer.state_dict()` as `optimizer_state_dict`."
+        )
+    saved: list[dict[str, Any]] = held if isinstance(held, list) else [held]
+    optimizers = _configured(model)
+    if len(optimizers) != len(saved):
+        optimizers = _grouped_alike(model, saved)
+    try:
+        for optimizer, state in zip(optimizers, saved, strict=True):
+            optimizer.load_state_dict(state)
+    except (ValueError, KeyError) as error:
+        raise _misfit(path) from error
+    if not all(map(_fits, optimizers)):
+        raise _misfit(path)
+    return optimizers
+
+
+def _misfit(path: Path) -> ValueError:
+    return ValueError(
+        f"`{path}` holds the optimizer of a model with other parameters, or with these in another order. Let `--model`"
+        " name the LightningModule that was trained: its `configure_optimizers` tells the order."
+    )
+
+
+def _fits(optimizer: Optimizer) -> bool:
+    """Whether each momentum has a number for each of its parameter's."""
+    states = ((state.get(key), p) for p, state in optimizer.state.items() for key in ("exp_avg", "momentum_buffer"))
+    return all(momentum is None or momentum.shape == p.shape for momentum, p in states)
+
+
+def _configured(model: nn.Module) -> list[Optimizer]:
+    """Ask a LightningModule for its optimizers; none where it cannot tell them without a Trainer."""
+    try:
+        return _found_in(model.configure_optimizers())  # type: ignore[operator]
+    except Exception:
+        return []
+
+
+def _found_in(configured: Any) -> list[Optimizer]:
+    if isinstance(configured, Mapping):
+        configured = configured.get("optimizer")
+    if isinstance(configured, (list, tuple)):
+        return [optimizer for one in configured for optimizer in _found_in(one)]
+    return [configured] if isinstance(configured, Optimizer) else []
+
+
+def _grouped_alike(model: nn.Module, saved: Sequence[Mapping[str, Any]]) -> list[Optimizer]:
+    """Share the parameters of a model among as many groups as were saved, in their order."""
+    parameters = iter([parameter for parameter in model.parameters() if parameter.requires_grad])
+    sizes = [[len(group["params"]) for group in state["param_groups"]] for state in saved]
+    groups = [[list(itertools.islice(parameters, size)) for size in one] for one in sizes]
+    return [Optimizer([{"params": group} for group in one], {}) for one in groups]
 
 
 if __name__ == "__main__":

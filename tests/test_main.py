@@ -34,6 +34,9 @@ def whole():
     holder.net = Net()
     return holder
 
+def other():
+    return nn.Linear(2, 2)
+
 def with_width(width):
     return Net()
 
@@ -270,3 +273,104 @@ def test_a_fraction_is_no_percentage(capsys):
 def test_a_model_that_fails_is_not_taken_for_one_that_is_too_dead(capsys):
     assert audit("nets:Net", "--fail-above", "0.5", data="nets:narrow") == 2
     assert "mat1 and mat2" in capsys.readouterr().err
+
+
+# -- autopsy ---------------------------------------------------------------------------------------------
+
+TRAINED = """
+import torch
+from torch import nn
+
+from lightning_deadrelu import decay_groups
+
+def plain():
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+
+class Module(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = plain()
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(decay_groups(self, 0.01))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": None}}
+
+class Needy(Module):
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), self.trainer.max_steps)
+"""
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """Write a checkpoint of a model of which two units died 60 steps ago; return the function that does."""
+    (tmp_path / "trained.py").write_text(TRAINED)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def save(name="Module", key="optimizer_states"):
+        torch.manual_seed(0)
+        module = import_module("trained")
+        model = getattr(module, name)()
+        net = getattr(model, "net", model)
+        try:
+            optimizer = model.configure_optimizers()["optimizer"]
+        except AttributeError:
+            optimizer = torch.optim.AdamW(model.parameters())
+        for step in range(160):
+            if step == 100:
+                net[0].bias.data[:2] = -100.0
+            optimizer.zero_grad()
+            (net(torch.randn(16, 4)) - torch.randn(16, 2)).square().mean().backward()
+            optimizer.step()
+        state = optimizer.state_dict()
+        torch.save({"state_dict": model.state_dict(), key: [state] if key.endswith("states") else state}, "last.ckpt")
+
+    return save
+
+
+def autopsied(capsys, *arguments: str) -> str:
+    assert main(["autopsy", "last.ckpt", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("Module", "optimizer_states"), ("plain", "optimizer_state_dict"), ("plain", "optimizer"), ("Needy", "optimizer")],
+)
+def test_autopsy_dates_deaths_from_a_checkpoint_alone(name, key, trained, capsys):
+    trained(name, key)
+    printed = autopsied(capsys, "--model", f"trained.py:{name}")
+    assert printed.startswith("2 of 10 units have had no gradient for long")
+
+
+def test_autopsy_writes_json(trained, tmp_path, capsys):
+    trained()
+    autopsied(capsys, "--model", "trained.py:Module", "--json", "out/dates.json")
+    first, _ = json.loads((tmp_path / "out/dates.json").read_text())["layers"]
+    assert first["name"] == "net.0"
+    assert first["ages"][:2] == pytest.approx([60, 60], abs=12)
+    assert first["ages"][2:] == [0] * 6
+
+
+def autopsy_refusal(capsys, model: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(["autopsy", "last.ckpt", "--model", model])
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_autopsy_refuses_parameters_in_another_order(trained, capsys):
+    trained("Module")
+    told = autopsy_refusal(capsys, "trained.py:plain")
+    assert "with these in another order. Let `--model` name the LightningModule that was trained" in told
+
+
+def test_autopsy_refuses_another_model(trained, capsys):
+    trained("plain")
+    assert "holds the optimizer of a model with other parameters" in autopsy_refusal(capsys, "nets.py:other")
+
+
+def test_autopsy_needs_an_optimizers_state(trained, tmp_path, capsys):
+    saved(tmp_path, epoch=1)
+    told = autopsy_refusal(capsys, "nets.py:Net")
+    assert "`last.ckpt` holds no state of an optimizer, which tells the dates. Give a checkpoint that a Trainer" in told

@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from lightning_deadrelu.explain.finding import Confidence
 from lightning_deadrelu.explain.postmortem.dying_units import DyingUnits, median
@@ -21,7 +22,9 @@ _IDLE = 0.1  # a model that hardly learns any more has gradients near 0: they co
 _ANEW = 0.5  # of the largest before: what is less than that follows from it
 _DEVIATIONS = 6.0  # of the logarithm, by the median absolute deviation
 _BIG_STEP = {"adaptive": 0.3, "plain": 0.1}  # of the size of the weights, at one step; 0.001 to 0.01 is usual
-_SHIFT = 3.0
+_SHIFT = 3.0  # times the largest loss of the steps before
+_UNTRAINED = 3.0  # times the first losses, and as many times less
+_SETTLED = 100  # steps in which a model learns a new task, on digits
 
 
 class Cause(NamedTuple):
@@ -45,19 +48,26 @@ class _Spike(NamedTuple):
 
 
 def shifted(dying: DyingUnits, rows: Rows) -> Cause | None:
-    """Find a step at which the loss jumped to about that of the untrained model, and stayed: the work is another."""
+    """Find the last step at which the loss jumped to about that of the untrained model, and stayed high."""
     first, ended = int(dying.last_fired.min()), int(dying.silent_from.median())
     loss, steps = rows.column("loss"), torch.tensor(rows.steps, dtype=torch.int64)
-    for place in ((steps >= first - LAG) & (steps < ended)).nonzero().flatten().tolist():
-        before, after = loss[max(0, place - _LEAST) : place], loss[place : place + _LEAST]
-        if len(before) < _LEAST or not loss[place] >= _SHIFT * before.max():
-            continue
-        if after.median() >= loss[place] / 3 and loss[place] <= 3 * loss[:_LEAST].max():
-            rose = f"{median(before):.2g} to {float(loss[place]):.2g} at step {int(steps[place]):,}"
-            measured = f"when the loss rose from {rose}, and stayed high"
-            edit = 'DeadReLUMonitor(remedy="reset")'
-            return Cause("distribution_shift", measured, "possible", edit, "Dohare et al. 2024, Nature 632:768")
-    return None
+    near = ((steps >= first - _SETTLED) & (steps < ended)).nonzero().flatten().tolist()
+    place = next((place for place in reversed(near) if _jumps(loss, place)), None)
+    if place is None:
+        return None
+    rose = f"{median(loss[place - _LEAST : place]):.2g} to {float(loss[place]):.2g} at step {int(steps[place]):,}"
+    measured = f"after the loss rose from {rose}, and stayed high"
+    edit = 'DeadReLUMonitor(remedy="reset")'
+    return Cause("distribution_shift", measured, "likely", edit, "Dohare et al. 2024, Nature 632:768")
+
+
+def _jumps(loss: Tensor, place: int) -> bool:
+    """Whether a loss is far above all just before, those after it are above them as well, and it is as at the start."""
+    before, after = loss[max(0, place - _LEAST) : place], loss[place : place + _LEAST]
+    untrained = loss[:_LEAST].max()
+    if len(before) < _LEAST or not untrained / _UNTRAINED <= loss[place] <= untrained * _UNTRAINED:
+        return False
+    return bool(loss[place] >= _SHIFT * before.max() and after.median() > before.max())
 
 
 def spiked(dying: DyingUnits, rows: Rows) -> Cause | None:

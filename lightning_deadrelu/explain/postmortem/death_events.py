@@ -11,6 +11,7 @@ from lightning_deadrelu.explain.finding import Finding
 Kind = Literal["born dead", "shock", "drift", "upstream"]
 
 _UNITS = 3
+_CLOSE = 10  # steps; an estimate is no closer
 _UNNAMED = ("unknown", "born_dead")
 
 
@@ -29,6 +30,8 @@ class DeathEvent:
         measured: What was measured, in words.
         moved: Median change of the biases; None where it is not known.
         finding: The cause with its remedy; None where it is unknown.
+        estimated_step: The step from which on they had no gradient, in the median, as the optimizer's momentum tells to
+            a few steps; None where that does not tell.
 
     Example:
         >>> print(DeathEvent("shock", "gradient_spike", ("fc2",), (142,), 120, 130, "as gradients rose 80-fold", -4.1))
@@ -44,12 +47,15 @@ class DeathEvent:
     measured: str
     moved: float | None = None
     finding: Finding | None = None
+    estimated_step: int | None = None
 
     def __str__(self) -> str:
         total = sum(self.units)
         who = f"{total:,} unit{'s' * (total > 1)} of {self._where}"
         moved = "" if self.moved is None else f"; bias moved by {self.moved:+.2g}"
         when = f"between steps {self.first_step:,} and {self.last_step:,}"
+        if self.estimated_step is not None and self.last_step - self.first_step > _CLOSE:
+            when += f" (about step {self.estimated_step:,}, by the optimizer's momentum)"
         if self.kind == "born dead":
             return f"{who} {'were' if total > 1 else 'was'} born dead: {self.measured}"
         done = "sank into silence" if self.kind == "drift" else "died"
@@ -75,9 +81,10 @@ class DeathEvent:
     def to_dict(self) -> dict[str, Any]:
         """Turn into plain values that ``json.dumps`` takes; ``"evidence"`` is ``"measured"`` by its former name."""
         plain = {"kind": self.kind, "cause": self.cause, "sites": list(self.sites), "units": list(self.units)}
-        steps = {"first_step": self.first_step, "last_step": self.last_step}
+        steps: dict[str, int | None] = {"first_step": self.first_step, "last_step": self.last_step}
         text = {"measured": self.measured, "evidence": self.measured}
         finding = self.finding.to_dict() if self.finding else None
+        steps["estimated_step"] = self.estimated_step
         return plain | steps | text | {"moved": self.moved, "finding": finding, "sentence": str(self)}
 
 
@@ -128,7 +135,7 @@ def _one(group: Sequence[DeathEvent]) -> DeathEvent:
     main = max(group, key=lambda death: sum(death.units))
     first, last = min(death.first_step for death in group), max(death.last_step for death in group)
     where, units = tuple(counts), tuple(counts.values())
-    return DeathEvent(main.kind, main.cause, where, units, first, last, main.measured, main.moved, main.finding)
+    return replace(main, sites=where, units=units, first_step=first, last_step=last)
 
 
 def largest(deaths: Sequence[DeathEvent], most: int) -> list[DeathEvent]:

@@ -58,6 +58,8 @@ class DyingUnits(NamedTuple):
         adaptive: Whether the optimizer divides by the size of past gradients, as Adam does.
         momentum: Of an optimizer that does not.
         selected: Whether they have to be more than positive to fire, so that what they were drawn from tells little.
+        died: Step from which on each had no gradient, by the optimizer's momentum; NaN where that does not tell, None
+            where it tells of none.
     """
 
     site: str
@@ -79,6 +81,7 @@ class DyingUnits(NamedTuple):
     adaptive: bool = False
     momentum: float = 0.0
     selected: bool = False
+    died: Tensor | None = None
 
     def of(self, chosen: Tensor) -> DyingUnits:
         """Choose some of the units.
@@ -88,6 +91,7 @@ class DyingUnits(NamedTuple):
         """
         names = ("units", "born", "last_fired", "silent_from", "constant")
         cut: dict[str, Any] = {name: getattr(self, name)[chosen] for name in names}
+        cut["died"] = None if self.died is None else self.died[chosen]
         return self._replace(**cut, peaks=self.peaks[:, chosen], alive=self.alive.of(chosen), now=self.now.of(chosen))
 
     @property

@@ -59,7 +59,9 @@ def _event(kind: Kind, dying: DyingUnits, cause: Cause, moved: bool = True, wher
     first, last = int(dying.last_fired.min()), int(dying.silent_from.max())
     change = float(f"{dying.moved:.4g}") if known else None
     units = (len(dying.units),)
-    return DeathEvent(kind, cause.cause, (dying.site,), units, first, last, cause.measured, change, finding)
+    died = math.nan if dying.died is None else median(dying.died)
+    date = None if math.isnan(died) else int(died)
+    return DeathEvent(kind, cause.cause, (dying.site,), units, first, last, cause.measured, change, finding, date)
 
 
 def _upstream(dying: DyingUnits) -> DeathEvent:
@@ -74,7 +76,7 @@ def _drift(dying: DyingUnits, rows: Rows) -> DeathEvent:
     sunk = f"their largest input having sunk from {median(dying.peaks.amax(0)):.2g} over {len(dying.peaks)} windows"
     cause = UNKNOWN._replace(measured=sunk)
     if are_many(dying):
-        cause = large_steps(dying, rows, sunk) or cause
+        cause = shifted(dying, rows) or large_steps(dying, rows, sunk) or cause
     return _event("drift", dying, cause)
 
 

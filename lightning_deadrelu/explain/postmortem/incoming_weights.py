@@ -44,6 +44,13 @@ class Incoming(NamedTuple):
             return 0
         return self.weight.numel() // self.units
 
+    @property
+    def dim(self) -> int | None:
+        """The dimension of a matrix or kernel that the units lie along; None without one."""
+        if self.weight is None or self.weight.ndim < 2:
+            return None
+        return next((dim for dim, size in enumerate(self.weight.shape) if size == self.units), None)
+
 
 @dataclass
 class IncomingWeightsState:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_deadrelu.explain.death_dates import momentum_of, steps_without_gradient
 from lightning_deadrelu.explain.postmortem.batch_sample import off_centre
 from lightning_deadrelu.explain.postmortem.death_events import DeathEvent, largest, merged
 from lightning_deadrelu.explain.postmortem.dying_units import DyingUnits, WeightStats
@@ -185,8 +186,14 @@ class FlightRecorder:
         if self.failure is None and report.total("newly_dead"):
             with guarded(self._fail):
                 dying = self._dying(report, totals, readings, layout, peaks, incoming_of(layout.sites, model))
-                units = [one._replace(**trained(incoming, optimizers, self.steps.travelled)) for one, incoming in dying]
                 centre, rows = float(readings.off_centre), self.steps.read(readings.steps)
+                units = [
+                    one._replace(
+                        died=_dated(one, ~report[one.site].silent, source, optimizers, rows),
+                        **trained(source, optimizers, self.steps.travelled),
+                    )
+                    for one, source in dying
+                ]
                 widths = [site.units for site in report.headline]
                 deaths = explain(units, rows, off_centre=centre, widths=widths)
         return deaths
@@ -296,3 +303,19 @@ class FlightRecorder:
             self._off_centre = state.off_centre
             self.steps.restore(state.steps)
             self._incoming.restore(state.incoming)
+
+
+def _dated(
+    dying: DyingUnits, live: Tensor, source: Incoming, optimizers: Sequence[Optimizer], rows: Rows
+) -> Tensor | None:
+    """Tell since which step each unit has had no gradient, after the last observation that saw it fire."""
+    if source.weight is None or source.dim is None or not rows.steps:
+        return None
+    momentum = momentum_of(optimizers, source.weight, source.dim)
+    if momentum is None:
+        return None
+    ages = steps_without_gradient(momentum, live, rows.column("gradient").tolist())[dying.units]
+    steps = torch.tensor(rows.steps, dtype=torch.float64)
+    place = (len(steps) - ages).nan_to_num(0.0).clamp(0, len(steps) - 1).long()
+    died = steps[place].maximum(dying.last_fired + 1.0).minimum(dying.silent_from.double())
+    return died.masked_fill(ages.isnan() | dying.born, math.nan)

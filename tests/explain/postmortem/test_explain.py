@@ -10,7 +10,7 @@ from torch import nn
 from toys import Loader, fit, run_of
 from two_ranks import ddp_trainer, on_two_ranks
 
-from lightning_deadrelu import DeadReLUMonitor
+from lightning_deadrelu import DeadReLUMonitor, watch
 from lightning_deadrelu.checkpoint import decode, encode
 from lightning_deadrelu.explain.postmortem.death_events import DeathEvent, described, largest, merged
 from lightning_deadrelu.explain.postmortem.dying_units import DyingUnits, WeightStats
@@ -165,6 +165,42 @@ def test_a_resumed_run_tells_the_same(tmp_path):
     assert len(whole.deaths) == 1
 
 
+def killed(optimizer, step=133, units=6):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 4))
+    optimizer = optimizer(net.parameters())
+    with watch(net, optimizer, every_n_steps=100, window=2, min_samples=20) as monitor:
+        for now in range(400):
+            if now == step:
+                net[0].bias.data[:units] = -100.0
+            optimizer.zero_grad()
+            loss = (net(torch.randn(16, 8)) - torch.randn(16, 4)).square().mean()
+            loss.backward()
+            optimizer.step()
+            monitor.step(loss)
+    return monitor.deaths
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [lambda p: torch.optim.AdamW(p, 1e-3), lambda p: torch.optim.SGD(p, 0.01, momentum=0.9)],
+    ids=["AdamW", "SGD"],
+)
+def test_a_death_between_observations_is_dated_by_the_momentum(optimizer):
+    (event,) = killed(optimizer)
+    assert (event.units, event.first_step, event.last_step) == ((6,), 100, 200)
+    assert event.estimated_step == pytest.approx(133, abs=5)
+    date = f"between steps 100 and 200 (about step {event.estimated_step}, by the optimizer's momentum), "
+    assert date in str(event)
+    assert event.to_dict()["estimated_step"] == event.estimated_step
+
+
+def test_where_the_momentum_does_not_tell_there_is_no_date():
+    (event,) = killed(lambda p: torch.optim.SGD(p, 0.01))
+    assert event.estimated_step is None
+    assert "between steps 100 and 200, for no cause" in str(event)
+
+
 def two_ranks(rank):
     monitor = DeadReLUMonitor(**WATCH)
     trainer = ddp_trainer(callbacks=[monitor], max_epochs=1)
@@ -224,6 +260,8 @@ def spiked(step, times, count=200):
         (rows(rates=[step / 1000 for step in range(200)]), "unknown"),  # a warm-up
         (rows(rates=[0.001 if step < 95 else 1.0 for step in range(200)]), "learning_rate_spike"),
         (rows(loss=[3.0] * 10 + [0.1] * 90 + [3.0] * 20 + [0.1] * 80), "distribution_shift"),
+        (rows(loss=[3.0] * 10 + [0.1] * 90 + [3.0] + [0.1] * 99), "unknown"),  # one batch
+        (rows(loss=[3.0] * 10 + [0.001] * 90 + [0.01] * 100), "unknown"),  # far from the untrained model's
         (rows(), "unknown"),
     ],
 )
@@ -264,6 +302,15 @@ def test_sinking_over_windows_is_a_drift_and_a_fall_is_not():
     plunging = ((8.0,), (6.0,), (5.0,), (3.0,), (1.0,), (-50.0,))
     kinds = [explain([dying(peaks=peaks)], rows())[0].kind for peaks in (sinking, falling, plunging)]
     assert kinds == ["drift", "shock", "shock"]
+
+
+def test_units_that_sink_after_a_new_task_began_died_of_it():
+    sinking = ((8.0,), (6.0,), (5.0,), (3.0,), (1.0,), (-0.5,))
+    small = WeightStats(torch.zeros(20), torch.full((20,), 0.01), torch.zeros(20))
+    losses = [3.0] * 10 + [0.1] * 40 + [3.0] * 8 + [0.5] * 142
+    (event,) = explain([dying(peaks=sinking, alive=small, adaptive=True)], rows(loss=losses, rates=[0.1] * 200))
+    assert (event.kind, event.cause, event.finding.confidence) == ("drift", "distribution_shift", "likely")
+    assert event.measured == "after the loss rose from 0.1 to 3 at step 50, and stayed high"
 
 
 def test_units_that_die_at_other_times_are_other_waves():
