@@ -24,17 +24,19 @@ def workspace_of(entity: str, project: str, name: str = "dead_relu") -> Any:
     def line(title: str, *keys: str, **options: Any) -> Any:
         return panels.LinePlot(title=title, x="trainer/global_step", y=list(keys), **options)
 
-    shares = [f"{name}/{share}_fraction" for share in ("dead", "rare", "always_on", "frozen")]
-    counts = [f"{name}/{count}_units" for count in ("newly_dead", "revived", "redied", "remedied")]
+    changes = f"{name}/newly_dead_units", f"{name}/revived_units"
+    shares = [f"{name}_details/{share}_fraction" for share in ("rare", "always_on", "frozen", "dormant")]
+    counts = [f"{name}_details/{count}_units" for count in ("dead", "died_again", "remedied")]
     curves = [
-        line("Shares of units", *shares),
-        line("Units in a window", *counts),
-        line("Dead fraction of each site", metric_regex=f"{name}_sites/.*"),
+        line("Dead units", f"{name}/dead_fraction", f"{name}/at_risk_fraction"),
+        line("Died and revived in a window", *changes),
+        line("Dead units of each layer", metric_regex=f"{name}_sites/.*"),
     ]
-    pictures = [panels.MediaBrowser(title="All sites", media_keys=[f"{name}_overview/sites"], num_columns=1)]
+    pictures = [panels.MediaBrowser(title="All layers", media_keys=[f"{name}_overview/sites"], num_columns=1)]
     sections = [
         workspaces.Section(name="Dead ReLU units", panels=curves, is_open=True),
-        workspaces.Section(name="Dead ReLU rasters", panels=pictures, is_open=True),
+        workspaces.Section(name="Dead ReLU pictures", panels=pictures, is_open=True),
+        workspaces.Section(name="Dead ReLU details", panels=[line("Other shares", *shares), line("Units", *counts)]),
     ]
     # generated panels: all else is shown below
     return workspaces.Workspace(entity, project, "Dead ReLU units", sections, auto_generate_panels=True)

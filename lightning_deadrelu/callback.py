@@ -31,10 +31,8 @@ class DeadReLUMonitor(MonitorOwner, Callback):
     ``window`` such observations all ranks merge their counts, judge once, and log one dictionary of
     metrics to every logger. Watching changes no weight, no random number and no loss.
 
-    Logged: ``dead_relu/dead_fraction``, ``/dead_units``, ``/judged_fraction``, ``/newly_dead_units``,
-    ``/revived_units``, ``/redied_units``, ``/rare_fraction``, ``/always_on_fraction``,
-    ``/frozen_fraction``, ``/dormant_fraction``, ``/remedied_units``, and ``dead_relu_sites/<site>`` for each
-    site.
+    Logged: ``dead_relu/dead_fraction``, ``/newly_dead_units``, ``/revived_units`` and ``/at_risk_fraction``, more of
+    the whole model under ``dead_relu_details/``, and ``dead_relu_sites/<site>`` for each site.
     ``dead_relu/dead_fraction`` is in ``trainer.callback_metrics``, for ``EarlyStopping`` and
     ``ModelCheckpoint``.
 

@@ -5,22 +5,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-COMMON = {
-    "dead_fraction",
+FIRST = {"dead_fraction", "newly_dead_units", "revived_units", "at_risk_fraction"}
+DETAILS = {
     "dead_units",
     "judged_fraction",
-    "newly_dead_units",
-    "revived_units",
-    "redied_units",
+    "died_again_units",
     "rare_fraction",
     "always_on_fraction",
     "frozen_fraction",
     "dormant_fraction",
     "remedied_units",
-    "at_risk_fraction",
 }
 SITES = ("net.1", "net.3")
-KEYS = {f"dead_relu/{key}" for key in COMMON} | {f"dead_relu_sites/{site}" for site in SITES}
+KEYS = {f"dead_relu/{key}" for key in FIRST} | {f"dead_relu_details/{key}" for key in DETAILS}
+KEYS |= {f"dead_relu_sites/{site}" for site in SITES}
 
 
 def wandb_records(folder):

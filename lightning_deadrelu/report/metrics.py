@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from lightning_deadrelu.statistics import LivenessReport
 
-_COUNTED = {"newly_dead": "newly_dead_units", "revived": "revived_units", "redied": "redied_units"}
+_COUNTED = {"newly_dead": "newly_dead_units", "revived": "revived_units", "redied": "died_again_units"}
 _SHARED = {name: f"{name}_fraction" for name in ("rare", "always_on", "frozen", "dormant")}
 EVENTS = frozenset((*_COUNTED.values(), "remedied_units"))
 """Metrics that count what happened in a window, and so add up over windows; all others say how things stand."""
+_HEADLINE = frozenset(("dead_fraction", "newly_dead_units", "revived_units", "at_risk_fraction"))
 
 
 def headline_metrics(
@@ -56,15 +57,15 @@ def metrics_of(
         at_risk_fraction: Share of the units that sink towards silence.
 
     Returns:
-        ``<name>/...`` for the whole model and ``<name>_sites/<site>`` for the dead fraction of each site;
-        for smooth activations, of which none is ever dead, ``<name>_dormant/<site>``.
+        ``<name>/...`` for what to look at first, ``<name>_details/...`` for the rest of the whole model, and
+        ``<name>_sites/<site>`` for the dead fraction of each site; for smooth activations, of which none is ever
+        dead, ``<name>_dormant/<site>``. Trackers make a section of what stands before the ``/``.
 
     Example:
         >>> metrics_of(LivenessReport(()))["dead_relu/dead_fraction"]
         0.0
     """
-    metrics = {
-        f"{name}/{key}": value for key, value in headline_metrics(report, remedied_units, at_risk_fraction).items()
-    }
+    totals = headline_metrics(report, remedied_units, at_risk_fraction)
+    metrics = {f"{name if key in _HEADLINE else f'{name}_details'}/{key}": value for key, value in totals.items()}
     sections = {site.name: f"{name}_dormant" if site.smooth else f"{name}_sites" for site in report.sites}
     return metrics | {f"{sections[site]}/{site}": value for site, value in site_metrics(report).items()}

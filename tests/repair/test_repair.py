@@ -399,7 +399,7 @@ def test_edited_units_are_logged():
     log, monitor = Log(), DeadReLUMonitor(remedy="reset", include=["net.1"], **EAGER)
     fit(Net(mlp(3)), batches(40, 8), monitor, logger=log)
     edited = sum(len(event.units) for event in monitor.events if event.action == "edited")
-    assert sum(metrics["dead_relu/remedied_units"] for _, metrics in log.verdicts()) == edited > 0
+    assert sum(metrics["dead_relu_details/remedied_units"] for _, metrics in log.verdicts()) == edited > 0
     assert sum(metrics["dead_relu/revived_units"] for _, metrics in log.verdicts()) > 0
 
 

@@ -36,7 +36,7 @@ def test_the_history_has_every_window_and_edit():
     curves = monitor.run_report.history.curves
     logged = log.verdicts()
     assert list(curves["dead_fraction"]) == [metrics["dead_relu/dead_fraction"] for _, metrics in logged]
-    assert list(curves["remedied_units"]) == [metrics["dead_relu/remedied_units"] for _, metrics in logged]
+    assert list(curves["remedied_units"]) == [metrics["dead_relu_details/remedied_units"] for _, metrics in logged]
     assert sum(curves["remedied_units"]) == sum(len(e.units) for e in monitor.events if e.action == "edited") > 0
 
 
@@ -116,7 +116,7 @@ def test_units_that_sink_are_at_risk_before_they_die():
         net[0].weight[0] *= 0.2
     fit(Sinking(net, lr=0.0), batches(160, 16), monitor, logger=log)
     risk = [metrics["dead_relu/at_risk_fraction"] for _, metrics in log.verdicts()]
-    dead = [metrics["dead_relu/dead_units"] for _, metrics in log.verdicts()]
+    dead = [metrics["dead_relu_details/dead_units"] for _, metrics in log.verdicts()]
     assert monitor.report["net.1"].dead[0]
     first_risk = next(i for i, value in enumerate(risk) if value > 0)
     first_dead = next(i for i, value in enumerate(dead) if value > 0)

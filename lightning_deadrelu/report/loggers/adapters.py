@@ -25,7 +25,7 @@ from lightning_deadrelu.report.raster import Picture
 
 _LONGEST_FILE = 150  # characters of a name that a file's is made of: systems take 255, trackers add some 80
 _BINS = np.linspace(0, 1, 65)
-_SECTIONS = ("", "_sites", "_dormant", "_rates")
+_SECTIONS = ("", "_details", "_sites", "_dormant", "_rates")
 _MARKDOWN = (
     Column("site", "layer"),
     Column("units", "units"),
@@ -143,7 +143,8 @@ class WandbAdapter(Adapter):
 
     def map_names(self, names: Mapping[str, str]) -> None:
         """Put the names of sites into the run's configuration."""
-        sites = {name: key.split("/", 1)[1] for name, key in names.items() if not key.startswith(f"{self.name}/")}
+        whole = f"{self.name}/", f"{self.name}_details/"
+        sites = {name: key.split("/", 1)[1] for name, key in names.items() if not key.startswith(whole)}
         if sites != self._mapped:
             self.logger.experiment.config.update({f"{self.name}_sites": sites}, allow_val_change=True)
             self._mapped = sites
@@ -202,8 +203,8 @@ class TensorBoardAdapter(Adapter):
         own = re.escape(self._prefixed(self.name))
         shares = "|".join(("dead", "rare", "always_on", "frozen"))
         charts = {"dead share of each layer": ["Multiline", [f"^{own}_sites/.*"]]}
-        charts["whole model"] = ["Multiline", [f"^{own}/({shares})_fraction$"]]
-        charts["units"] = ["Multiline", [f"^{own}/.*_units$"]]
+        charts["whole model"] = ["Multiline", [f"^{own}(_details)?/({shares})_fraction$"]]
+        charts["units"] = ["Multiline", [f"^{own}(_details)?/.*_units$"]]
         writer.add_custom_scalars({"Dead ReLU": charts})
 
 

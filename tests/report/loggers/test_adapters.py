@@ -286,7 +286,8 @@ def test_the_saved_workspace_is_built():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     view = module.workspace_of("me", "mine", "dead_relu")
-    assert [section.name for section in view.sections] == ["Dead ReLU units", "Dead ReLU rasters"]
+    names = ["Dead ReLU units", "Dead ReLU pictures", "Dead ReLU details"]
+    assert [section.name for section in view.sections] == names
     assert view.sections[0].panels[2].metric_regex == "dead_relu_sites/.*"
 
 

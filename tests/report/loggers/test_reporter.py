@@ -51,10 +51,10 @@ def test_the_values_are_those_of_the_report():
     trainer = fit(Net(), batches(4), monitor, logger=log)
     report, metrics = monitor.report, log.verdicts()[-1][1]
     assert metrics[KEY] == report.dead_fraction == pytest.approx(float(trainer.callback_metrics[KEY]))
-    assert metrics["dead_relu/dead_units"] == report.dead_units >= 3
-    assert metrics["dead_relu/judged_fraction"] == 1.0
+    assert metrics["dead_relu_details/dead_units"] == report.dead_units >= 3
+    assert metrics["dead_relu_details/judged_fraction"] == 1.0
     assert metrics["dead_relu/newly_dead_units"] == report.dead_units
-    assert metrics["dead_relu/dormant_fraction"] == sum(int(site.dormant.sum()) for site in report.sites) / 14
+    assert metrics["dead_relu_details/dormant_fraction"] == sum(int(site.dormant.sum()) for site in report.sites) / 14
     for site in report.sites:
         assert metrics[f"dead_relu_sites/{site.name}"] == site.dead_fraction
     assert all(type(value) is float for value in metrics.values())
@@ -65,7 +65,8 @@ def test_a_name_of_ones_own_and_smooth_activations():
     log, monitor = Log(), DeadReLUMonitor(name="mine", include=["relu", "gelu"], **EVERYTHING)
     fit(Net(net), batches(4), monitor, logger=log)
     metrics = log.verdicts("mine")[-1][1]
-    assert {key for key in metrics if not key.startswith("mine/")} == {"mine_dormant/net.1", "mine_sites/net.3"}
+    sites = {key for key in metrics if not key.startswith(("mine/", "mine_details/"))}
+    assert sites == {"mine_dormant/net.1", "mine_sites/net.3"}
     assert monitor.report.units == 6
 
 
@@ -122,7 +123,7 @@ def test_wandb(kind, tmp_path):
     for row, metrics in zip(rows, expected.values(), strict=True):
         assert {key: row[key] for key in as_wandb(metrics)} == as_wandb(metrics)
     axes = {m.get("glob_name"): m.get("step_metric") for m in (r["metric"] for r in records if r["type"] == "metric")}
-    assert {axes.get(f"{section}/*") for section in ("dead_relu", "dead_relu_sites")} == {"trainer/global_step"}
+    assert {axes.get(f"{section}/*") for section in ("dead_relu", "dead_relu_details", "dead_relu_sites")} == {"trainer/global_step"}
     configs = [record["config"].get("update", {}) for record in records if record["type"] == "config"]
     names = {"dead_relu_sites/net_1": "net.1", "dead_relu_sites/net_3": "net.3"}
     assert [config["dead_relu_sites"] for config in configs if "dead_relu_sites" in config] == [names]
