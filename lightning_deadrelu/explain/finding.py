@@ -18,7 +18,7 @@ class Finding:
         where: The site, module or parameter group, by name.
         measured: What was measured, with its figures.
         confidence: How sure it is.
-        edit: The smallest edit of code that mends it.
+        edit: The smallest edit of code that mends it; empty where it has been made.
         source: A paper, or a formula.
 
     Example:
@@ -35,9 +35,8 @@ class Finding:
     source: str
 
     def __str__(self) -> str:
-        return (
-            f"{self.cause} at `{self.where}` ({self.confidence}): {self.measured}. Try `{self.edit}`. [{self.source}]"
-        )
+        mend = f" Try `{self.edit}`." if self.edit else ""
+        return f"{self.cause} at `{self.where}` ({self.confidence}): {self.measured}.{mend} [{self.source}]"
 
     @property
     def evidence(self) -> str:

@@ -67,9 +67,9 @@ class Announcer:
         return [site.name for site in crossed]
 
     def tell_deaths(self, deaths: Sequence[DeathEvent]) -> None:
-        """Say when and why many units died at once."""
+        """Say when and why many units died at once, where that is known."""
         for death in deaths:
-            if death.is_large:
+            if death.is_large and death.finding:
                 self._host.info(f"{death}.")
 
     def tell_findings(self, findings: Sequence[Finding], error: Exception | None) -> None:

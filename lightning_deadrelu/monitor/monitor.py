@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from lightning_deadrelu.attribution import Attributions
 from lightning_deadrelu.checkpoint import encode
 from lightning_deadrelu.explain.checkup import CheckRun
+from lightning_deadrelu.explain.postmortem import still_true
 from lightning_deadrelu.guarded import Guard, unless_failed
 from lightning_deadrelu.model.sharding import split_layer
 from lightning_deadrelu.model.trainable import Gradients
@@ -156,7 +157,7 @@ class Monitor:
             history=self.verdicts.raster,
             events=tuple(self.repair.events),
             attribution=self.attribution or {},
-            deaths=self.verdicts.recorder.deaths,
+            deaths=still_true(self.verdicts.recorder.deaths, self.report, self.settings.repairs),
             findings=self.progress.findings,
             name=self.settings.name,
             about={"model": type(self.host.model).__name__, "settings": self.settings.changed or "defaults"},

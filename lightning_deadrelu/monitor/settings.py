@@ -108,6 +108,11 @@ class Settings:
         return ladder_of(self.remedy)
 
     @property
+    def repairs(self) -> bool:
+        """Whether a remedy may act, and does not only say what it would do."""
+        return not all(remedy.dry_run for remedy in self.remedies)
+
+    @property
     def rules(self) -> Rules:
         """What a verdict asks for; a remedy that goes by how often a unit usually fires needs all its rates."""
         by_rate = any(remedy.significance is not None for remedy in self.remedies)

@@ -208,7 +208,7 @@ def _past(report: LivenessReport, history: Raster) -> str:
     worst = max(curve, default=0.0)
     if worst <= report.dead_fraction + 0.01:
         return ""
-    return f", after {worst:.1%} at step {history.steps[curve.index(worst)]:,}"
+    return f", down from {worst:.1%} at step {history.steps[curve.index(worst)]:,}"
 
 
 def _repaired(summaries: Sequence[SiteSummary]) -> str:

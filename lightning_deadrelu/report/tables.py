@@ -1,17 +1,44 @@
-"""A run as a table for a terminal."""
+"""A run as a table, for a terminal or a notebook."""
 
 from __future__ import annotations
 
+import html
+
+from typing_extensions import Self
+
 from lightning_deadrelu.explain.postmortem import described
 from lightning_deadrelu.render.names import shortened_names
-from lightning_deadrelu.render.table import terminal_width, text_table
+from lightning_deadrelu.render.table import html_table, terminal_width, text_table
 from lightning_deadrelu.report.run_report import RunReport
 from lightning_deadrelu.report.site_summary import COLUMNS, rows_of, shortened
 
 _NARROW = 100  # characters; in fewer, what kind of rectifier a layer has is left out
 
 
-def summary(run: RunReport, width: int | None = None) -> str:
+class Summary(str):
+    """A text that a notebook shows as a headline over a table.
+
+    Args:
+        text: What is printed.
+        html: What a notebook shows instead.
+    """
+
+    def __new__(cls, text: str, html: str) -> Self:
+        """Keep both."""
+        new = super().__new__(cls, text)
+        new._html = html
+        return new
+
+    _html: str
+
+    def __getnewargs__(self) -> tuple[str, str]:
+        return str(self), self._html
+
+    def _repr_html_(self) -> str:
+        return self._html
+
+
+def summary(run: RunReport, width: int | None = None) -> Summary:
     """Tell what became of each site over a run, in the order of execution, under a sentence that says it all.
 
     Of more than a dozen sites the healthy ones are gathered, and of many others all but the worst 20.
@@ -30,6 +57,8 @@ def summary(run: RunReport, width: int | None = None) -> str:
     short = dict(zip(names, shortened_names(names), strict=True))
     rows = [row | {"site": short.get(str(row["site"]), row["site"])} for row in rows_of(shortened(run.sites))]
     columns = [column for column in COLUMNS if width >= _NARROW or column.key != "kind"]
-    lines = [run.conclusion, text_table(columns, rows, width) if rows else ""]
-    lines += [f"not watched: {name}: {reason}" for name, reason in run.report.unwatched.items()]
-    return "\n".join(filter(None, [*lines, described(run.deaths)]))
+    unwatched = [f"not watched: {name}: {reason}" for name, reason in run.report.unwatched.items()]
+    below = "\n".join(filter(None, [*unwatched, described(run.deaths)]))
+    text = "\n".join(filter(None, [run.conclusion, text_table(columns, rows, width) if rows else "", below]))
+    notes = f'<p style="white-space: pre-line">{html.escape(below)}</p>' if below else ""
+    return Summary(text, f"<p>{html.escape(run.conclusion)}</p>{html_table(COLUMNS, rows) if rows else ''}{notes}")

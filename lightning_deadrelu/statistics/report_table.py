@@ -166,5 +166,5 @@ def _dead(report: LivenessReport, since: Mapping[str, int]) -> str:
 def _others(report: LivenessReport) -> str:
     broken = report.total("nonfinite")
     unjudged = sum(int((~site.judged & ~site.nonfinite).sum()) for site in report.headline)
-    line = f", {_are(broken)} not finite" if broken else ""
-    return line + (f", {_are(unjudged)} not judged yet" if unjudged else "")
+    line = f"; {_are(broken)} not finite" if broken else ""
+    return line + (f"; {_are(unjudged)} not judged yet" if unjudged else "")

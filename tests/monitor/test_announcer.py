@@ -1,8 +1,12 @@
+from dataclasses import replace
+
 import torch
 from histories import site_of
 from loops import Loop, net
 
 from lightning_deadrelu import LivenessReport
+from lightning_deadrelu.explain.finding import Finding
+from lightning_deadrelu.explain.postmortem import DeathEvent
 from lightning_deadrelu.monitor.announcer import Announcer
 from lightning_deadrelu.monitor.settings import Settings
 from lightning_deadrelu.repair.event import Event
@@ -32,6 +36,14 @@ def test_averaged_copies_are_spoken_of_also_where_a_site_is_called_so():
     announcer.tell_crossed(report_of("copies"))
     announcer.tell_event(Event(3, "act", "edited", "Reset"))
     assert loop.said[-1] == "averaged copies of the weights (EMAWeightAveraging) are left alone."
+
+
+def test_deaths_are_told_live_only_where_their_cause_is_known():
+    announcer, loop = announcing()
+    cause = Finding(cause="c", where="act", measured="seen", confidence="likely", edit="lr=1", source="a paper")
+    unknown = DeathEvent("shock", "unknown", ("act",), (80,), 0, 9, "for no cause that was seen")
+    announcer.tell_deaths([unknown, replace(unknown, cause="c", finding=cause, measured="as seen")])
+    assert loop.said == ["80 units of `act` died between steps 0 and 9, as seen."]
 
 
 def test_what_needs_an_act_says_which():

@@ -36,6 +36,9 @@ trainer.fit(Model(), torch.utils.data.DataLoader(torch.rand(800, 4) - 0.5, 100))
 """
 
 
+HTML = "assert '<table>' in monitor.summary()._repr_html_()"
+
+
 def printed(*cells: str) -> list[str]:
     """Run cells in a kernel of their own, and return what each prints and shows as text."""
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
@@ -50,8 +53,8 @@ def _text(output) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("bar", ["RichProgressBar()", "TQDMProgressBar()"])
 def test_a_fit_in_a_notebook_ends_with_its_outcome_once(bar):
-    fitted, asked, shown = printed(FIT.replace("BAR", bar), "print(monitor.summary())", "monitor.report")
-    told = "None of 8 units is dead, after"
+    fitted, asked, shown, _ = printed(FIT.replace("BAR", bar), "print(monitor.summary())", "monitor.report", HTML)
+    told = "None of 8 units is dead, down from"
     assert fitted.count(told) == fitted.count(f"\ndead_relu: {told}") == 1
     assert asked.startswith(told)
     assert f"dead_relu: {asked}" in fitted

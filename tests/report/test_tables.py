@@ -1,5 +1,6 @@
 """Tables and pictures, at any number of sites."""
 
+import pickle
 from dataclasses import replace
 from itertools import pairwise
 
@@ -65,13 +66,13 @@ def test_table_judges_smooth_activations_for_dormancy_alone():
 def test_table_says_what_is_not_finite_or_not_judged():
     assert "not judged" not in str(audit(nn.ReLU()))
     broken = audit(nn.ReLU(), data=torch.full((400, 8), torch.nan))
-    assert headline(broken) == "None of 8 units is dead, 8 are not finite."
+    assert headline(broken) == "None of 8 units is dead; 8 are not finite."
     assert "not" in str(broken).splitlines()[1]
     assert "finite" in str(broken).splitlines()[2]
     young = audit(nn.ReLU(), data=torch.zeros(2, 8) - 1)
     silent = int(young.sites[0].silent.sum())
     assert silent
-    assert headline(young) == f"None of 8 units is dead, {silent} {'is' if silent == 1 else 'are'} not judged yet."
+    assert headline(young) == f"None of 8 units is dead; {silent} {'is' if silent == 1 else 'are'} not judged yet."
 
 
 def test_table_marks_what_is_not_trained_and_not_watched():
@@ -173,6 +174,14 @@ def test_summary_of_an_audit_leaves_out_what_it_does_not_know():
         "verdict",
     ]
     assert summary(RunReport(LivenessReport(()))) == "No rectifier was watched."
+
+
+def test_a_notebook_shows_headline_and_table_of_a_run_together():
+    told = summary(RunReport(many(2, "<b>{}&")))
+    shown = told._repr_html_()
+    assert shown.index(told.splitlines()[0]) < shown.index("<table>") < shown.index("&lt;b&gt;0&amp;")
+    again = pickle.loads(pickle.dumps(told))
+    assert (again, again._repr_html_()) == (told, shown)
 
 
 def test_notebooks_get_a_table_that_is_escaped():

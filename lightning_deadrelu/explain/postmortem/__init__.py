@@ -1,5 +1,5 @@
 """Explain why units died, from what was recorded before."""
 
-from lightning_deadrelu.explain.postmortem.death_events import DeathEvent, described
+from lightning_deadrelu.explain.postmortem.death_events import DeathEvent, described, still_true
 
-__all__ = ["DeathEvent", "described"]
+__all__ = ["DeathEvent", "described", "still_true"]

@@ -87,6 +87,8 @@ def spiked(dying: DyingUnits, rows: Rows) -> Cause | None:
         source = "a step moves weights by lr * delta * x, in proportion to the input"
         return Cause("outlier_batch", measured, "likely", edit, source)
     if gradient:
+        if too_fast := large_steps(dying, rows, before=gradient.step):  # of which the spike is a consequence
+            return too_fast._replace(measured=f"{too_fast.measured}, until the gradient norm rose {_times(gradient)}")
         measured = _spike_text("the gradient norm", gradient, first)
         edit = f"Trainer(gradient_clip_val={2 * gradient.usual:.1g})"
         return Cause("gradient_spike", measured, "likely", edit, "Pascanu et al. 2013, arXiv 1211.5063")
@@ -126,9 +128,17 @@ def _spike(rows: Rows, name: str, first: int, end: int) -> _Spike | None:
     return spike if spike.ratio >= least else None
 
 
-def large_steps(dying: DyingUnits, rows: Rows, sunk: str = "") -> Cause | None:
-    """Blame the learning rate where single steps were as large as the weights themselves."""
-    ratio, rate = _step_size(dying, rows)
+def large_steps(dying: DyingUnits, rows: Rows, sunk: str = "", before: int | None = None) -> Cause | None:
+    """Blame the learning rate where single steps were as large as the weights themselves.
+
+    Args:
+        dying: The units.
+        rows: What was logged at each step.
+        sunk: What the steps did.
+        before: Look at the ten steps before this one; by default at those around the deaths.
+    """
+    first, last = int(dying.last_fired.min()) - LAG, int(dying.silent_from.max())
+    ratio, rate = _step_size(dying, rows, *((first, last) if before is None else (before - _LEAST, before)))
     if not ratio >= _BIG_STEP["adaptive" if dying.adaptive else "plain"]:
         return None
     measured = f"with steps of {ratio:.0%} of the size of the weights, at a learning rate of {rate:.2g}"
@@ -137,11 +147,10 @@ def large_steps(dying: DyingUnits, rows: Rows, sunk: str = "") -> Cause | None:
     return Cause("high_learning_rate", measured, "likely", f"lr={rate / 10:.1g}", source)
 
 
-def _step_size(dying: DyingUnits, rows: Rows) -> tuple[float, float]:
+def _step_size(dying: DyingUnits, rows: Rows, first: int, last: int) -> tuple[float, float]:
     """Estimate a step over the weights it changed: lr for what Adam steps, lr times the gradient for others."""
     steps = torch.tensor(rows.steps, dtype=torch.int64)
-    first, last = int(dying.last_fired.min()), int(dying.silent_from.max())
-    near = (steps >= first - LAG) & (steps < last)
+    near = (steps >= first) & (steps < last)
     rate = median(rows.column("rate")[near])
     weights = math.sqrt(median(dying.alive.square))
     if dying.adaptive:

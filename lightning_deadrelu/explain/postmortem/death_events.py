@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lightning_deadrelu.explain.finding import Finding
+from lightning_deadrelu.statistics import LivenessReport
 
 Kind = Literal["born dead", "shock", "drift", "upstream"]
 
@@ -151,8 +152,36 @@ def largest(deaths: Sequence[DeathEvent], most: int) -> list[DeathEvent]:
     return [deaths[at] for at in sorted(order[-most:])]
 
 
+def still_true(
+    deaths: Iterable[DeathEvent], report: LivenessReport | None, repairs: bool = False
+) -> tuple[DeathEvent, ...]:
+    """Keep of those born dead the units that are so still, and of the advice what is not followed already.
+
+    Args:
+        deaths: In the order of time.
+        report: The latest verdict.
+        repairs: Whether a remedy is on.
+
+    Example:
+        >>> still_true([DeathEvent("born dead", "born_dead", ("fc",), (7,), 0, 9, "they never fired")], None)
+        ()
+    """
+    left = {site.name: int(site.born_dead.sum()) for site in report.sites} if report else {}
+    kept: list[DeathEvent] = []
+    for death in deaths:
+        if death.kind == "born dead":
+            now = {site: min(units, left.get(site, 0)) for site, units in zip(death.sites, death.units, strict=True)}
+            left |= {site: left.get(site, 0) - units for site, units in now.items()}
+            now = {site: units for site, units in now.items() if units}
+            death = replace(death, sites=tuple(now), units=tuple(now.values()))
+        if repairs and death.finding and death.finding.edit.startswith("DeadReLUMonitor(remedy="):
+            death = replace(death, finding=replace(death.finding, edit=""))
+        kept += [death] * bool(death.units)
+    return tuple(kept)
+
+
 def described(deaths: Sequence[DeathEvent], most: int = 5) -> str:
-    """Describe the largest events, with what mends their causes, in the order of time; empty if there were none.
+    """Describe the largest events that have a cause, with what mends it, in the order of time, and count the others.
 
     Args:
         deaths: All of them.
@@ -162,18 +191,25 @@ def described(deaths: Sequence[DeathEvent], most: int = 5) -> str:
         >>> described(())
         ''
     """
-    large = [death for death in deaths if death.is_large]
-    large.sort(key=lambda death: (death.finding is None, -sum(death.units)))
+    large = [death for death in deaths if death.is_large and death.finding]
+    large.sort(key=lambda death: -sum(death.units))
     shown = sorted(large[:most], key=lambda death: death.first_step)
     lines: list[str] = []
     for death in shown:
         lines += [f"{death}.", *(advice for advice in _advice(death) if advice not in lines)]
-    left = sum(sum(death.units) for death in deaths if death not in shown)
-    if left:
-        lines.append(f"{left:,} more unit{'s' * (left > 1)} died; see `monitor.deaths`.")
+    lines += _counted([death for death in deaths if death not in shown], " more" * bool(shown))
     return "\n".join(lines)
 
 
 def _advice(death: DeathEvent) -> list[str]:
     found = death.finding
-    return [f"  {found.cause} ({found.confidence}): try `{found.edit}` [{found.source}]"] if found else []
+    if found is None:
+        return []
+    mend = f": try `{found.edit}`" if found.edit else ""
+    return [f"  {found.cause} ({found.confidence}){mend} [{found.source}]"]
+
+
+def _counted(deaths: Sequence[DeathEvent], more: str) -> list[str]:
+    number = sum(sum(death.units) for death in deaths)
+    unknown = "" if any(death.finding for death in deaths) else " without a known cause"
+    return [f"{number:,}{more} death{'s' * (number > 1)}{unknown}; see `monitor.deaths`."] if number else []

@@ -1,18 +1,21 @@
 """Kinds and causes of death: planted in real runs, and one by one."""
 
 import io
+from dataclasses import replace
 
 import pytest
 import torch
+from histories import site_of
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from toys import Loader, fit, run_of
 from two_ranks import ddp_trainer, on_two_ranks
 
-from lightning_deadrelu import DeadReLUMonitor, watch
+from lightning_deadrelu import DeadReLUMonitor, LivenessReport, Reset, watch
 from lightning_deadrelu.checkpoint import decode, encode
-from lightning_deadrelu.explain.postmortem.death_events import DeathEvent, described, largest, merged
+from lightning_deadrelu.explain.finding import Finding
+from lightning_deadrelu.explain.postmortem.death_events import DeathEvent, described, largest, merged, still_true
 from lightning_deadrelu.explain.postmortem.dying_units import DyingUnits, WeightStats
 from lightning_deadrelu.explain.postmortem.explain import explain
 from lightning_deadrelu.explain.postmortem.step_log import Rows
@@ -296,6 +299,19 @@ def test_steps_as_large_as_the_weights():
     assert calm.cause == "unknown"
 
 
+def test_a_gradient_that_spikes_after_too_large_steps_is_no_cause_of_its_own():
+    square = torch.full((20,), 0.01)  # 20 x 50 weights of size 0.1: a norm of 3.2
+    layer = {"alive": WeightStats(torch.zeros(20), square, torch.zeros(20)), "fan_in": 20}
+    row = {"gradient": spiked(97, 80.0)}
+    (event,) = explain([dying(**layer)], rows(**row, rates=[0.5] * 200))
+    assert (event.cause, event.finding.edit) == ("high_learning_rate", "lr=0.05")
+    assert event.measured == (
+        "with steps of 16% of the size of the weights, at a learning rate of 0.5, until the gradient norm rose 80-fold"
+    )
+    (calm,) = explain([dying(**layer)], rows(**row, rates=[0.05] * 200))
+    assert calm.cause == "gradient_spike"
+
+
 def test_sinking_over_windows_is_a_drift_and_a_fall_is_not():
     sinking = ((8.0,), (6.0,), (5.0,), (3.0,), (1.0,), (-0.5,))
     falling = ((8.0,), (8.0,), (8.0,), (7.0,), (8.0,), (-0.5,))
@@ -330,10 +346,63 @@ def test_waves_outlive_a_checkpoint_and_join():
 
 
 def test_of_many_waves_the_largest_are_told():
-    events = [DeathEvent("shock", "unknown", (f"fc{n}",), (n,), 100 * n, 100 * n + 10, "unseen") for n in range(1, 20)]
-    lines = described(events).splitlines()
+    cause = Finding(cause="c", where="fc", measured="seen", confidence="likely", edit="lr=1", source="a paper")
+    one = DeathEvent("shock", "c", ("fc",), (1,), 0, 0, "seen", finding=cause)
+    events = [replace(one, units=(n,), first_step=100 * n, last_step=100 * n + 10) for n in range(1, 20)]
+    lines = [line for line in described(events).splitlines() if not line.startswith("  c (likely)")]
     assert [line.split()[0] for line in lines] == ["15", "16", "17", "18", "19", "105"]
-    assert lines[-1] == "105 more units died; see `monitor.deaths`."
+    assert lines[-1] == "105 more deaths; see `monitor.deaths`."
+
+
+def test_deaths_without_a_cause_are_counted_and_not_described():
+    events = [DeathEvent("shock", "unknown", ("fc",), (9,), step, step + 10, "unseen") for step in (0, 20)]
+    assert described(events) == "18 deaths without a known cause; see `monitor.deaths`."
+
+
+def test_born_dead_is_said_of_units_that_are_so_still():
+    born = [DeathEvent("born dead", cause, ("a", "b"), (7, 2), 0, 9, "silent") for cause in ("born_dead", "bad_init")]
+    shock = DeathEvent("shock", "unknown", ("a",), (4,), 10, 20, "unseen")
+    sites = site_of("a", torch.arange(20) < 9), site_of("b", torch.zeros(4, dtype=torch.bool))
+    told = still_true([*born, shock], LivenessReport(tuple(replace(one, born_dead=one.dead) for one in sites)))
+    assert [(death.sites, death.units) for death in told] == [(("a",), (7,)), (("a",), (2,)), (("a",), (4,))]
+
+
+class Spared(Pushed):
+    """Half of the units are silent, and some of these are lifted later."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.no_grad():
+            self.net[0].bias[:4] = -20.0
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 60:
+            with torch.no_grad():
+                self.net[0].bias[:3] = 1.0
+        return super().training_step(batch, batch_idx)
+
+
+def test_units_that_fire_after_all_were_not_born_dead():
+    monitor = DeadReLUMonitor(**WATCH)
+    fit(Spared(), Loader(inputs()), monitor)
+    (born,) = [death for death in monitor.deaths if death.kind == "born dead"]
+    assert born.units == (1,)
+    assert monitor.report.sites[0].born_dead.sum() == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*Reset refused")
+@pytest.mark.parametrize(
+    ("remedy", "advised"),
+    [(None, True), (Reset(start_step=10_000), False), (Reset(dry_run=True), True)],
+)
+def test_a_remedy_that_is_on_is_not_advised(remedy, advised):
+    net = pushed(2)
+    with torch.no_grad():
+        net[2].bias[:3] = -0.5
+    monitor = DeadReLUMonitor(**{**WATCH, "every_n_steps": 1}, remedy=remedy)
+    fit(Pushed(net, rate=at(41, 1000.0, 1e-4)), Loader(inputs()), monitor)
+    assert "upstream_death (certain)" in monitor.summary()
+    assert ("try `DeadReLUMonitor(remedy=" in monitor.summary()) == advised
 
 
 def test_a_large_wave_outlasts_any_number_of_small_ones():

@@ -123,7 +123,8 @@ def test_wandb(kind, tmp_path):
     for row, metrics in zip(rows, expected.values(), strict=True):
         assert {key: row[key] for key in as_wandb(metrics)} == as_wandb(metrics)
     axes = {m.get("glob_name"): m.get("step_metric") for m in (r["metric"] for r in records if r["type"] == "metric")}
-    assert {axes.get(f"{section}/*") for section in ("dead_relu", "dead_relu_details", "dead_relu_sites")} == {"trainer/global_step"}
+    sections = "dead_relu", "dead_relu_details", "dead_relu_sites"
+    assert {axes.get(f"{section}/*") for section in sections} == {"trainer/global_step"}
     configs = [record["config"].get("update", {}) for record in records if record["type"] == "config"]
     names = {"dead_relu_sites/net_1": "net.1", "dead_relu_sites/net_3": "net.3"}
     assert [config["dead_relu_sites"] for config in configs if "dead_relu_sites" in config] == [names]
