@@ -21,7 +21,7 @@ def report_of(dead, frozen=None, peak=None):
     fields |= {name: torch.zeros(units) for name in ("dormancy", "fired")}
     fields |= {"name": "act", "kind": "relu", "units": units, "samples": 9, "elements": 9}
     fields |= {"trainable": True, "smooth": False, "dead": dead, "silent": dead, "frozen": frozen}
-    fields |= {"age": torch.zeros(units, dtype=torch.int64)}
+    fields |= {"age": torch.zeros(units, dtype=torch.int64), "blind_fraction": 0.0}
     fields |= {"peak": torch.where(dead, -1.0, 1.0) if peak is None else peak}
     return SiteReport(**fields)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_deadrelu.model.layout import Layout
 from lightning_deadrelu.model.rectifiers import Rectifier
+from lightning_deadrelu.statistics.redundancy import projection, silent_samples
 
 RELU = Rectifier("relu", plain=True)
 _EXACT_IN_FLOAT32 = 2**24
@@ -31,6 +32,8 @@ class Counts(NamedTuple):
         trough: Smallest input, measured from the hinge, shape ``(units,)``.
         samples: Rows or images.
         elements: Inputs per unit that sum and count are of.
+        blind: Samples on which no unit fires, a whole number without dimensions.
+        projection: As :func:`~lightning_deadrelu.statistics.redundancy.projection` tells, shape ``(units,)``.
     """
 
     fired: Tensor | None
@@ -39,11 +42,13 @@ class Counts(NamedTuple):
     trough: Tensor | None
     samples: int | Tensor
     elements: int | Tensor
+    blind: Tensor | None = None
+    projection: Tensor | None = None
 
     @property
     def without_rates(self) -> Counts:
-        """The same, but neither sum nor elements: of who fired, only that they did."""
-        return self._replace(magnitude=None, elements=0)
+        """The same, but neither sums nor elements: of who fired, only that they did."""
+        return self._replace(magnitude=None, elements=0, blind=None, projection=None)
 
     def joined(self, other: Counts) -> Counts:
         """Merge with another call of one site and observation; the peak passes over NaN, the trough keeps it."""
@@ -54,6 +59,8 @@ class Counts(NamedTuple):
             _merged(torch.minimum, self.trough, other.trough),
             self.samples + other.samples,
             self.elements + other.elements,
+            _merged(_whole_sum, self.blind, other.blind),
+            _merged(_wide_sum, self.projection, other.projection),
         )
 
 
@@ -100,6 +107,12 @@ class FlatCounts:
         parts = [found[n] if n in found else like.new_full((units,), nothing) for n, units in sizes]
         return torch.cat(parts)
 
+    def of_sites(self, name: str) -> Tensor:
+        """Lay out one field that is a number of each site; 0 where it is missing."""
+        zero = self._like.new_zeros((), dtype=torch.int64)
+        found = {n: value for n, counts in self._pending.items() if (value := getattr(counts, name)) is not None}
+        return torch.stack([found.get(number, zero) for number in range(len(self._layout))])
+
 
 def count(
     x: Tensor,
@@ -135,8 +148,9 @@ def count(
     plan = _planned(x.shape, dims, x.device.type == "cpu")
     samples, elements = (plan.samples, plan.elements) if valid is None else (valid.sum(),) * 2
     fits = rectifier.plain and not rectifier.hinge and _runs_kernels(x)
-    if fits and (found := _read_once(x, dims, rectifier.cap, valid)) is not None:
-        return Counts(*found, samples, elements)
+    once = _read_once(x, dims, rectifier.cap, valid) if fits else None
+    if once is not None and not rates:
+        return Counts(*once, samples, elements)
     highest = x if valid is None else x.masked_fill(~valid[..., None], -math.inf)
     if not rates and _may_look(x):
         peak = _reduced(Tensor.amax, highest, plan)
@@ -144,12 +158,16 @@ def count(
             return Counts(None, None, peak - rectifier.hinge if rectifier.hinge else peak, None, samples, 0)
     lowest = x if valid is None else x.masked_fill(~valid[..., None], math.inf)
     out = out if valid is None else out.masked_fill(~valid[..., None], 0.0)
+    blind = silent_samples(highest, dims, rectifier.hinge, valid)
+    projected = projection(out if rectifier.plain else out.abs(), dims)
+    if once is not None:
+        return Counts(*once, samples, elements, blind, projected)
     # the output first: it was written last, and may still be in the cache
     fired, magnitude = _fired(highest, out, plan, rectifier), _magnitude(out, plan, rectifier)
     peak, trough = _reduced(Tensor.amax, highest, plan), _reduced(Tensor.amin, lowest, plan)
     if rectifier.hinge:
         peak, trough = peak - rectifier.hinge, trough - rectifier.hinge
-    return Counts(fired, magnitude, peak, trough, samples, elements)
+    return Counts(fired, magnitude, peak, trough, samples, elements, blind, projected)
 
 
 def count_indices(x: Tensor, units: int, valid: Tensor | None = None) -> Counts:

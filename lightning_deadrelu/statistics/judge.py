@@ -67,7 +67,7 @@ def judge(
     steps = [*steps, *[step] * (totals.samples.shape[1] - len(steps))]  # an observation may be under way
     found, history = _units(totals, before, layout, rules, steps)
     parts = zip(*(values.split([site.units for site in layout]) for values in found.values()), strict=True)
-    sizes = zip(totals.samples.sum(1).tolist(), totals.elements.sum(1).tolist(), strict=True)
+    sizes = zip(totals.samples.sum(1).tolist(), totals.elements.sum(1).tolist(), totals.blind_share, strict=True)
     learns = [True] * len(layout) if trainable is None else trainable
     reports = [
         SiteReport(name, site.kind, site.units, *size, trains, site.smooth, **dict(zip(found, part, strict=True)))
@@ -108,7 +108,7 @@ def _units(
     found["always_on"] &= rated
     units = {key: torch.from_numpy(values) for key, values in found.items()}
     units["fired_ever"] = before.fired + totals.fired
-    units["peak"] = totals.peak.clone()
+    units["peak"], units["projection"] = totals.peak.clone(), totals.projection.clone()
     return units, UnitHistory(
         age=units["age"],
         ever=torch.from_numpy(ever | shown),

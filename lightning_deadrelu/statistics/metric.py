@@ -21,6 +21,7 @@ from lightning_deadrelu.statistics.totals import FINITE, INFINITE, NAN, NOTHING,
 
 _UNIT_DIM = {"maxima": 1}
 _RATED = SELECTIONS | {WATCHPOINT}  # which fire so seldom that every observation counts
+_OF_SITES = ("samples", "elements", "blind")
 _LATEST = slice(3, 5)  # the rows of the maxima that hold the last observation alone
 
 
@@ -51,6 +52,8 @@ class UnitLiveness(Metric):
     maxima: Tensor
     samples: Tensor
     elements: Tensor
+    blind: Tensor
+    projection: Tensor
 
     def __init__(
         self,
@@ -74,6 +77,8 @@ class UnitLiveness(Metric):
         self.add_state("maxima", torch.zeros(len(NOTHING), 0, dtype=peak_dtype or dtype), "max")
         self.add_state("samples", torch.zeros(0, window, dtype=torch.int64), "sum")
         self.add_state("elements", torch.zeros(0, window, dtype=torch.int64), "sum")
+        self.add_state("blind", torch.zeros(0, window, dtype=torch.int64), "sum")
+        self.add_state("projection", torch.zeros(0, dtype=dtype), "sum")
         for name, units in (sites or {}).items():
             self.add_site(Site(name, False, "relu", (), units))
         self.make_room()
@@ -194,6 +199,8 @@ class UnitLiveness(Metric):
     def _add_rates(self, flat: FlatCounts) -> None:
         self.fired.add_(flat.of("fired", 0).to(self.fired.dtype))
         self.magnitude.add_(flat.of("magnitude", 0))
+        self.projection.add_(flat.of("projection", 0))
+        self.blind[:, self._observation].add_(flat.of_sites("blind"))
         self._begin_latest()
         peak, depth = flat.of("peak", -math.inf), -flat.of("trough", math.inf)
         latest = torch.where(peak.isnan(), -math.inf, peak), torch.where(depth.isnan(), math.inf, depth)
@@ -232,8 +239,9 @@ class UnitLiveness(Metric):
         """Take over the counts of one site of another metric."""
         self.make_room()
         self._latest = other._latest
-        self.samples[ours], self.elements[ours] = other.samples[theirs], other.elements[theirs]
-        for name in ("fired", "magnitude", "maxima"):
+        for name in _OF_SITES:
+            getattr(self, name)[ours] = getattr(other, name)[theirs]
+        for name in ("fired", "magnitude", "projection", "maxima"):
             getattr(self, name)[..., self.layout.place(ours)] = getattr(other, name)[..., other.layout.place(theirs)]
 
     def compute(self) -> dict[str, Tensor]:
@@ -300,7 +308,7 @@ def _raise_to(rows: Tensor, *values: Tensor) -> None:
 def _fresh(name: str, like: Tensor, sites: Sequence[Site]) -> Tensor:
     """Make the entries of new sites."""
     units, number = sum(site.units for site in sites), len(sites)
-    shapes = {"maxima": (len(like), units), **dict.fromkeys(("samples", "elements"), (number, *like.shape[1:]))}
+    shapes = {"maxima": (len(like), units), **dict.fromkeys(_OF_SITES, (number, *like.shape[1:]))}
     return _cleared(name, like.new_empty(shapes.get(name, (units,))))
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_deadrelu.statistics.redundancy import duplicates
 from lightning_deadrelu.statistics.report_table import plot_report, report_html, report_text
 
 if TYPE_CHECKING:
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
-_COUNTS = ("fired", "fired_ever", "seen")  # told as rates
-_RATES = ("firing_rate", "usual_rate", "dead_fraction", "rate_bound")
+_COUNTS = ("fired", "fired_ever", "seen", "projection")  # told as rates, and as duplicates
+_RATES = ("firing_rate", "usual_rate", "dead_fraction", "rate_bound", "duplicate")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -37,6 +38,8 @@ class SiteReport:
         samples: Samples observed in the window, on all ranks.
         elements: Inputs per unit of the observations whose rates were read: the window's first and last. Rare, always
             on and dormant are judged by these, frozen by the last of them; 0 if the site ran in neither.
+        blind_fraction: Share of these observations' samples on which no unit fires, 0 to 1: there the layer puts out one
+            value, whatever its input.
         trainable: Whether an optimizer trains what feeds it; frozen sites stay out of the headlines.
         smooth: Whether no input is exactly dead, as with GELU: only dormancy is judged.
         dead: Silent in the window, and for at least ``min_samples`` samples; the last verdict, where the site did not
@@ -60,6 +63,7 @@ class SiteReport:
         fired: Elements that fired, whole numbers.
         fired_ever: Elements that fired since the start of fit, int64.
         seen: Elements up to the end of the last window in which the unit fired, int64.
+        projection: Weighted sum of the absolute output, by which multiples of another unit are told.
     """
 
     name: str
@@ -67,6 +71,7 @@ class SiteReport:
     units: int
     samples: int
     elements: int
+    blind_fraction: float
     trainable: bool
     smooth: bool
     dead: Tensor
@@ -88,6 +93,15 @@ class SiteReport:
     fired: Tensor
     fired_ever: Tensor
     seen: Tensor
+    projection: Tensor
+
+    @cached_property
+    def duplicate(self) -> Tensor:
+        """Fires, and its output was the same multiple of that of a unit before it on all these elements, bool.
+
+        In half precision multiples other than 1 are rounded, and mostly missed.
+        """
+        return duplicates(self.fired, self.dormancy, self.projection, self.peak) & ~self.frozen
 
     @cached_property
     def firing_rate(self) -> Tensor:
@@ -102,7 +116,7 @@ class SiteReport:
     def _columns(self) -> dict[str, Any]:
         """Lay the units out as columns."""
         tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
-        rates = {name: getattr(self, name) for name in ("firing_rate", "usual_rate", "rate_bound")}
+        rates = {name: getattr(self, name) for name in ("firing_rate", "usual_rate", "rate_bound", "duplicate")}
         columns = {name: value.numpy() for name, value in (tensors | rates).items()}
         return {"site": self.name, "unit": range(self.units), **columns}
 
@@ -153,7 +167,7 @@ class SiteReport:
         return plain
 
     def __repr__(self) -> str:
-        marks = ("dead", "rare", "always_on", "frozen", "dormant", "nonfinite")
+        marks = ("dead", "rare", "always_on", "frozen", "dormant", "nonfinite", "duplicate")
         told = (f"{count} {mark}" for mark in marks if (count := _number(getattr(self, mark))))
         return f"SiteReport({self.name!r}, {self.kind}, {', '.join([f'{self.units} units', *told])})"
 

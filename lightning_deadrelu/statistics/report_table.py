@@ -32,11 +32,14 @@ COLUMNS = (
     Column("always_on", "always on"),
     Column("frozen", "frozen"),
     Column("dormant", "dormant"),
+    Column("duplicate", "duplicate", optional=True),
+    Column("blind_fraction", "all silent on", percent=1, optional=True),
     Column("samples", "samples"),
     Column("rate_bound", "rate below", percent=2),
 )
 _QUANTILES = {"peak_10": 0.1, "peak_50": 0.5, "peak_90": 0.9}
 _HARD_ONLY = ("dead", "dead_fraction", "not_judged", "rare", "always_on", "frozen", "born_dead", "died", "revived")
+_HARD_ONLY += ("blind_fraction",)
 
 
 def row_of(site: SiteReport) -> dict[str, Cell]:
@@ -48,12 +51,14 @@ def row_of(site: SiteReport) -> dict[str, Cell]:
     Args:
         site: The verdict.
     """
-    masks = {key: getattr(site, key) for key in ("dead", "rare", "always_on", "frozen", "dormant", "born_dead")}
+    names = ("dead", "rare", "always_on", "frozen", "dormant", "duplicate", "born_dead")
+    masks = {key: getattr(site, key) for key in names}
     masks |= {"revived": site.revived, "not_finite": site.nonfinite, "not_judged": ~site.judged & ~site.nonfinite}
     counts = {key: int(mask.sum()) for key, mask in masks.items()}
     bound = site.rate_bound[site.dead]
     row: dict[str, Cell] = {"site": site.name, "kind": site.kind, "units": site.units, **counts, **_peaks(site.peak)}
     row |= {"died": counts["dead"] - counts["born_dead"], "dead_fraction": site.dead_fraction, "samples": site.samples}
+    row |= {"blind_fraction": site.blind_fraction}
     row |= {"rate_bound": float(bound.max()) if len(bound) else None}
     row |= {"layer": site.name if site.trainable else f"{site.name} (not trained)"}
     return row | dict.fromkeys(_HARD_ONLY) if site.smooth else row

@@ -23,7 +23,7 @@ NOTHING = {
 }
 """The rows of :attr:`Totals.maxima` by name, in order, and what each holds before anything was counted."""
 _ROWS = {name: number for number, name in enumerate(NOTHING)}
-_SUMS = ("fired", "samples", "elements", "magnitude")
+_SUMS = ("fired", "samples", "elements", "blind", "magnitude", "projection")
 _AT_THE_CAP = 1 - 1e-4  # of a mean output, which is rounded
 
 
@@ -36,14 +36,18 @@ class Totals:
         samples: Samples by site and observation, shape ``(sites, window)``, int64; merges by sum.
         elements: Elements per unit by site and observation, shape ``(sites, window)``, int64; merges by sum. They are
             0 where the peaks alone were read.
+        blind: Samples of these on which no unit of the site fired, shape ``(sites, window)``, int64; merges by sum.
         magnitude: Sum of the absolute output of these elements, shape ``(units,)``; merges by sum.
+        projection: The same, each element with a weight of its own, shape ``(units,)``; merges by sum.
         maxima: What merges by maximum, shape ``(7, units)``; the properties below name its rows.
     """
 
     fired: Tensor
     samples: Tensor
     elements: Tensor
+    blind: Tensor
     magnitude: Tensor
+    projection: Tensor
     maxima: Tensor
 
     @property
@@ -83,6 +87,13 @@ class Totals:
 
     def _row(self, name: str) -> Tensor:
         return self.maxima[_ROWS[name]]
+
+    @property
+    def blind_share(self) -> list[float]:
+        """Share of the samples whose rates were read on which no unit fired, for each site; 0 where there are none."""
+        rated = (self.samples * (self.elements > 0)).sum(1)
+        shares: list[float] = (self.blind.sum(1) / rated.clamp(min=1)).tolist()
+        return shares
 
     def constant(self, layout: Layout) -> Tensor:
         """Tell whose output was the same for all inputs of one observation, boolean, shape ``(units,)``.

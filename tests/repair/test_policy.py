@@ -52,9 +52,9 @@ def site(dead=(), units=10, name="fc", age=10_000, frozen=(), trainable=True, us
     ages = torch.where(silent, age, 0)
     number = torch.zeros(units, dtype=torch.float64)
     return SiteReport(
-        name, "relu", units, 1000, 1000, trainable, False, dead=silent & (ages >= 299), silent=silent,
+        name, "relu", units, 1000, 1000, 0.0, trainable, False, dead=silent & (ages >= 299), silent=silent,
         frozen=mask(frozen), judged=~off, fired=number, peak=number, dormancy=number, age=ages,
-        fired_ever=number + usual_rate, seen=number + 1, last_fired=ages, **masks,
+        fired_ever=number + usual_rate, seen=number + 1, last_fired=ages, projection=number, **masks,
     )  # fmt: skip
 
 

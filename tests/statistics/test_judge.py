@@ -229,7 +229,9 @@ def random_totals(units, window, seed, dtype=torch.float64):
     latest = (drawn(2, len(most)) * 2 - 1).round()
     proved = torch.where(drawn(len(most)) < 0.1, (drawn(len(most)) * (window + 1)).floor(), -1)
     maxima = torch.stack([drawn(len(most)), last, nonfinite, *latest, proved, (proved >= 0).double()])
-    return Totals(fired, samples, elements, magnitude, maxima.to(dtype))
+    blind = (drawn(*samples.shape) * (samples + 1)).long()
+    projection = magnitude * (0.5 + drawn(len(most)))
+    return Totals(fired, samples, elements, blind, magnitude, projection, maxima.to(dtype))
 
 
 def slowly_judged(totals, at, index, smooth, rules, known, steps):

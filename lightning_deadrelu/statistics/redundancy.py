@@ -1,0 +1,89 @@
+"""Samples on which a whole layer is silent, and units that say the same as another."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_GOLDEN = 0.6180339887498949  # its multiples fill the unit interval evenly, and never repeat
+_SAME = 2.0**-16  # relative; sums in single precision are closer
+_FEWEST = 2  # elements on which a unit has to fire: any two that fire once each are proportional
+
+
+def silent_samples(x: Tensor, dims: tuple[int, ...], hinge: float = 0.0, valid: Tensor | None = None) -> Tensor:
+    """Count the samples on which no unit of a layer fires, a whole number without dimensions.
+
+    Args:
+        x: A rectifier's input, with at least one dimension that holds no units. What is not a number is not silent.
+        dims: The dimensions that hold the units, counted from the end.
+        hinge: What an input has to exceed to fire.
+        valid: Boolean, True for data and False for padding, of the shape of ``x`` without the units, or None.
+
+    Example:
+        >>> silent_samples(torch.tensor([[1.0, -1.0], [-2.0, -3.0], [0.0, -1.0]]), (-1,))
+        tensor(2)
+    """
+    whole = tuple(dim for dim in range(-x.ndim, 0) if dim in dims or (-1 not in dims and dim > min(dims)))
+    silent = x.amax(whole) <= hinge
+    if valid is not None:
+        silent = silent & valid
+    return silent.sum()
+
+
+def projection(out: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Add up each unit's output with weights that differ from element to element, shape ``(units,)``.
+
+    Beside the plain sum it tells a unit from all that are no multiple of it, whatever the order of their outputs.
+
+    Args:
+        out: A rectifier's output, with at least one dimension that holds no units; 0 where there is padding.
+        dims: The dimensions that hold the units, counted from the end.
+
+    Example:
+        >>> low, high, mirrored = projection(torch.tensor([[1.0, 2.0, 3.0], [3.0, 6.0, 1.0]]), (-1,)).tolist()
+        >>> round(high / low, 4), round(mirrored / low, 4)
+        (2.0, 1.2297)
+    """
+    out = out if out.dtype == torch.float64 else out.float()
+    before, units = out.ndim + min(dims), [dim % out.ndim for dim in dims]
+    for dim in reversed(range(before, out.ndim)):
+        if dim not in units:
+            out = torch.tensordot(out, _weights(out.shape[dim], out), ([dim], [0]))
+    rows = out.flatten(0, before - 1) if before else out[None]
+    return _weights(len(rows), rows) @ rows.flatten(1)
+
+
+def _weights(number: int, like: Tensor) -> Tensor:
+    """Spread numbers from 0.5 to 1.5."""
+    return (torch.arange(1, number + 1, device=like.device, dtype=like.dtype) * _GOLDEN).frac() + 0.5
+
+
+def duplicates(fired: Tensor, size: Tensor, projected: Tensor, peak: Tensor) -> Tensor:
+    """Tell whose output is a multiple of that of a unit before, boolean, shape ``(units,)``.
+
+    Such units fire on the same elements, and their sums, weighted sums and peaks are in one proportion.
+
+    Args:
+        fired: Elements on which each unit fired, shape ``(units,)``.
+        size: Sum of each unit's output, in any scale, shape ``(units,)``.
+        projected: As :func:`projection` adds it up, shape ``(units,)``.
+        peak: Each unit's largest output, shape ``(units,)``.
+
+    Example:
+        >>> out = torch.tensor([[1.0, 2.0, 3.0], [3.0, 6.0, 1.0]])
+        >>> duplicates((out > 0).sum(0), out.sum(0), projection(out, (-1,)), out.amax(0))
+        tensor([False,  True, False])
+    """
+    told = (fired >= _FEWEST) & (size > 0) & size.isfinite() & projected.isfinite() & peak.isfinite()
+    places = told.nonzero().flatten()
+    hits, slant, top = (value[places].double() for value in (fired, projected / size, peak / size))
+    order = torch.argsort(slant, stable=True)
+    order = order[torch.argsort(hits[order], stable=True)]
+    same = hits[order].diff() == 0
+    for ratio in (slant[order], top[order]):
+        same &= ratio.diff().abs() <= _SAME * ratio[1:].abs()
+    groups = torch.cat([same.new_zeros(1)[: len(order)], same]).logical_not().cumsum(0)
+    first = torch.full((len(order) + 1,), len(told), dtype=torch.int64).scatter_reduce(0, groups, places[order], "amin")
+    found = torch.zeros_like(told)
+    found[places[order]] = places[order] > first[groups]
+    return found
