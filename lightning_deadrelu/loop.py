@@ -98,7 +98,8 @@ class LoopHost:
     def publish(self, run: RunReport, *, edited: int, at_risk: float, crossed: Sequence[str], closed: bool) -> None:
         if self._log and self.is_first_rank and run.report.sites:
             with guarded(self._drop_log):
-                self._log(metrics_of(run.report, self._name, edited, at_risk), run.report.step)
+                useful = run.useful_units if closed else 0
+                self._log(metrics_of(run.report, self._name, edited, at_risk, useful), run.report.step)
 
     def _drop_log(self, error: Exception) -> None:
         self._log = None

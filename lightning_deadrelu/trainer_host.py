@@ -105,7 +105,7 @@ class TrainerHost:
     def publish(self, run: RunReport, *, edited: int, at_risk: float, crossed: Sequence[str], closed: bool) -> None:
         loggers, first = self._trainer.loggers, self.is_first_rank
         if run.report.sites:
-            self._reporter(run.report, loggers, first, edited, at_risk)
+            self._reporter(run.report, loggers, first, edited, at_risk, run.useful_units if closed else 0)
             if closed:
                 self._reporter.media(run, loggers, first)
         self._reporter.alert(crossed, run.report, loggers, first)

@@ -15,6 +15,7 @@ DETAILS = {
     "frozen_fraction",
     "dormant_fraction",
     "remedied_units",
+    "useful_units",
 }
 SITES = ("net.1", "net.3")
 KEYS = {f"dead_relu/{key}" for key in FIRST} | {f"dead_relu_details/{key}" for key in DETAILS}

@@ -47,7 +47,7 @@ class Announcer:
         """Say what was done to a site."""
         if event.action == "refused":
             self._host.warn(f"{event}. `monitor.attribution` shows what is known of all sites.")
-        else:
+        elif event.action != "useful":  # as was to be hoped
             self._host.info(str(event))
         if event.action == "edited" and self._host.averages and not self.announced.copies:
             self.announced.copies = True

@@ -319,6 +319,19 @@ class Remedy(_Derivable):
         return False
 
     @property
+    def treats_blind(self) -> float | None:
+        """From which share of samples on a layer is treated if no unit of it fires on them; None for never."""
+        return None
+
+    def to_free(self, view: SiteView) -> Tensor:
+        """Choose the units that fire and are treated nevertheless, because the layer leaves samples out.
+
+        Args:
+            view: The site; its units are those that fire.
+        """
+        return torch.zeros_like(view.units)
+
+    @property
     def is_exact(self) -> bool:
         """Whether the network's output changes by nothing when an edit is made: a loss that rises is not its doing."""
         return False

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_deadrelu.model.slices import Slice
 from lightning_deadrelu.remedies.base import Edits, InitDistribution, Remedy, SiteView, Write
+from lightning_deadrelu.remedies.folding import foldable, folded, to_free
 from lightning_deadrelu.remedies.redraw import choose
 
 _NEUTRAL = {"scale": 1.0, "shift": 0.0, "mean": 0.0, "variance": 1.0}
@@ -42,6 +43,11 @@ class Reset(Remedy):
         frozen: Whether frozen units, which fire but put out one value whatever the input, are redrawn too. Their
             readers are kept, and the output changes. Mostly they come back by themselves once the dead layer before
             them has.
+        blind: If given, a layer is helped too whose units are all silent on more than this share of the samples: there
+            the network is constant, although nobody is dead. The unit that is missed least is folded into the one that
+            it resembles most, whose readers take its part over, and is redrawn to fire where the layer is silent. Units
+            that are multiples of another are folded and redrawn too, by which the output changes by nothing. Only where
+            one linear layer feeds a ReLU and linear layers read it; then the layer rests for 600 training batches.
 
     Example:
         >>> Reset(patience=2).bias is None
@@ -51,6 +57,7 @@ class Reset(Remedy):
     tries: int = 8
     bias: float | None = None
     frozen: bool = False
+    blind: float | None = None
 
     needs: ClassVar[frozenset[str]] = frozenset({"incoming", "outgoing"})
 
@@ -60,6 +67,18 @@ class Reset(Remedy):
         if self.bias is not None:
             self._argument("bias").check_number(0.1)
         self._argument("frozen").check_flag()
+        if self.blind is not None:
+            self._argument("blind").check_number(0.05, 0, 1)
+
+    @property
+    def treats_blind(self) -> float | None:
+        """From which share of samples on a layer is helped that is silent on them."""
+        return self.blind
+
+    def to_free(self, view: SiteView) -> Tensor:
+        """Choose units that are multiples of others, or the one that is missed least."""
+        known = self.blind is not None and foldable(view)
+        return to_free(view, self.blind or 0.0) if known else super().to_free(view)
 
     @property
     def treats_frozen(self) -> bool:
@@ -75,7 +94,9 @@ class Reset(Remedy):
         """Clear the readers of dead units, then redraw what feeds the treated ones."""
         silent = view.units & ~view.report.frozen
         units = view.units if self.frozen else silent
+        live = view.units & ~view.report.silent & ~view.report.frozen
         clear = [Write(one, 0.0) for one in _rows(view.attribution.outgoing, silent)]
+        clear += folded(view, live) if live.any() else []
         if view.inputs is not None and self.bias is None and self.tries > 1:
             fresh = self._chosen(view, view.inputs, units, generator)
         else:

@@ -8,6 +8,12 @@ from typing import NamedTuple
 from torch import Tensor
 
 _JUMP_IN_STDS = 5.0
+_IN_WORDS = {
+    "edited": "repaired",
+    "would edit": "would repair",
+    "useful": "was of use to",
+    "useless": "was of no use to",
+}
 
 
 class Event(NamedTuple):
@@ -16,14 +22,16 @@ class Event(NamedTuple):
     Args:
         step: The training batch, as loggers count.
         site: Name of the site; empty where it concerns all of them.
-        action: ``"edited"``, ``"would edit"`` (a dry run), ``"revived"``, ``"failed"``, ``"harmed"``, ``"refused"``,
-            ``"escalated"``, ``"given up"``, ``"dropped"`` (a term still in flight when training ended) or ``"stopped"``
-            (the loss is not a number, so nothing is edited).
+        action: ``"edited"``, ``"would edit"`` (a dry run), ``"revived"``, ``"failed"``, ``"harmed"``, ``"useful"`` (most
+            of the units that came back matter to the loss a fair time later), ``"useless"`` (most do not),
+            ``"refused"``, ``"escalated"``, ``"given up"``, ``"dropped"`` (a term still in flight when training ended)
+            or ``"stopped"`` (the loss is not a number, so nothing is edited).
         remedy: Its class.
         units: Numbers of the units concerned.
         reason: In words.
         before: Dead fraction of the site when it was decided.
         after: Dead fraction when the outcome was judged; not a number where there is none yet.
+        useful: Numbers of the units that matter to the loss, where that was judged.
 
     Example:
         >>> print(Event(step=30, site="net.1", action="edited", remedy="Reset", units=(2, 5), reason="20.0% dead"))
@@ -38,6 +46,7 @@ class Event(NamedTuple):
     reason: str = ""
     before: float = math.nan
     after: float = math.nan
+    useful: tuple[int, ...] = ()
 
     @property
     def outcome(self) -> str:
@@ -47,7 +56,7 @@ class Event(NamedTuple):
             >>> Event(30, "net.1", "edited", "Reset").outcome
             'repaired'
         """
-        return {"edited": "repaired", "would edit": "would repair"}.get(self.action, self.action)
+        return _IN_WORDS.get(self.action, self.action)
 
     def __str__(self) -> str:
         units = f" ({len(self.units)} units)" if self.units else ""

@@ -18,6 +18,8 @@ from lightning_deadrelu.statistics import LivenessReport, SiteReport
 
 _SUCCESS = 0.5  # share of the edited units that has to fire afterwards
 _SOON = 10  # verdicts
+_FAIR = 5  # windows, after which a unit that came back has to matter
+_REST = 600  # training batches, in which a new unit learns
 _MOST_HARMS = 3  # in a row, where a remedy may fail for ever
 
 
@@ -30,17 +32,19 @@ class Request:
         index: Number of the remedy.
         units: Which units, boolean, shape ``(units,)``.
         reason: In words.
+        blind: Whether they fire, and some of them may be spared for samples on which no unit does.
     """
 
     site: str
     index: int
     units: Tensor
     reason: str
+    blind: bool = False
 
 
 @dataclass
 class Trial:
-    """An edit whose outcome is not known yet.
+    """An edit whose outcome is not known yet, or of which it is not known yet whether it was of use.
 
     Args:
         units: What was edited, boolean, shape ``(units,)``.
@@ -73,6 +77,9 @@ class Progress:
         edits: Edits of the site by the remedy that is in turn.
         back: Units that came back by the last edit, boolean, shape ``(units,)``.
         trial: The edit in flight.
+        review: Units that came back by an edit, until it is judged whether they matter.
+        useless: Reviews in a row in which most of them did not.
+        rests: Until which training batch no unit is spared for samples on which no unit fires.
     """
 
     index: int = 0
@@ -84,6 +91,9 @@ class Progress:
     edits: int = 0
     back: Tensor | None = None
     trial: Trial | None = None
+    review: Trial | None = None
+    useless: int = 0
+    rests: int = 0
 
 
 @dataclass
@@ -141,7 +151,8 @@ class EscalationPolicy:
             if site.name in busy:
                 events += self._judge_harm(progress, site, report.step, loss)
                 continue
-            events += self._judge(progress, site, report.step, loss, shares.get(site.name))
+            events += self._review(progress, site, report.step, shares.get(site.name))
+            events += self._judge(self.state.sites[site.name], site, report.step, loss)
             request = self._request(self.state.sites[site.name], site, report.step)
             requests += [request] if request else []
         return requests, events
@@ -169,7 +180,10 @@ class EscalationPolicy:
         progress = self.state.sites[request.site]
         progress.edits += not remedy.dry_run
         progress.relapses = progress.relapses + 1 if _relapsed(progress, units) else 0
-        progress.trial = Trial(units, remedy.cooldown, before, None if remedy.is_exact else loss, remedy.dry_run)
+        if progress.review is not None:
+            progress.review.units = progress.review.units & ~units  # their time begins anew
+        blamed = None if remedy.is_exact and not request.blind else loss
+        progress.trial = Trial(units, remedy.cooldown, before, blamed, remedy.dry_run)
         action = "would edit" if remedy.dry_run else "edited"
         return Event(step, request.site, action, _name(remedy), _numbers(units), request.reason, before)
 
@@ -200,13 +214,33 @@ class EscalationPolicy:
         return [event, *self._count_failure(progress, site.name, step)]
 
     @property
-    def on_trial(self) -> list[str]:
-        """Names of the sites with an edit whose outcome is not known yet."""
-        return [name for name, progress in self.state.sites.items() if progress.trial is not None]
+    def in_review(self) -> list[str]:
+        """Names of the sites of which it is judged at the next verdict whether repaired units matter."""
+        due = ((name, progress.review) for name, progress in self.state.sites.items())
+        return [name for name, review in due if review is not None and review.windows <= 1]
 
-    def _judge(
-        self, progress: Progress, site: SiteReport, step: int, loss: Loss | None, shares: Tensor | None
-    ) -> list[Event]:
+    def _review(self, progress: Progress, site: SiteReport, step: int, shares: Tensor | None) -> list[Event]:
+        """Judge after a fair time how many of the units that came back, and fire on, matter to the loss."""
+        review = progress.review
+        if review is None:
+            return []
+        review.windows -= 1
+        if review.windows > 0 or shares is None or not site.elements:
+            return []
+        progress.review = None
+        fires = review.units & ~site.silent & ~site.frozen
+        if not (fires.any() and shares.any()):
+            return []
+        matter = fires & useful(shares, ~site.silent & ~review.units)
+        number, total = int(matter.sum()), int(fires.sum())
+        enough = number >= _SUCCESS * total
+        why = f"{number} of {total} repaired units matter to the loss, {_FAIR} windows later"
+        event = self._outcome("useful" if enough else "useless", progress, site, review, step, why)
+        event = event._replace(useful=_numbers(matter))
+        progress.useless = 0 if enough else progress.useless + 1
+        return [event, *(self._escalate(progress, site.name, step) if self._is_exhausted(progress) else [])]
+
+    def _judge(self, progress: Progress, site: SiteReport, step: int, loss: Loss | None) -> list[Event]:
         events = self._judge_harm(progress, site, step, loss)
         trial = progress.trial
         if trial is None:
@@ -216,21 +250,17 @@ class EscalationPolicy:
         if trial.windows > 0 or not site.elements:  # without rates it cannot be told who is back
             return []
         progress.trial = None
-        return [] if trial.dry else self._conclude(progress, site, trial, step, shares)
+        return [] if trial.dry else self._conclude(progress, site, trial, step)
 
-    def _conclude(
-        self, progress: Progress, site: SiteReport, trial: Trial, step: int, shares: Tensor | None
-    ) -> list[Event]:
+    def _conclude(self, progress: Progress, site: SiteReport, trial: Trial, step: int) -> list[Event]:
         """Judge an edit by which of the edited units fire now."""
         back = trial.units & ~site.silent & ~site.frozen & ~site.rare
         share = int(back.sum()) / int(trial.units.sum())
         why = f"{int(back.sum())} of {int(trial.units.sum())} repaired units fire"
-        if shares is not None and bool(shares.any()):
-            matter = back & useful(shares, ~site.silent & ~trial.units)
-            why = f"{why}, {int(matter.sum())} of them matter to the loss"
         progress.harms = progress.rest = 0
         if share >= _SUCCESS:
             progress.failures, progress.back = progress.relapses, back
+            progress.review = progress.review or Trial(back, _FAIR, trial.before)
             event = self._outcome("revived", progress, site, trial, step, why)
             return [event, *(self._escalate(progress, site.name, step) if self._is_exhausted(progress) else [])]
         event = self._outcome("failed", progress, site, trial, step, why)
@@ -243,7 +273,9 @@ class EscalationPolicy:
 
     def _is_exhausted(self, progress: Progress) -> bool:
         attempts = self.remedies[progress.index].attempts
-        return progress.harms >= _MOST_HARMS if attempts is None else progress.failures >= attempts
+        if attempts is None:
+            return progress.harms >= _MOST_HARMS
+        return max(progress.failures, progress.useless) >= attempts
 
     def _outcome(
         self, action: str, progress: Progress, site: SiteReport, trial: Trial, step: int, reason: str
@@ -268,8 +300,10 @@ class EscalationPolicy:
         share = int(units.sum()) / site.units  # those that died lately have to wait: an attempt would pass them by
         progress.above = progress.above + 1 if share > self._threshold else 0
         used_up = remedy.max_edits_per_site is not None and progress.edits >= remedy.max_edits_per_site
-        if progress.above < remedy.patience or used_up or not self.may_act(progress.index, step):
+        if used_up or not self.may_act(progress.index, step):
             return None
+        if progress.above < remedy.patience:
+            return _blind_request(progress, site, remedy, step)
         units |= frozen_units(site, remedy)
         return Request(site.name, progress.index, units, f"{share:.1%} dead, above the threshold {self._threshold:.1%}")
 
@@ -315,6 +349,20 @@ def improbable(site: SiteReport, significance: float) -> Tensor:
     log_odds = site.age * torch.log1p(-site.usual_rate.clamp(max=1 - 1e-12))
     silence: Tensor = log_odds <= math.log(significance)
     return silence
+
+
+def _blind_request(progress: Progress, site: SiteReport, remedy: Remedy, step: int) -> Request | None:
+    """Ask for units that a layer can spare, if it is silent on too many samples, or some are multiples of others."""
+    most = remedy.treats_blind
+    if most is None or step < progress.rests or not site.elements:
+        return None
+    live, blind = ~site.silent & ~site.frozen, most < site.blind_fraction < 1
+    if not (blind or site.duplicate.any()):
+        return None
+    progress.rests = step + _REST
+    alike = int(site.duplicate.sum())
+    why = f"no unit fires on {site.blind_fraction:.1%} of the samples" if blind else f"{alike} multiples of other units"
+    return Request(site.name, progress.index, live, why, blind=True)
 
 
 def frozen_units(site: SiteReport, remedy: Remedy) -> Tensor:

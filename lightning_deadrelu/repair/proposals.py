@@ -68,6 +68,8 @@ def confirmed(request: Request, site: SiteReport, seen: SilenceSample) -> tuple[
     """Keep the units that were silent, or constant, once more; and spread their quantiles over all units."""
     quantiles = torch.full((len(seen.sums), len(request.units)), float("nan"), dtype=torch.float64)
     quantiles[:, request.units] = seen.quantiles
+    if request.blind:
+        return request.units, quantiles
     still = torch.zeros_like(request.units)
     still[request.units] = (seen.fired == 0) & (seen.calls > 0)
     constant = site.frozen & (quantiles[0] == quantiles[-1])

@@ -90,12 +90,12 @@ class Repair:
         self.refusal = ""
         """Why nothing can be repaired here; empty if it can."""
         self.sums = torch.zeros(3, dtype=torch.float64)
-        """Over the open window: number, sum and sum of squares of the losses, then Taylor shares of sites on trial."""
+        """Over the open window: number, sum and sum of squares of the losses, then Taylor shares of sites in review."""
         self._subject: Subject | None = None
         self._init: dict[str, InitDistribution] = {}
         self._question: Question | None = None  # the units asked about
         self._second_look: SecondLook | None = None
-        self._measured: dict[str, int] = {}  # units of the sites on trial, by name
+        self._measured: dict[str, int] = {}  # units of the sites in review, by name
         self._traces = 0  # batches traced, but for those before an edit
         self._tracing = False  # whether the present one is
         self._loss: Loss | None = None  # over the window behind the question
@@ -138,7 +138,7 @@ class Repair:
             self._second_look.begin()
 
     def _places(self) -> dict[str, slice]:
-        """Tell where the units of the sites on trial are among the sums behind those of the losses."""
+        """Tell where the units of the sites in review are among the sums behind those of the losses."""
         ends = accumulate(self._measured.values())
         return {name: slice(end - self._measured[name], end) for name, end in zip(self._measured, ends, strict=True)}
 
@@ -190,8 +190,7 @@ class Repair:
         shares = {name: sums[3:][place] for name, place in places.items()}
         self._editor.settle(report)
         requests, events = self.policy.decide(report, self._loss, self._editor.busy, shares)
-        on_trial = [*self.policy.on_trial, *(request.site for request in requests)]
-        self._measured = {name: self.subject.site(name).units for name in on_trial}
+        self._measured = {name: self.subject.site(name).units for name in self.policy.in_review}
         self.sums = self.sums.new_zeros(3 + sum(self._measured.values()))
         self._question = Question.of(requests, report, self.subject) if requests else None
         self._record([self._taken_back(event) for event in events])
@@ -235,8 +234,8 @@ class Repair:
         """Carry a proposal out, or turn to the next remedy."""
         request, view, edits, reason = proposal
         remedy = self.remedies[request.index]
-        if reason:
-            self._record(self.policy.refused(request, reason, step))
+        if reason:  # units that fire need no other remedy
+            self._record([] if request.blind else self.policy.refused(request, reason, step))
         elif edits is not None and self.policy.may_act(request.index, step):
             if not remedy.dry_run:
                 self._apply(edits, view)

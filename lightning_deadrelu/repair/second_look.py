@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -153,7 +153,8 @@ class SecondLook:
             parts = (*attribution.incoming, *attribution.outgoing)
             values = values_of(subject.model, [one.name for one in parts])
             inputs = _rows_of(known, request.site) if fed_by_linear(attribution, tensors_of(subject.model)) else None
-            if units.any() and inputs is not None and site.kind not in SELECTIONS:  # there is more to be than above 0
+            above = not request.blind and site.kind not in SELECTIONS  # where to be above the hinge is to be alive
+            if above and units.any() and inputs is not None:
                 units &= site.frozen | ~fires_now(inputs, attribution, values, hinge)
             no_module = subject.no_module(request.site)
             view = SiteView(site, units, attribution, values, init, quantiles, step, inputs, hinge, no_module)
@@ -170,6 +171,11 @@ class SecondLook:
         if "outgoing" in remedy.needs and not all_met:
             return asked  # they may be readers that run in other batches
         try:
+            if request.blind:
+                view = replace(view, units=remedy.to_free(view))
+                if not view.units.any():
+                    return asked
+                asked = asked._replace(view=view)
             edits = remedy.propose(view, generator_of(remedy, request.site, batch))
             rises = edits.lift.rises if edits.lift else ()
             reason = check_writes((*edits.writes, *rises), subject.model, subject.optimizers)

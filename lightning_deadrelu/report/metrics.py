@@ -6,7 +6,7 @@ from lightning_deadrelu.statistics import LivenessReport
 
 _COUNTED = {"newly_dead": "newly_dead_units", "revived": "revived_units", "redied": "died_again_units"}
 _SHARED = {name: f"{name}_fraction" for name in ("rare", "always_on", "frozen", "dormant")}
-EVENTS = frozenset((*_COUNTED.values(), "remedied_units"))
+EVENTS = frozenset((*_COUNTED.values(), "remedied_units", "useful_units"))
 """Metrics that count what happened in a window, and so add up over windows; all others say how things stand."""
 _HEADLINE = frozenset(("dead_fraction", "newly_dead_units", "revived_units", "at_risk_fraction"))
 
@@ -46,7 +46,11 @@ def site_metrics(report: LivenessReport) -> dict[str, float]:
 
 
 def metrics_of(
-    report: LivenessReport, name: str = "dead_relu", remedied_units: int = 0, at_risk_fraction: float = 0.0
+    report: LivenessReport,
+    name: str = "dead_relu",
+    remedied_units: int = 0,
+    at_risk_fraction: float = 0.0,
+    useful_units: int = 0,
 ) -> dict[str, float]:
     """Turn a report into the scalars that are logged.
 
@@ -55,6 +59,7 @@ def metrics_of(
         name: Prefix of the keys.
         remedied_units: Units edited since the last report.
         at_risk_fraction: Share of the units that sink towards silence.
+        useful_units: Repaired units that were found to matter to the loss.
 
     Returns:
         ``<name>/...`` for what to look at first, ``<name>_details/...`` for the rest of the whole model, and
@@ -65,7 +70,7 @@ def metrics_of(
         >>> metrics_of(LivenessReport(()))["dead_relu/dead_fraction"]
         0.0
     """
-    totals = headline_metrics(report, remedied_units, at_risk_fraction)
+    totals = headline_metrics(report, remedied_units, at_risk_fraction) | {"useful_units": float(useful_units)}
     metrics = {f"{name if key in _HEADLINE else f'{name}_details'}/{key}": value for key, value in totals.items()}
     sections = {site.name: f"{name}_dormant" if site.smooth else f"{name}_sites" for site in report.sites}
     return metrics | {f"{sections[site]}/{site}": value for site, value in site_metrics(report).items()}

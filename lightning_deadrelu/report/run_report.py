@@ -56,6 +56,11 @@ class RunReport:
         """How the model fares, since when, and what was done, in one sentence."""
         return conclude(self.report, self.history, self.sites)
 
+    @property
+    def useful_units(self) -> int:
+        """Repaired units that were found to matter to the loss at the latest verdict, if it ended a window."""
+        return sum(len(event.useful) for event in self.events if event.step == self.report.step)
+
     @cached_property
     def refused(self) -> dict[str, dict[str, str]]:
         """What could not be watched, traced or repaired, and why, by site.

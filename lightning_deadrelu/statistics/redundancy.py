@@ -50,7 +50,7 @@ def projection(out: Tensor, dims: tuple[int, ...]) -> Tensor:
         if dim not in units:
             out = torch.tensordot(out, _weights(out.shape[dim], out), ([dim], [0]))
     rows = out.flatten(0, before - 1) if before else out[None]
-    return _weights(len(rows), rows) @ rows.flatten(1)
+    return _weights(rows.shape[0], rows) @ rows.flatten(1)  # `len` would tie compiled code to one size
 
 
 def _weights(number: int, like: Tensor) -> Tensor:

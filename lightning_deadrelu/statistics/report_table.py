@@ -33,7 +33,7 @@ COLUMNS = (
     Column("frozen", "frozen"),
     Column("dormant", "dormant"),
     Column("duplicate", "duplicate", optional=True),
-    Column("blind_fraction", "all silent on", percent=1, optional=True),
+    Column("blind_fraction", "blind", percent=1, optional=True),
     Column("samples", "samples"),
     Column("rate_bound", "rate below", percent=2),
 )

@@ -22,6 +22,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -151,11 +152,13 @@ class One:
         """Whether units wait for a second look."""
         return self.repair.asks
 
-    def judge(self, sites: Sequence[SiteReport], losses: Tensor, s: int, step: int) -> None:
+    def judge(self, sites: Sequence[SiteReport], losses: Tensor, blind: Tensor, s: int, step: int) -> None:
         """Pass a verdict on, cut down to network ``s``; or an empty one, where there is nothing to say."""
         silent = any(bool(site.silent[s * WIDTH : (s + 1) * WIDTH].any()) for site in sites)
         tried = any(progress.trial for progress in self.repair.policy.state.sites.values())
-        parts = tuple(_part(site, s) for site in sites) if silent or tried else ()
+        most = min((remedy.treats_blind or 1.0 for remedy in self.repair.remedies), default=1.0)
+        says = silent or tried or bool((blind > most).any())
+        parts = tuple(map(partial(_part, s=s), sites, blind.tolist())) if says else ()
         self.repair.decide(LivenessReport(parts, step), losses)
 
     def look(self, x: Tensor) -> None:
@@ -193,6 +196,7 @@ class Batched:
         self.liveness = UnitLiveness({name: len(seeds) * WIDTH for name in names}, window=self.window, rules=rules)
         self.history = UnitHistory.empty()
         self.losses = torch.zeros(len(seeds), 3, dtype=torch.float64)  # number, sum and sum of squares in the window
+        self.blind = torch.zeros(HIDDEN, len(seeds))  # rows of the observations with rates on which all are silent
 
     def forward(self, a: Tensor, counting: bool = False) -> Tensor:
         """Send inputs of shape ``(networks, rows, 1)`` through all networks."""
@@ -206,6 +210,7 @@ class Batched:
                 a = z.relu()
                 if counting:
                     self.liveness.add(number, count(_columns(z), _columns(a)))
+                    self.blind[number] += (a <= 0).all(2).sum(1) * self.liveness.wants_rates(number)
         return a
 
     def step(self, step: int) -> None:
@@ -241,9 +246,11 @@ class Batched:
             self.liveness.totals(), self.history, self.liveness.layout, self.liveness.rules, step=step
         )
         self.liveness.reset()
+        rows = BATCH * min(self.window, 2)
         for s, one in enumerate(self.ones):
-            one.judge(report.sites, self.losses[s].clone(), s, step)
+            one.judge(report.sites, self.losses[s].clone(), self.blind[:, s] / rows, s, step)
         self.losses.zero_()
+        self.blind.zero_()
 
     def outcomes(self) -> list[Outcome]:
         """Measure each network on the grid."""
@@ -257,11 +264,11 @@ def _columns(values: Tensor) -> Tensor:
     return values.detach().transpose(0, 1).flatten(1)
 
 
-def _part(site: SiteReport, s: int) -> SiteReport:
+def _part(site: SiteReport, blind: float, s: int) -> SiteReport:
     """Cut one network's units out; their dormancy is relative to all networks, and no remedy here asks for it."""
     place = slice(s * WIDTH, (s + 1) * WIDTH)
     parts = {f.name: value[place] for f in fields(site) if isinstance(value := getattr(site, f.name), Tensor)}
-    return replace(site, units=WIDTH, **parts)
+    return replace(site, units=WIDTH, blind_fraction=blind, **parts)
 
 
 def batched(seeds: Sequence[int], steps: int, remedy: Reset | None, **setting: Any) -> list[Outcome]:
@@ -289,13 +296,14 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=SETTING["window"])
     parser.add_argument("--evidence", type=int, default=REMEDY.evidence)
     parser.add_argument("--tries", type=int, default=REMEDY.tries)
+    parser.add_argument("--blind", type=float, default=None, help="as of Reset, for instance 0.05")
     parser.add_argument("--only-remedy", action="store_true", help="leave out the untreated networks")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     ignore_expected()
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.nets)
-    remedy = replace(REMEDY, evidence=arguments.evidence, tries=arguments.tries)
+    remedy = replace(REMEDY, evidence=arguments.evidence, tries=arguments.tries, blind=arguments.blind)
     setting, study = SETTING | {"window": arguments.window}, through_trainer if arguments.trainer else batched
     print(f"seeds {seeds[0]} to {seeds[-1]}, {arguments.steps} steps, {study.__name__}")
     print(f"DeadReLUMonitor({', '.join(f'{key}={value}' for key, value in setting.items())}, remedy={remedy})")

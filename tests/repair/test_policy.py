@@ -244,6 +244,47 @@ def test_what_changes_the_output_by_nothing_is_not_blamed_for_a_loss_that_rose()
     assert told == [(0, "edited"), (2, "revived")]
 
 
+def reviewed(it, verdicts, of_use, least=()):
+    """Give one verdict after the other, with shares where they are asked for; only some units matter."""
+    told = []
+    for step, verdict in enumerate(verdicts):
+        shares = torch.tensor([float(unit in of_use or unit in least) for unit in range(verdict.units)])
+        measured = {name: shares for name in it.in_review}
+        requests, events = it.decide(report(verdict, step=step), shares=measured)
+        told += events
+        told += [it.edited(request, request.units, 0.2, None, step) for request in requests]
+    return told
+
+
+def test_units_that_came_back_have_to_matter_a_fair_time_later():
+    for of_use, wanted, useful in ((range(2, 10), "useless", ()), (range(1, 10), "useful", (1,))):
+        told = reviewed(ladder(), [site(dead=[0, 1]), *[site()] * 9], of_use)
+        assert [(one.step, one.action) for one in told] == [(0, "edited"), (2, "revived"), (7, wanted)]
+        assert told[-1].useful == useful
+        assert told[-1].units == (0, 1)
+
+
+def test_units_that_fire_and_never_matter_cost_attempts_and_no_more_than_these():
+    verdicts = [one for _ in range(40) for one in (site(dead=[0, 1]), *[site()] * 15)]  # far between: no relapse
+    for attempts in (1, 3):
+        told = reviewed(ladder(First(attempts=attempts), Second(attempts=attempts)), verdicts, range(2, 10))
+        actions = [one.action for one in told if one.action not in ("edited", "revived")]
+        assert actions == ["useless"] * attempts + ["escalated"] + ["useless"] * attempts + ["given up"]
+        assert sum(one.action == "edited" for one in told) == 2 * attempts
+    told = reviewed(ladder(First(attempts=2)), verdicts, range(10))
+    assert {one.action for one in told} == {"edited", "revived", "useful"}
+
+
+def test_nothing_is_said_of_units_that_died_again_and_time_begins_anew_for_what_is_edited_again():
+    died = [site(dead=[0, 1]), *[site()] * 2, *[site(dead=[0, 1], age=5)] * 6]
+    assert [one.action for one in reviewed(ladder(), died, range(10))] == ["edited", "revived"]
+    again = [site(dead=[0, 1]), *[site()] * 2, site(dead=[0]), *[site()] * 12]
+    told = reviewed(ladder(threshold=0.0), again, [1, *range(2, 10)])
+    assert [one.reason for one in told if one.action == "useful"] == [
+        "1 of 1 repaired units matter to the loss, 5 windows later"
+    ]
+
+
 def test_a_dry_run_rests_as_if_it_had_acted_and_fails_nobody():
     bad = site(dead=range(5))
     told = run(ladder(First(dry_run=True, attempts=1)), [bad] * 5)

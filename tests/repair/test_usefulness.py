@@ -3,9 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Trainer
 from torch import nn
-from toys import Net, batches, fit, mlp
+from toys import Log, Net, batches, fit, mlp
 
 from lightning_deadrelu import DeadReLUMonitor
 from lightning_deadrelu.observe.probe import Probe
@@ -61,12 +60,22 @@ def test_useful_is_what_reaches_a_tenth_of_the_median_live_unit():
 
 
 @pytest.mark.filterwarnings("ignore:.*the Trainer has no logger", "ignore:.*get no gradient")
-def test_an_outcome_tells_how_many_units_matter():
+def test_units_that_came_back_are_judged_by_whether_they_matter_and_that_is_logged():
     torch.manual_seed(0)
-    monitor = DeadReLUMonitor(
-        remedy=BiasWarming(steps=5), include=["net.1"], every_n_steps=1, window=4, min_samples=2, threshold=0.0
+    log, monitor = (
+        Log(),
+        DeadReLUMonitor(
+            remedy=BiasWarming(steps=5), include=["net.1"], every_n_steps=1, window=4, min_samples=2, threshold=0.0
+        ),
     )
-    assert isinstance(fit(Net(mlp(3)), batches(40, 8), monitor), Trainer)
-    outcome = next(event for event in monitor.events if event.action == "revived")
-    assert outcome.reason.startswith("3 of 3 repaired units fire, ")
-    assert outcome.reason.endswith(" of them matter to the loss")
+    fit(Net(mlp(3)), batches(80, 8), monitor, logger=log)
+    outcomes = [event for event in monitor.events if event.action in ("useful", "useless")]
+    revived = next(event for event in monitor.events if event.action == "revived")
+    assert outcomes[0].step - revived.step == 5 * 4
+    assert outcomes[0].reason.endswith(" repaired units matter to the loss, 5 windows later")
+    assert set(outcomes[0].useful) <= set(revived.units) == {0, 1, 2}
+    logged = {step: metrics["dead_relu/useful_units"] for step, metrics in log.verdicts()}
+    assert {step: number for step, number in logged.items() if number} == {
+        event.step: len(event.useful) for event in outcomes if event.useful
+    }
+    assert sum(logged.values()) > 0

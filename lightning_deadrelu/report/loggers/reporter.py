@@ -66,6 +66,7 @@ class Reporter:
         is_global_zero: bool = True,
         remedied_units: int = 0,
         at_risk_fraction: float = 0.0,
+        useful_units: int = 0,
     ) -> None:
         """Log a report.
 
@@ -75,8 +76,9 @@ class Reporter:
             is_global_zero: Whether this is rank 0.
             remedied_units: Units edited since the last report.
             at_risk_fraction: Share of the units that sink towards silence.
+            useful_units: Repaired units that were found to matter to the loss.
         """
-        metrics = metrics_of(report, self._name, remedied_units, at_risk_fraction)
+        metrics = metrics_of(report, self._name, remedied_units, at_risk_fraction, useful_units)
         for adapter in self._served(loggers):
             adapter.attempt("metrics", partial(adapter.log, metrics, report.step, is_global_zero), rank_zero_warn)
 
