@@ -182,6 +182,8 @@ class EscalationPolicy:
         progress.relapses = progress.relapses + 1 if _relapsed(progress, units) else 0
         if progress.review is not None:
             progress.review.units = progress.review.units & ~units  # their time begins anew
+        if request.blind:
+            progress.rests = step + _REST
         blamed = None if remedy.is_exact and not request.blind else loss
         progress.trial = Trial(units, remedy.cooldown, before, blamed, remedy.dry_run)
         action = "would edit" if remedy.dry_run else "edited"
@@ -359,7 +361,6 @@ def _blind_request(progress: Progress, site: SiteReport, remedy: Remedy, step: i
     live, blind = ~site.silent & ~site.frozen, most < site.blind_fraction < 1
     if not (blind or site.duplicate.any()):
         return None
-    progress.rests = step + _REST
     alike = int(site.duplicate.sum())
     why = f"no unit fires on {site.blind_fraction:.1%} of the samples" if blind else f"{alike} multiples of other units"
     return Request(site.name, progress.index, live, why, blind=True)

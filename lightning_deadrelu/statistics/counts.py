@@ -109,9 +109,11 @@ class FlatCounts:
 
     def of_sites(self, name: str) -> Tensor:
         """Lay out one field that is a number of each site; 0 where it is missing."""
-        zero = self._like.new_zeros((), dtype=torch.int64)
         found = {n: value for n, counts in self._pending.items() if (value := getattr(counts, name)) is not None}
-        return torch.stack([found.get(number, zero) for number in range(len(self._layout))])
+        if len(found) < len(self._layout):
+            zero = self._like.new_zeros((), dtype=torch.int64)
+            found = {number: found.get(number, zero) for number in range(len(self._layout))}
+        return torch.stack([found[number] for number in range(len(self._layout))])
 
 
 def count(
@@ -223,7 +225,7 @@ class _ReadOnce:
         except Exception as error:  # Triton is not there, or finds no compiler or driver to work with
             self._failed = True
             if not isinstance(error, ImportError):
-                warnings.warn(f"Counting on the GPU takes five reads in place of one: {error!r}", stacklevel=2)
+                warnings.warn(f"Counting on the GPU takes several reads in place of one: {error!r}", stacklevel=2)
             return None
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 _GOLDEN = 0.6180339887498949  # its multiples fill the unit interval evenly, and never repeat
+_FEW = 4096  # weights that are kept
 _SAME = 2.0**-16  # relative; sums in single precision are closer
 _FEWEST = 2  # elements on which a unit has to fire: any two that fire once each are proportional
 
@@ -48,14 +51,26 @@ def projection(out: Tensor, dims: tuple[int, ...]) -> Tensor:
     before, units = out.ndim + min(dims), [dim % out.ndim for dim in dims]
     for dim in reversed(range(before, out.ndim)):
         if dim not in units:
-            out = torch.tensordot(out, _weights(out.shape[dim], out), ([dim], [0]))
+            out = out.movedim(dim, -1) @ _weights(out.shape[dim], out)
     rows = out.flatten(0, before - 1) if before else out[None]
-    return _weights(rows.shape[0], rows) @ rows.flatten(1)  # `len` would tie compiled code to one size
+    return rows.flatten(1).T.mv(_weights(rows.shape[0], rows))  # `len` would tie compiled code to one size
 
 
 def _weights(number: int, like: Tensor) -> Tensor:
-    """Spread numbers from 0.5 to 1.5."""
-    return (torch.arange(1, number + 1, device=like.device, dtype=like.dtype) * _GOLDEN).frac() + 0.5
+    """Spread numbers from 0.5 to 1.5; few are kept, since making them takes more calls than using them."""
+    if type(like) is Tensor and number <= _FEW:  # a compiler's stand-ins must not be kept
+        return _kept_weights(number, like.device, like.dtype)
+    return _spread(number, like.device, like.dtype)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _kept_weights(number: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return _spread(number, device, dtype)
+
+
+def _spread(number: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return (torch.arange(1, number + 1, device=device, dtype=dtype) * _GOLDEN).frac() + 0.5
 
 
 def duplicates(fired: Tensor, size: Tensor, projected: Tensor, peak: Tensor) -> Tensor:
