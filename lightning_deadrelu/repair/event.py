@@ -22,8 +22,8 @@ class Event(NamedTuple):
     Args:
         step: The training batch, as loggers count.
         site: Name of the site; empty where it concerns all of them.
-        action: ``"edited"``, ``"would edit"`` (a dry run), ``"revived"``, ``"failed"``, ``"harmed"``, ``"useful"`` (most
-            of the units that came back matter to the loss a fair time later), ``"useless"`` (most do not),
+        action: ``"edited"``, ``"would edit"`` (a dry run), ``"revived"``, ``"failed"``, ``"harmed"``, ``"useful"``
+            (most of the units that came back matter to the loss a fair time later), ``"useless"`` (most do not),
             ``"refused"``, ``"escalated"``, ``"given up"``, ``"dropped"`` (a term still in flight when training ended)
             or ``"stopped"`` (the loss is not a number, so nothing is edited).
         remedy: Its class.

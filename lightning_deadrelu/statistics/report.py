@@ -38,8 +38,8 @@ class SiteReport:
         samples: Samples observed in the window, on all ranks.
         elements: Inputs per unit of the observations whose rates were read: the window's first and last. Rare, always
             on and dormant are judged by these, frozen by the last of them; 0 if the site ran in neither.
-        blind_fraction: Share of these observations' samples on which no unit fires, 0 to 1: there the layer puts out one
-            value, whatever its input.
+        blind_fraction: Share of these observations' samples on which no unit fires, 0 to 1: there the layer puts out
+            one value, whatever its input.
         trainable: Whether an optimizer trains what feeds it; frozen sites stay out of the headlines.
         smooth: Whether no input is exactly dead, as with GELU: only dormancy is judged.
         dead: Silent in the window, and for at least ``min_samples`` samples; the last verdict, where the site did not

@@ -249,7 +249,7 @@ def reviewed(it, verdicts, of_use, least=()):
     told = []
     for step, verdict in enumerate(verdicts):
         shares = torch.tensor([float(unit in of_use or unit in least) for unit in range(verdict.units)])
-        measured = {name: shares for name in it.in_review}
+        measured = dict.fromkeys(it.in_review, shares)
         requests, events = it.decide(report(verdict, step=step), shares=measured)
         told += events
         told += [it.edited(request, request.units, 0.2, None, step) for request in requests]

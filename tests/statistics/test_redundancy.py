@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch import LightningModule
 from torch import nn
-from toys import batches, fit, reports_of
+from toys import batches
 from two_ranks import ddp_trainer, on_two_ranks
 
 from lightning_deadrelu import DeadReLUMonitor, find_dead_units
