@@ -66,19 +66,17 @@ class UnitLiveness(Metric):
         **kwargs: Any,
     ) -> None:
         super().__init__(**{"compute_with_cache": False, **kwargs})
-        self.rules = rules
-        self.layout = Layout()
+        self.rules, self.layout = rules, Layout()
         self._observation, self._last_of_window = 0, window - 1
         self._latest = -1  # the observation that the rows of the last one hold
         self._pending: dict[int, Counts] = {}  # calls of the present observation by site
         self._running: dict[int, Counts] | None = None  # calls of a batch that may not come to its end
         self.add_state("fired", torch.zeros(0, dtype=torch.int64), "sum")
-        self.add_state("magnitude", torch.zeros(0, dtype=dtype), "sum")
         self.add_state("maxima", torch.zeros(len(NOTHING), 0, dtype=peak_dtype or dtype), "max")
-        self.add_state("samples", torch.zeros(0, window, dtype=torch.int64), "sum")
-        self.add_state("elements", torch.zeros(0, window, dtype=torch.int64), "sum")
-        self.add_state("blind", torch.zeros(0, window, dtype=torch.int64), "sum")
-        self.add_state("projection", torch.zeros(0, dtype=dtype), "sum")
+        for name in ("magnitude", "projection"):
+            self.add_state(name, torch.zeros(0, dtype=dtype), "sum")
+        for name in _OF_SITES:
+            self.add_state(name, torch.zeros(0, window, dtype=torch.int64), "sum")
         for name, units in (sites or {}).items():
             self.add_site(Site(name, False, "relu", (), units))
         self.make_room()
@@ -202,9 +200,7 @@ class UnitLiveness(Metric):
         self.projection.add_(flat.of("projection", 0))
         self.blind[:, self._observation].add_(flat.of_sites("blind"))
         self._begin_latest()
-        peak, depth = flat.of("peak", -math.inf), -flat.of("trough", math.inf)
-        latest = torch.where(peak.isnan(), -math.inf, peak), torch.where(depth.isnan(), math.inf, depth)
-        _raise_to(self.maxima[_LATEST], *latest)
+        _raise_to(self.maxima[_LATEST], *_latest_rows(flat))
 
     def record_gradient_proof(self, found: Tensor) -> None:
         """Take in what gradients say.
@@ -213,8 +209,7 @@ class UnitLiveness(Metric):
             found: :attr:`Totals.proved` and :attr:`Totals.moved`, shape ``(2, units)``.
         """
         self.make_room()
-        own = self.maxima[-2:]
-        torch.maximum(own, found.to(own.dtype), out=own)
+        _raise_to(self.maxima[-2:], *found)
 
     def _add_sizes(self, pending: Mapping[int, Counts]) -> None:
         """Add samples and elements; where no mask made them tensors, of all sites at once."""
@@ -225,9 +220,9 @@ class UnitLiveness(Metric):
                 self.elements[number, self._observation].add_(elements)
             return
         table = _size_table(len(self.layout), pending, sizes)
-        samples, elements = table.to(self.samples.device, non_blocking=True).unbind(1)  # waits for no device
-        self.samples[:, self._observation].add_(samples)
-        self.elements[:, self._observation].add_(elements)
+        table = table.to(self.samples.device, non_blocking=True)  # waits for no device
+        for state, numbers in zip((self.samples, self.elements), table.unbind(1), strict=True):
+            state[:, self._observation].add_(numbers)
 
     def _begin_latest(self) -> None:
         """Forget the inputs of the rates before, unless the present observation has none or was begun."""
@@ -279,8 +274,7 @@ class UnitLiveness(Metric):
         super().reset()
         for name, state in states.items():
             setattr(self, name, _cleared(name, state))
-        self._pending = {}
-        self._observation, self._latest = 0, -1
+        self._pending, self._observation, self._latest = {}, 0, -1
 
 
 def _peak_rows(flat: FlatCounts, observation: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -291,6 +285,12 @@ def _peak_rows(flat: FlatCounts, observation: int) -> tuple[Tensor, Tensor, Tens
     last = torch.where((peak > 0) | (flat.of("fired", 0) > 0), observation, -1)
     infinite = peak.isposinf() | trough.isneginf()
     return peak, last, torch.where(lost | trough.isnan(), NAN, torch.where(infinite, INFINITE, FINITE))
+
+
+def _latest_rows(flat: FlatCounts) -> tuple[Tensor, Tensor]:
+    """Tell of each unit its largest input, and the smallest with the sign changed; beside a NaN it is not constant."""
+    peak, depth = flat.of("peak", -math.inf), -flat.of("trough", math.inf)
+    return torch.where(peak.isnan(), -math.inf, peak), torch.where(depth.isnan(), math.inf, depth)
 
 
 def _size_table(sites: int, numbers: Iterable[int], sizes: Sequence[tuple[Any, Any]]) -> Tensor:
