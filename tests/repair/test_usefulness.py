@@ -74,7 +74,7 @@ def test_units_that_came_back_are_judged_by_whether_they_matter_and_that_is_logg
     assert outcomes[0].step - revived.step == 5 * 4
     assert outcomes[0].reason.endswith(" repaired units matter to the loss, 5 windows later")
     assert set(outcomes[0].useful) <= set(revived.units) == {0, 1, 2}
-    logged = {step: metrics["dead_relu/useful_units"] for step, metrics in log.verdicts()}
+    logged = {step: metrics["dead_relu_details/useful_units"] for step, metrics in log.verdicts()}
     assert {step: number for step, number in logged.items() if number} == {
         event.step: len(event.useful) for event in outcomes if event.useful
     }
