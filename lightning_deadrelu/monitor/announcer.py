@@ -60,8 +60,9 @@ class Announcer:
         announced.update(site.name for site in crossed)
         if crossed:
             sites = ", ".join(f"`{site.name}` ({int(site.dead.sum())} of {site.units} units)" for site in crossed)
+            how_many = f"more than {threshold:.0%} dead at step" if threshold else "dead units at step"
             self._host.warn(
-                f"more than {threshold:.0%} dead at step {report.step}: {sites}. They fired on no sample for"
+                f"{how_many} {report.step}: {sites}. They fired on no sample for"
                 f" {self._settings.min_samples} samples or more, and get no gradient."
             )
         return [site.name for site in crossed]

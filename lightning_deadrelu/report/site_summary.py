@@ -218,5 +218,6 @@ def _repaired(summaries: Sequence[SiteSummary]) -> str:
     if all(one.site.smooth for one in summaries if one.repaired):
         return f"; {were(number)} repaired"
     if number == 1:
-        return f"; 1 was repaired, and {'fires' if fire else 'is silent'}"
-    return f"; {were(number)} repaired, {fire:,} of them fire"
+        return f"; 1 was repaired, and {'fires again' if fire else 'is silent'}"
+    how_many = {0: "none", number: "all"}.get(fire, f"{fire:,}")
+    return f"; {were(number)} repaired, and {how_many} fire again"

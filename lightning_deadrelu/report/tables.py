@@ -23,16 +23,13 @@ class Summary(str):
         html: What a notebook shows instead.
     """
 
-    def __new__(cls, text: str, html: str) -> Self:
+    _html: str
+
+    def __new__(cls, text: str, html: str = "") -> Self:
         """Keep both."""
         new = super().__new__(cls, text)
         new._html = html
         return new
-
-    _html: str
-
-    def __getnewargs__(self) -> tuple[str, str]:
-        return str(self), self._html
 
     def _repr_html_(self) -> str:
         return self._html

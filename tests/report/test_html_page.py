@@ -236,7 +236,7 @@ def test_the_conclusion_counts(runs):
     edited = {unit for event in events if event.action == "edited" for unit in event.units}
     fire = sum(not report["layer1.relu"].silent[unit] for unit in edited)
     assert line.startswith(f"{report.dead_units} of 60 units are dead")
-    assert line.endswith(f"; {len(edited)} were repaired, {fire} of them fire.")
+    assert line.endswith(f"; {len(edited)} were repaired, and {fire} fire again.")
 
 
 def test_a_healthy_model_needs_few_words():

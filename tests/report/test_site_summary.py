@@ -73,9 +73,9 @@ def test_a_dry_run_repairs_nothing():
         ((), (0, 0), "None of 20 units is dead."),
         ((), (0, 5), "5 of 20 units are dead (25.0%), all in `act`, since step 19."),
         ((), (10, 5), "5 of 20 units are dead (25.0%), all in `act`, since step 9, down from 50.0% at step 9."),
-        ((edited(0),), (1, 0), "None of 20 units is dead, down from 5.0% at step 9; 1 was repaired, and fires."),
+        ((edited(0),), (1, 0), "None of 20 units is dead, down from 5.0% at step 9; 1 was repaired, and fires again."),
         ((edited(0, 1, 2),), (3, 1), "1 of 20 units is dead (5.0%), in `act`, since step 9, down from 15.0% at step 9;"
-         " 3 were repaired, 2 of them fire."),
+         " 3 were repaired, and 2 fire again."),
     ],
 )  # fmt: skip
 def test_the_sentence_above_a_run(events, counts, sentence):
