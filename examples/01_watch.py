@@ -105,9 +105,9 @@ def main() -> None:
 
     report = monitor.report
     assert report is not None
-    accuracy = trainer.callback_metrics["accuracy"]
-    better = "; --lr 0.02 keeps them alive" if report.dead_fraction > 0.1 else ""
-    print(f"\nLearning rate {args.lr:g}: accuracy {accuracy:.1%}, {report.dead_fraction:.0%} of the units dead{better}.")
+    accuracy, dead = trainer.callback_metrics["accuracy"], report.dead_fraction
+    better = "; --lr 0.02 keeps them alive" if dead > 0.1 else ""
+    print(f"\nLearning rate {args.lr:g}: accuracy {accuracy:.1%}, {dead:.0%} of the units dead{better}.")
     picture = args.out / "dead_relu.png"
     monitor.plot()[0].savefig(picture)
     print(f"Picture: {picture}")

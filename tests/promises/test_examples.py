@@ -44,6 +44,8 @@ def test_a_high_learning_rate_kills_more(tmp_path):
     def dead(lr: str) -> float:
         printed = watch(tmp_path, "--lr", lr, "--epochs", "6", "--logger", "none")
         row = next(line for line in printed.splitlines() if line.startswith("net.relu1"))
+        assert "gradient_spike" not in printed  # which is what follows from a rate that is too high
+        assert ("high_learning_rate (likely)" in printed) == (lr == "0.15")
         return float(row.split()[4].removesuffix("%"))
 
     assert dead("0.02") < 15 < dead("0.15")

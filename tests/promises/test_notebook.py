@@ -1,5 +1,7 @@
 """Promise 10 and 11 in a notebook: a fit ends well beside the default progress bar, and its outcome is seen once."""
 
+from pathlib import Path
+
 import pytest
 
 nbclient = pytest.importorskip("nbclient")
@@ -59,3 +61,29 @@ def test_a_fit_in_a_notebook_ends_with_its_outcome_once(bar):
     assert asked.startswith(told)
     assert f"dead_relu: {asked}" in fitted
     assert shown == "LivenessReport(step=15, 1 site, 0 of 8 units dead)"
+
+
+TOUR = Path(__file__).parents[2] / "examples" / "tour.ipynb"
+
+
+def shown(book) -> list[set[str]]:
+    """Say of each cell of code in which forms it shows something."""
+    cells = [cell for cell in book.cells if cell.cell_type == "code"]
+    return [{kind for output in cell.outputs for kind in output.get("data", {"text": ""})} for cell in cells]
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_and_shows_what_is_kept_of_it(tmp_path):
+    kept = nbformat.read(TOUR, 4)
+    book = nbformat.read(TOUR, 4)
+    nbclient.NotebookClient(book, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
+    assert shown(book) == shown(kept)
+    summary, plot = shown(kept)[4:6]
+    assert "text/html" in summary
+    assert "image/png" in plot
+
+
+def test_the_notebook_that_is_kept_names_no_machine():
+    assert not [
+        place for place in ("/home/", "/root/", "/work/", "/tmp/", "site-packages") if place in TOUR.read_text()
+    ]
