@@ -108,7 +108,7 @@ def test_a_push_goes_to_treated_units_that_are_not_frozen():
 def test_a_slope_goes_along_with_a_lift_or_else_with_a_push():
     quantiles = normal_quantiles(6, -5.0, 1.0)
     edits = LeakySlope().propose(shown(quantiles), seeded())
-    assert (edits.activation.kind, edits.activation.steps, edits.lift.steps) == ("leaky_relu", 200, 200)
+    assert (edits.activation.kind, edits.activation.steps, edits.lift.steps) == ("leaky_relu", 50, 50)
     assert edits.push is None
     edits = LeakySlope().propose(shown(quantiles, known=False), seeded())
     assert edits.lift is None
