@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from cure import STEPS, TASKS, Batches, Learner
 from expected import ignore_expected
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from rich.console import Console
 from rich.table import Table
 from shock import ROWS, Digits
@@ -34,22 +34,23 @@ REMEDIES: dict[str, Any] = {one: one for one in ("reset", "bias_warming", "wake_
 REMEDIES["bias_warming, at once"] = BiasWarming(at_once=True)
 
 
-class Before(Callback):
-    """Measures the losses at the end of each batch; stands before the monitor."""
+class Monitor(DeadReLUMonitor):
+    """Measures the losses at the end of each batch, before it acts."""
 
     batch: tuple[Tensor, Tensor]
     losses: tuple[float, float]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.batch, self.losses = batch, pl_module.losses(batch)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
 
 class Jumps(Learner):
     """Measures the loss at the start of each batch before which the monitor edited something."""
 
-    def __init__(self, seed: int, data: Digits, before: Before, monitor: DeadReLUMonitor) -> None:
+    def __init__(self, seed: int, data: Digits, monitor: Monitor) -> None:
         super().__init__(seed, TASKS["narrow"], data, True, "")
-        self._measured, self._monitor = before, monitor
+        self._monitor = monitor
         self._seen = 0
         self._under_way: set[str] = set()
         self.jumps: list[tuple[float, float]] = []
@@ -60,8 +61,8 @@ class Jumps(Learner):
         edited = {event.site for event in new if event.action == "edited"}
         self._under_way -= {event.site for event in new} - edited
         if edited and not self._under_way:
-            now = self.losses(self._measured.batch)
-            self.jumps.append((now[0] - self._measured.losses[0], now[1] - self._measured.losses[1]))
+            now = self.losses(self._monitor.batch)
+            self.jumps.append((now[0] - self._monitor.losses[0], now[1] - self._monitor.losses[1]))
         self._under_way |= edited
         return super().training_step(batch, batch_idx)
 
@@ -73,12 +74,12 @@ class Jumps(Learner):
 
 
 def jumps(seed: int, remedy: Any) -> list[tuple[float, float]]:
-    data, before, monitor = Digits(seed, False), Before(), DeadReLUMonitor(threshold=0, remedy=remedy)
-    model = Jumps(seed, data, before, monitor)
+    data, monitor = Digits(seed, False), Monitor(threshold=0, remedy=remedy)
+    model = Jumps(seed, data, monitor)
     trainer = Trainer(
         max_steps=STEPS,
         accelerator="cpu",
-        callbacks=[before, monitor],
+        callbacks=[monitor],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
