@@ -37,8 +37,16 @@ class Compare(Callback):
 
 
 def around(monitor, probe):
+    """Keep what is there on both sides of the monitor's turn; no callback comes before it."""
     before, after = [], []
-    return [Compare(probe, before), monitor, Compare(probe, after)], before, after
+    look, act = Compare(probe, before).on_train_batch_end, monitor.on_train_batch_end
+
+    def turn(*batch):
+        look(*batch)
+        act(*batch)
+
+    monitor.on_train_batch_end = turn
+    return [monitor, Compare(probe, after)], before, after
 
 
 def test_a_reset_revives_and_changes_the_output_by_exactly_nothing():
