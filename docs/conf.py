@@ -55,6 +55,7 @@ napoleon_use_rtype = False
 html_theme = "furo"
 html_title = "lightning-deadrelu"
 html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_theme_options = {
     "source_repository": "https://github.com/lightning-deadrelu/lightning-deadrelu/",
     "source_branch": "main",
