@@ -335,22 +335,30 @@ def candidates(site: SiteReport, remedy: Remedy, min_silent_samples: int) -> Ten
     enough = site.age >= (min_silent_samples if remedy.evidence is None else remedy.evidence)
     if remedy.significance is None:
         return site.dead & enough
-    return site.silent & torch.where(site.usual_rate > 0, improbable(site, remedy.significance), enough)
+    return site.silent & torch.where(site.fired_ever > 0, improbable(site, remedy.significance), enough)
 
 
 def improbable(site: SiteReport, significance: float) -> Tensor:
     """Tell whose silence has become improbable under the unit's own history, boolean, shape ``(units,)``.
 
-    A unit that fires at rate ``p`` stays silent for ``a`` samples with probability ``(1 - p) ** a``. Source: Farias
-    and Jozefiak 2024, arXiv 2410.20098, with the geometric law.
+    While nothing changes, the ``k`` times that a unit has fired lie anywhere among its ``n`` elements until then and
+    the ``a`` samples since, with equal chance. All lie among the first ``n`` in ``C(n, k)`` of ``C(n + a, k)`` cases:
+    Fisher's exact test. With many firings that is the geometric law, ``(1 - k / n) ** a``; a unit that has fired once
+    has to be silent 19 times as long as that took to be improbable at 0.05. Source: Farias and Jozefiak 2024,
+    arXiv 2410.20098, for the question.
 
     Args:
-        site: The verdict; its ``usual_rate`` is the history.
+        site: The verdict; its ``fired_ever`` and ``seen`` are the history.
         significance: The probability below which silence is no accident.
     """
-    log_odds = site.age * torch.log1p(-site.usual_rate.clamp(max=1 - 1e-12))
-    silence: Tensor = log_odds <= math.log(significance)
+    fired, seen, age = site.fired_ever.double(), site.seen.double(), site.age.double()
+    silence: Tensor = _log_ways(seen, fired) - _log_ways(seen + age, fired) <= math.log(significance)
     return silence
+
+
+def _log_ways(among: Tensor, fired: Tensor) -> Tensor:
+    """Count the orders in which so many firings can lie among elements, as a logarithm."""
+    return torch.lgamma(among + 1) - torch.lgamma(among - fired + 1)
 
 
 def _blind_request(progress: Progress, site: SiteReport, remedy: Remedy, step: int) -> Request | None:

@@ -2,7 +2,10 @@
 
 import math
 from dataclasses import dataclass, replace
+from fractions import Fraction
+from itertools import combinations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -42,7 +45,7 @@ class WithFrozen(First):
         return True
 
 
-def site(dead=(), units=10, name="fc", age=10_000, frozen=(), trainable=True, usual_rate=0.5):
+def site(dead=(), units=10, name="fc", age=10_000, frozen=(), trainable=True, usual_rate=0.5, seen=10**7):
     def mask(numbers):
         return torch.tensor([unit in numbers for unit in range(units)])
 
@@ -54,7 +57,7 @@ def site(dead=(), units=10, name="fc", age=10_000, frozen=(), trainable=True, us
     return SiteReport(
         name, "relu", units, 1000, 1000, 0.0, trainable, False, dead=silent & (ages >= 299), silent=silent,
         frozen=mask(frozen), judged=~off, fired=number, peak=number, dormancy=number, age=ages,
-        fired_ever=number + usual_rate, seen=number + 1, last_fired=ages, projection=number, **masks,
+        fired_ever=number + usual_rate * seen, seen=number + seen, last_fired=ages, projection=number, **masks,
     )  # fmt: skip
 
 
@@ -313,15 +316,26 @@ def test_improbable_silence_matches_the_published_ages(rate, age):
     assert not improbable(replace(one, age=one.age - 1), 0.05).any()
 
 
-@given(st.floats(1e-4, 1.0), st.integers(0, 5000), st.sampled_from([0.01, 0.05, 0.5]))
-def test_improbable_silence_is_the_product_over_samples(rate, age, significance):
-    probability = 1.0
-    for _ in range(age):
-        probability *= 1 - rate
-    if math.isclose(probability, significance, rel_tol=1e-6):
-        return
-    one = site(dead=[0], units=1, age=age, usual_rate=rate)
-    assert bool(improbable(one, significance)) == (probability <= significance)
+@given(st.integers(1, 9), st.integers(0, 6), st.data())
+def test_improbable_silence_is_counted_over_all_orders(seen, age, data):
+    fired = data.draw(st.integers(1, seen))
+    orders = list(combinations(range(seen + age), fired))
+    share = Fraction(sum(order[-1] < seen for order in orders), len(orders))
+    one = site(dead=[0], units=1, age=age, usual_rate=fired / seen, seen=seen)
+    for significance in (share * Fraction(999, 1000), share * Fraction(1001, 1000)):
+        assert bool(improbable(one, float(significance))) == (share <= significance)
+
+
+@pytest.mark.parametrize("firings", [1, 2, 3, 10])
+@pytest.mark.parametrize("rate", [0.3, 0.01, 0.0003])
+def test_no_living_unit_is_called_improbable_more_often_than_it_says(rate, firings):
+    units, generator = 20_000, np.random.default_rng(firings)
+    seen = torch.from_numpy(generator.geometric(rate, (firings, units)).sum(0))
+    age = torch.from_numpy(generator.geometric(rate, units)) - 1  # the longest silence before it fires again
+    one = replace(site(range(units), units), age=age, seen=seen, fired_ever=torch.full_like(seen, firings))
+    wrongly = improbable(one, 0.05).double().mean()
+    assert wrongly < 0.055
+    assert rate > 0.001 or wrongly > 0.045  # nor is it blunt
 
 
 def test_rare_units_are_protected_by_their_own_history_and_busy_ones_treated_early():
