@@ -2,11 +2,12 @@
 
     python tests/benchmarks/kills.py [--kills 100] [--interrupts 50] [--steps 60] [--seed 0]
 
-Each point is a process that trains and is sent SIGKILL, or SIGINT, after a random time; another one goes on from the
-latest checkpoint. A checkpoint is saved after each batch, and after SIGINT once more, wherever that came. Where it came
-between the optimizer's step and the batch's end, weights and progress do not fit together whatever watches, and the
-run goes on from the checkpoint before; such points are counted as "in halves". In the end weights, optimizer, events
-and the last verdict have to be those of the run that nothing stopped, to the last bit.
+Each point is a process that trains and is sent SIGKILL, or SIGINT, at a random time within a random batch, or before
+the first. Another one goes on from the latest checkpoint. A checkpoint is saved after each batch, and after SIGINT once
+more, wherever that came. Where it came between the optimizer's step and the batch's end, weights and progress do not
+fit together whatever watches, and the run goes on from the checkpoint before; such points are counted as "in halves".
+In the end weights, optimizer, events and the last verdict have to be those of the run that nothing stopped, to the last
+bit.
 """
 
 import argparse
@@ -38,7 +39,6 @@ from lightning_deadrelu.remedies import BiasWarming, LeakySlope
 REMEDIES = ["reset", BiasWarming(at_once=True, steps=7), LeakySlope(ramp_steps=5), "thermal_kick", "wake_up", "gelu"]
 SETTINGS = {"every_n_steps": 1, "window": 3, "min_samples": 10, "threshold": 0.0, "remedy": REMEDIES}
 LAST, INTERRUPTED, OUTCOME = "last.pt", "on_exception.ckpt", "outcome.pt"
-PATIENCE = 120
 
 
 class Batches(Callback):
@@ -93,6 +93,7 @@ def in_a_process(work: Callable[[], Any]) -> int:
     if child := os.fork():
         return child
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what a run says at its end
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores in what it runs in the background
     try:
         work()
     except BaseException:
@@ -118,14 +119,22 @@ def interrupted(folder: Path, steps: int) -> Callable[[], None]:
     return work
 
 
-def fits(checkpoint: Path, folder: Path) -> bool:
-    """Whether the weights of a checkpoint are those behind the batches that are done."""
+def fits(checkpoint: Path, whole: Path) -> bool:
+    """Whether the weights of a checkpoint are those that the whole run had behind the batches that are done."""
     saved = torch.load(checkpoint, weights_only=True)
     (done,) = (state["done"] for state in saved["callbacks"].values() if "done" in state)
     if not done:
         return bool(saved["global_step"] == 0)
-    before = folder / f"step={done}.ckpt"
-    return before.exists() and same(saved["state_dict"], torch.load(before, weights_only=True)["state_dict"])
+    expected = torch.load(whole / f"step={done}.ckpt", weights_only=True)
+    return same(saved["state_dict"], expected["state_dict"])
+
+
+def wait(folder: Path, until: float, child: int, pace: float) -> None:
+    """Wait until a child has done as many batches, with a fraction of one behind them; or until it ends."""
+    done = folder / f"step={int(until)}.ckpt"
+    while until >= 1 and not done.exists() and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        time.sleep(pace / 100)
+    time.sleep(pace * (until % 1))
 
 
 def latest(folder: Path) -> Path | None:
@@ -146,6 +155,23 @@ def same(one: Any, other: Any) -> bool:
 
 
 @dataclass
+class Whole:
+    """The run that nothing stops: its checkpoints and outcome, and how long a batch takes, in seconds."""
+
+    folder: Path
+    steps: int
+    pace: float = 0.0
+    outcome: dict[str, Any] = field(default_factory=dict)
+
+    def run(self) -> None:
+        begun = time.monotonic()
+        os.waitpid(in_a_process(trained(self.folder, self.steps)), 0)
+        self.pace = (time.monotonic() - begun) / self.steps
+        self.outcome = torch.load(self.folder / OUTCOME, weights_only=False)
+        assert "edited" in self.outcome["actions"], "no remedy did anything"
+
+
+@dataclass
 class Tally:
     """What came of all points of one kind."""
 
@@ -157,19 +183,20 @@ class Tally:
     wrong: list[str] = field(default_factory=list)
 
 
-def point(how: signal.Signals, after: float, whole: dict[str, Any], steps: int, tally: Tally) -> None:
-    """Stop a run after some seconds, and go on."""
+def point(how: signal.Signals, until: float, whole: Whole, tally: Tally) -> None:
+    """Stop a run within a batch, and go on."""
+    steps = whole.steps
     with TemporaryDirectory() as name:
         folder = Path(name)
         interrupts = how is signal.SIGINT
         child = in_a_process(interrupted(folder, steps) if interrupts else trained(folder, steps))
-        time.sleep(after)
+        wait(folder, until, child, whole.pace)
         os.kill(child, how)
         os.waitpid(child, 0)
         tally.left += torch.load(folder / "left.pt") if (folder / "left.pt").exists() else 0
         start = latest(folder)
         if interrupts and (folder / INTERRUPTED).exists():
-            in_order = fits(folder / INTERRUPTED, folder)
+            in_order = fits(folder / INTERRUPTED, whole.folder)
             tally.halves += not in_order
             start = folder / INTERRUPTED if in_order else start
         if start == folder / f"step={steps}.ckpt":
@@ -178,29 +205,25 @@ def point(how: signal.Signals, after: float, whole: dict[str, Any], steps: int, 
         tally.points += 1
         os.waitpid(in_a_process(trained(folder, steps, start)), 0)
         outcome = torch.load(folder / OUTCOME, weights_only=False) if (folder / OUTCOME).exists() else {}
-        wrong = [key for key in whole if not same(outcome.get(key), whole[key])]
+        wrong = [key for key, value in whole.outcome.items() if not same(outcome.get(key), value)]
         tally.equal += not wrong
         if wrong:
             tally.wrong.append(
-                f"{how.name} after {after:.2f} s, from {start and start.name}: {', '.join(wrong)} differ"
+                f"{how.name} after {until:.2f} batches, from {start and start.name}: {', '.join(wrong)} differ"
             )
 
 
 def run(kills: int, interrupts: int, steps: int, seed: int) -> dict[str, Tally]:
     """Stop as many runs, each at a random time."""
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        begun = time.monotonic()
-        os.waitpid(in_a_process(trained(folder, steps)), 0)
-        takes = time.monotonic() - begun
-        whole = torch.load(folder / OUTCOME, weights_only=False)
-    assert "edited" in whole["actions"], "no remedy did anything"
     draw, tallies = random.Random(seed), {}
-    for how, points in ((signal.SIGKILL, kills), (signal.SIGINT, interrupts)):
-        tallies[how.name] = Tally()
-        while tallies[how.name].points < points:
-            point(how, draw.uniform(0.02, 0.9) * takes, whole, steps, tallies[how.name])
-            print(tallies[how.name], file=sys.stderr)
+    with TemporaryDirectory() as name:
+        whole = Whole(Path(name), steps)
+        whole.run()
+        for how, points in ((signal.SIGKILL, kills), (signal.SIGINT, interrupts)):
+            tally = tallies[how.name] = Tally()
+            while tally.points < points:
+                point(how, draw.uniform(0, steps), whole, tally)
+                print(tally, file=sys.stderr)
     return tallies
 
 
