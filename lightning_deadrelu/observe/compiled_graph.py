@@ -80,7 +80,7 @@ class _Replay(TorchFunctionMode):
 
     def __init__(self, probe: Probe, home: nn.Module | None) -> None:
         super().__init__()
-        self.resolver = SiteResolver(probe.model, probe.unit_dims, self._runs)
+        self.resolver = SiteResolver(probe.model, probe.unit_dims, self._runs, probe.wants)
         self.resolver.look_at_model()
         path = self._path(home)
         self._home = [] if path is None else [("", call) for call in self._calls_down_to(path)]

@@ -25,7 +25,7 @@ from lightning_deadrelu.observe.call_stack import in_autograd_function
 from lightning_deadrelu.observe.compiled_operators import backends_around, call_compiled, why_unwatched
 from lightning_deadrelu.observe.module_hooks import ModuleHooks
 from lightning_deadrelu.observe.selections import NAMES
-from lightning_deadrelu.observe.site_resolver import SiteResolver
+from lightning_deadrelu.observe.site_resolver import SiteResolver, Wants, everything
 from lightning_deadrelu.observe.subscribers import InCompiled, Sink
 from lightning_deadrelu.observe.substitutes import Substitutes
 from lightning_deadrelu.observe.torch_modes import (
@@ -50,6 +50,7 @@ class Probe(TorchFunctionMode):
             tell it wrongly or not at all.
         keep_fused: Look away where PyTorch fuses a whole encoder layer, which it would not do under a probe,
             and which rounds differently.
+        wants: See :class:`~lightning_deadrelu.observe.site_resolver.SiteResolver`.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
@@ -60,7 +61,12 @@ class Probe(TorchFunctionMode):
     """
 
     def __init__(
-        self, model: nn.Module, sink: Sink, unit_dims: Mapping[str, int] | None = None, keep_fused: bool = False
+        self,
+        model: nn.Module,
+        sink: Sink,
+        unit_dims: Mapping[str, int] | None = None,
+        keep_fused: bool = False,
+        wants: Wants = everything,
     ) -> None:
         super().__init__()
         self.model: nn.Module = getattr(model, "_orig_mod", model)
@@ -72,7 +78,9 @@ class Probe(TorchFunctionMode):
         """Called before a backward that starts while the probe looks."""
         self.unit_dims = dict(unit_dims or {})
         """The dimension that holds the units, by pattern over site names."""
-        self._resolver = SiteResolver(self.model, self.unit_dims)
+        self.wants = wants
+        """Tells by name whether a rectifier is to be watched."""
+        self._resolver = SiteResolver(self.model, self.unit_dims, wants=wants)
         self.router = CallRouter(self._resolver, sink, self.trains)
         """Hands on what the probe sees, to whoever subscribes."""
         self._call_takers = self.router.call_takers

@@ -63,6 +63,14 @@ class _Place(NamedTuple):
     inside: bool
 
 
+Wants = Callable[[str, Rectifier], bool]
+
+
+def everything(name: str, rectifier: Rectifier) -> bool:
+    """Want every rectifier to be watched."""
+    return True
+
+
 class SiteResolver:
     """Follow tensors from parameters to rectifiers, and give equal calls the same site.
 
@@ -70,12 +78,17 @@ class SiteResolver:
         model: The model.
         unit_dims: The dimension that holds the units, by pattern over site names.
         runs: Tells whether the model's own forward is running; a hinge outside of it is a loss, not a layer.
+        wants: Tells by name whether a rectifier is to be watched: of others it is not said why they are not.
     """
 
     def __init__(
-        self, model: nn.Module, unit_dims: Mapping[str, int], runs: Callable[[nn.Module], bool] = in_forward
+        self,
+        model: nn.Module,
+        unit_dims: Mapping[str, int],
+        runs: Callable[[nn.Module], bool] = in_forward,
+        wants: Wants = everything,
     ) -> None:
-        self._model, self._unit_dims, self._runs = model, unit_dims, runs
+        self._model, self._unit_dims, self._runs, self._wants = model, unit_dims, runs, wants
         self.origins = TensorOrigins(model)
         """Where tensors come from."""
         self._selections = Selections(self.origins)
@@ -216,21 +229,24 @@ class SiteResolver:
         """Tell the site of a call and its unit dimensions, once for all calls alike; None if it is not watched."""
         place = self._place(known, rectifier.kind in SELECTIONS)
         if place is None:
+            if self.stack and known.producers:
+                name = base_name(self.stack.path, True, rectifier.kind)
+                self._pass_over(name, rectifier, "it runs outside the model's forward, as a loss does")
             return None
         owner, functional, source, _ = place
         name = base_name(owner, functional, rectifier.kind)
         if values is None:
-            self.unwatched.setdefault(name, "its input is not a plain tensor (nested, sparse, or under `vmap`)")
+            self._pass_over(name, rectifier, "its input is not a plain tensor (nested, sparse, or under `vmap`)")
             return None
         dims = self._dims(name, known, values)
         if dims is None:
-            self.unwatched.setdefault(name, "no dimension of its input holds units; name one with `unit_dims`")
+            self._pass_over(name, rectifier, "no dimension of its input holds units; name one with `unit_dims`")
             return None
         units = count_units(values, dims)
         if not self._is_steady((owner, functional, rectifier.kind, source), units):
             self._site_calls.clear()
-            self.unwatched[name] = (
-                "its number of units changes from call to call; name their dimension with `unit_dims`"
+            self._pass_over(
+                name, rectifier, "its number of units changes from call to call; name their dimension with `unit_dims`"
             )
             return None
         traced = not source[0].startswith("#")
@@ -239,6 +255,10 @@ class SiteResolver:
         if key[:-2] in self._places:  # else the next call alike may be another site
             self._site_calls[key] = found, place
         return found
+
+    def _pass_over(self, name: str, rectifier: Rectifier, why: str) -> None:
+        if self._wants(name, rectifier):
+            self.unwatched.setdefault(name, why)
 
     def _is_steady(self, place: tuple[Any, ...], units: int) -> bool:
         """Note the number of units of a place, and tell whether it has not changed too often."""

@@ -96,7 +96,7 @@ class Watch:
         self._window, self._rules, self._blind = window, rules, blind
         self.device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
         self.liveness = self._new_liveness()
-        self.probe = Probe(model, self._take, unit_dims, keep_fused)
+        self.probe = Probe(model, self._take, unit_dims, keep_fused, self._wants)
         self.compiled = Compiled(self)
         self.probe.compiled = self.compiled
         self.tracer = Tracer(self.probe.model, self._name_of)
@@ -230,9 +230,12 @@ class Watch:
         place = self._places.get(site, self._places.get(site._replace(units=0)))
         return own_name(site) if place is None else self.layout.names[place]
 
+    def _wants(self, name: str, what: Rectifier | Site) -> bool:
+        return is_selected(name, what.kind, what.smooth, self._include, self._exclude)
+
     def _add(self, site: Site) -> int:
         name = Layout((*self.layout, site)).names[-1]
-        selected = is_selected(name, site.kind, site.smooth, self._include, self._exclude)
+        selected = self._wants(name, site)
         if self._blind and selected:
             self.probe.unwatched[name] = self._blind
             selected = False

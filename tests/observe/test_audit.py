@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lightning_deadrelu import find_dead_units
+from lightning_deadrelu.observe.watch import Watch
 
 
 def net() -> nn.Sequential:
@@ -158,6 +159,40 @@ def test_rectifiers_that_did_not_run_are_named():
     model.used, model.idle = nn.ReLU(), nn.ReLU()
     report = find_dead_units(model, [torch.rand(3, 2)], forward=lambda model, batch: model.used(batch))
     assert report.unwatched == {"idle": "it has not run while observed"}
+
+
+class HingeLoss(nn.Module):
+    def forward(self, x):
+        return nn.functional.relu(1 - x).mean()
+
+
+def test_a_hinge_in_a_loss_of_the_model_is_listed_as_one():
+    model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 3))
+    model.loss = HingeLoss()
+    body = model[:3]
+    report = find_dead_units(model, [torch.rand(9, 2)], forward=lambda model, batch: model.loss(body(batch)))
+    assert [site.name for site in report.sites] == ["1"]
+    assert report.unwatched == {"loss-relu": "it runs outside the model's forward, as a loss does"}
+
+
+class ScatteredSoftplus(nn.Module):
+    """Rectifies single entries, smoothly, which have no unit dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.soft = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 3)), nn.Softplus()
+
+    def forward(self, x):
+        y = self.body(x)
+        return self.soft(y[torch.arange(9), torch.arange(9) % 3])
+
+
+@pytest.mark.parametrize(("include", "listed"), [([], []), (["softplus", "relu"], ["soft"])])
+def test_a_smooth_activation_is_listed_as_unwatched_only_if_somebody_asked_for_it(include, listed):
+    watch = Watch(model := ScatteredSoftplus(), include=include)
+    with watch.probe:
+        model(torch.rand(9, 2))
+    assert list(watch.unwatched()) == listed
 
 
 def test_lists_of_patterns_are_not_strings():
