@@ -672,7 +672,7 @@ CASES: dict[str, Case] = {
     "hinge in a loss module": Case(
         lambda: Net(lambda m, x: m.mlp(x), mlp=Mlp(), loss=Hinge()),
         [(5, 4), (5, 4)],
-        "mlp.act@-1 -",
+        "mlp.act@-1 ?loss-relu",
         lambda m, x, y: m.loss(m(x), y),
     ),
     "overlap of boxes in a training step": Case(Mlp, [(5, 4), (5, 4)], "act@-1 -", lambda m, x, y: iou(m(x), y).sum()),
