@@ -119,11 +119,18 @@ def interrupted(folder: Path, steps: int) -> Callable[[], None]:
     return work
 
 
+def done_in(checkpoint: Path | None) -> int:
+    """How many batches are done."""
+    if checkpoint is None:
+        return 0
+    states = torch.load(checkpoint, weights_only=True)["callbacks"].values()
+    return next(int(state["done"]) for state in states if "done" in state)
+
+
 def fits(checkpoint: Path, whole: Path) -> bool:
     """Whether the weights of a checkpoint are those that the whole run had behind the batches that are done."""
     saved = torch.load(checkpoint, weights_only=True)
-    (done,) = (state["done"] for state in saved["callbacks"].values() if "done" in state)
-    if not done:
+    if not (done := done_in(checkpoint)):
         return bool(saved["global_step"] == 0)
     expected = torch.load(whole / f"step={done}.ckpt", weights_only=True)
     return same(saved["state_dict"], expected["state_dict"])
@@ -199,7 +206,7 @@ def point(how: signal.Signals, until: float, whole: Whole, tally: Tally) -> None
             in_order = fits(folder / INTERRUPTED, whole.folder)
             tally.halves += not in_order
             start = folder / INTERRUPTED if in_order else start
-        if start == folder / f"step={steps}.ckpt":
+        if done_in(start) == steps:
             tally.over += 1
             return
         tally.points += 1
