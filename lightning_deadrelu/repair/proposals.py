@@ -46,7 +46,8 @@ def fed_by_linear(attribution: Attribution, tensors: Mapping[str, Tensor]) -> st
         return ""
     path, weight = attribution.outlet.path, layers[0]
     names = [f"{path}.{role}" for role in ("weight", "bias")][: len(layers)]
-    plain = not weight.shape and weight.dims == (0,) and tensors[weight.name].ndim == 2
+    held = tensors.get(weight.name)  # pruning renames a weight
+    plain = not weight.shape and weight.dims == (0,) and held is not None and held.ndim == 2
     return path if plain and [one.name for one in layers] == names else ""
 
 
