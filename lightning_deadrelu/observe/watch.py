@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -91,6 +92,7 @@ class Watch:
         _check_lists(include=include, exclude=exclude)
         self._model = model
         self._include, self._exclude = tuple(include), tuple(exclude)
+        self._wants = partial(_wants, self._include, self._exclude)
         self._unit_dims = dict(unit_dims or {})
         self._places: dict[Site, int] = {}
         self._window, self._rules, self._blind = window, rules, blind
@@ -230,9 +232,6 @@ class Watch:
         place = self._places.get(site, self._places.get(site._replace(units=0)))
         return own_name(site) if place is None else self.layout.names[place]
 
-    def _wants(self, name: str, what: Rectifier | Site) -> bool:
-        return is_selected(name, what.kind, what.smooth, self._include, self._exclude)
-
     def _add(self, site: Site) -> int:
         name = Layout((*self.layout, site)).names[-1]
         selected = self._wants(name, site)
@@ -321,6 +320,10 @@ def _refuse_unmatched(given: Mapping[str, list[str]], ran: Sequence[Ran]) -> Non
                 f"`{argument}={patterns}`: {missing} matches no activation that ran. Mend or drop it; the"
                 f" sites of this model: {known}."
             )
+
+
+def _wants(include: Sequence[str], exclude: Sequence[str], name: str, what: Rectifier | Site) -> bool:
+    return is_selected(name, what.kind, what.smooth, include, exclude)
 
 
 def _check_lists(**arguments: Sequence[str]) -> None:
