@@ -196,6 +196,62 @@ def test_what_runs_without_gradients_is_not_observed(mode):
     assert monitor.report["act"].dead[0]
 
 
+def load(target, model):
+    target.load_state_dict(model.state_dict())
+
+
+@torch.no_grad()
+def average(target, model):
+    for slow, fast in zip(target.parameters(), model.parameters(), strict=True):
+        slow.lerp_(fast, 0.1)
+
+
+def average_data(target, model):
+    for slow, fast in zip(target.parameters(), model.parameters(), strict=True):
+        slow.data.copy_(0.1 * fast.data + 0.9 * slow.data)
+
+
+@pytest.mark.filterwarnings("ignore:.*% dead at step")
+@pytest.mark.parametrize("update", [load, average, average_data])
+def test_a_target_network_that_follows_the_model_is_no_part_of_it(update):
+    torch.manual_seed(0)
+    model, target = mlp(), mlp()
+    target.requires_grad_(False)
+    optimizer, losses = sgd(model), []
+    with watch(model, optimizer, **OFTEN, remedy="reset", threshold=0.0) as monitor:
+        for batch in BATCHES:
+            update(target, model)
+            with torch.no_grad():
+                wanted = target(batch) + model(batch[0])  # acting
+            losses.append((model(batch) - wanted).square().mean())
+            losses[-1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            monitor.step(losses[-1])
+    assert monitor.failure is None
+    assert [site.name for site in monitor.report.sites] == ["1", "3"]
+    assert monitor.report["1"].samples == 24
+    assert [event.action for event in monitor.events][:2] == ["edited", "revived"], monitor.events
+
+
+@pytest.mark.filterwarnings("ignore:.*% dead at step")
+def test_units_of_single_rows_are_woken_up():
+    torch.manual_seed(0)
+    model = mlp()
+    with torch.no_grad():
+        model[0].bias[:3] = -3.0
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with watch(model, optimizer, **OFTEN, remedy="wake_up", threshold=0.0) as monitor:
+        for row in torch.randn(400, 4, generator=torch.Generator().manual_seed(3)):
+            loss = loss_of(model, row)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            monitor.step(loss)
+    assert monitor.failure is None
+    assert model[0].bias[:3].min() > -3.0  # where it would have stayed
+
+
 def test_a_compiled_model_is_observed_in_training_forwards_alone():
     model = net()
     compiled = torch.compile(model, backend="aot_eager")

@@ -156,7 +156,9 @@ class TensorFlows:
         return node_number(node) < self._first_node
 
     def remember(self, tensor: Tensor, flow: Flow) -> None:
-        """Note what flows in a tensor."""
+        """Note what flows in a tensor; in another network's parameter nothing does, whatever is copied into it."""
+        if type(tensor) is nn.Parameter:
+            flow = Flow(constant=True)
         self._known.put(tensor, (flow, tensor.grad_fn is None))
         if flow.streams:
             self._stored.setdefault(storage_of(tensor), []).append((weakref.ref(tensor), flow))

@@ -63,8 +63,11 @@ class TensorOrigins:
         return None if name is None else parameter(name)
 
     def remember(self, tensor: Tensor, provenance: Provenance | None) -> None:
-        """Keep a tensor's provenance as long as the tensor is there."""
-        if provenance is not None:
+        """Keep a tensor's provenance as long as the tensor is there.
+
+        Another network's parameter has none: it holds copied numbers, as a target network's does.
+        """
+        if provenance is not None and type(tensor) is not nn.Parameter:
             self._known.put(tensor, provenance)
 
     def note_zeros(self, call: Call) -> None:

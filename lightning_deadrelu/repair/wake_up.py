@@ -161,29 +161,34 @@ def push_(push: Push, x: Tensor, output: Tensor, dims: tuple[int, ...], hinge: f
         dims: The dimensions of the input that hold the units, counted from the end.
         hinge: What an input has to exceed to fire; None where units are selected, and fire if they put out something.
     """
+    if not (x.requires_grad if hinge is None else output.grad_fn):
+        return
     others = [dim for dim in range(-x.ndim, 0) if dim not in dims]
     with torch.no_grad():
         fires = output.detach() != 0 if hinge is None else x.detach() > hinge  # of an output written in place the same
-        rate = fires.float().mean(others, keepdim=True)
+        rate = fires.float().mean(others, keepdim=True) if others else fires.float()
         asleep = (rate < push.firing_rate) & push.units.to(x.device).view(rate.shape)
     each = push.strength * rate.numel() / x.numel()
 
     def pushed(own: Tensor, typical: Tensor) -> Tensor:
         return own - asleep * (each * typical).to(own.dtype)
 
-    def push_selected(own: Tensor) -> Tensor:
-        sizes = own.abs().sum(others)
-        return pushed(own, sizes.sum() / (sizes > 0).sum().clamp(min=1))
+    def sizes(gradient: Tensor) -> Tensor:
+        return gradient.abs().sum(others) if others else gradient.abs()
 
-    if hinge is not None:
-        _hook_node(output.grad_fn, lambda own, above: pushed(own, above.abs().sum(others).median()))
-    elif x.requires_grad:  # several calls lead from one to the other
+    def push_selected(own: Tensor) -> Tensor:
+        size = sizes(own)
+        return pushed(own, size.sum() / (size > 0).sum().clamp(min=1))
+
+    if hinge is None:  # several calls lead from one to the other
         x.register_hook(push_selected)
+    else:
+        _hook_node(output.grad_fn, lambda own, above: pushed(own, sizes(above).median()))
 
 
 def _hook_node(node: Any, change: Callable[[Tensor, Tensor], Tensor]) -> None:
     """Have the gradient of a function's first input changed, given that and the output's; nothing where it has none."""
-    if node is None or not node.next_functions:
+    if not node.next_functions:
         return
     place = next((number for number, (behind, _) in enumerate(node.next_functions) if behind is not None), 0)
 
