@@ -65,6 +65,9 @@ class DeadReLUMonitor(MonitorOwner, Callback):
             findings are told once, and are in ``findings``.
         alerts: Send a W&B alert when a site crosses the threshold; at most one in ten minutes.
         report_dir: A folder for ``report.html`` and ``report.json``, written when training ends, also by an error.
+        preset: ``"sae"`` also tells what is usual for sparse autoencoders, ``<name>_sae/<site>/...``: ``l0``,
+            ``dead_features``, ``mean_log10_feature_sparsity``, ``below_1e-5``, ``below_1e-6``,
+            ``mean_passes_since_fired``, and a histogram of log densities.
         name: Prefix of the keys; two monitors on one Trainer need two names.
 
     Raises:
@@ -96,6 +99,7 @@ class DeadReLUMonitor(MonitorOwner, Callback):
         checkup: bool = False,
         alerts: bool = False,
         report_dir: str | None = None,
+        preset: str | None = None,
         name: str = "dead_relu",
     ) -> None:
         super().__init__()
@@ -113,6 +117,7 @@ class DeadReLUMonitor(MonitorOwner, Callback):
         self.checkup = checkup
         self.alerts = alerts
         self.report_dir = report_dir
+        self.preset = preset
         self.name = name
         self._settings = self._checked_settings()
         self._clear(self.name)

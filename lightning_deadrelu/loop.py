@@ -49,6 +49,7 @@ class LoopHost:
         optimizers: What trains it.
         name: Prefix of the metrics.
         log: Takes the metrics of each verdict, on rank 0.
+        latents: Whether those of sparse autoencoders are among them.
     """
 
     in_step = True  # for all that is known
@@ -56,9 +57,11 @@ class LoopHost:
     clips = True  # for all that is known
     averages = ""
 
-    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], name: str, log: Log | None) -> None:
+    def __init__(
+        self, model: nn.Module, optimizers: Sequence[Optimizer], name: str, log: Log | None, latents: bool = False
+    ) -> None:
         self.called, self.model, self.optimizers = model, _unwrapped(model), optimizers
-        self._name, self._log = name, log
+        self._name, self._log, self._latents = name, log, latents
 
     @property
     def device(self) -> torch.device:
@@ -99,7 +102,8 @@ class LoopHost:
         if self._log and self.is_first_rank and run.report.sites:
             with guarded(self._drop_log):
                 useful = run.useful_units if closed else 0
-                self._log(metrics_of(run.report, self._name, edited, at_risk, useful), run.report.step)
+                metrics = metrics_of(run.report, self._name, edited, at_risk, useful, self._latents)
+                self._log(metrics, run.report.step)
 
     def _drop_log(self, error: Exception) -> None:
         self._log = None
@@ -286,6 +290,7 @@ def watch(
     unit_dims: Mapping[str, int] | None = None,
     checkup: bool = False,
     report_dir: str | None = None,
+    preset: str | None = None,
     name: str = "dead_relu",
 ) -> LoopMonitor:
     """Watch every rectifier of a model in a loop of your own, as :class:`DeadReLUMonitor` does in Lightning's Trainer.
@@ -313,6 +318,7 @@ def watch(
         unit_dims: The dimension that holds the units, by pattern over site names.
         checkup: Look on the first observed batch for what is going to kill units.
         report_dir: A folder for ``report.html`` and ``report.json``, written when the block ends.
+        preset: ``"sae"`` also logs what is usual for sparse autoencoders.
         name: Prefix of the metrics.
 
     Raises:
@@ -348,11 +354,12 @@ def watch(
         unit_dims=unit_dims,
         checkup=checkup,
         report_dir=report_dir,
+        preset=preset,
         name=name,
     )
     takes = "it is called with metrics and a step"
     Argument("watch", "log", log).check(log is None or callable(log), takes, "log=wandb.log")
-    return LoopMonitor(LoopHost(model, _optimizers(optimizers), name, log), settings)
+    return LoopMonitor(LoopHost(model, _optimizers(optimizers), name, log, preset is not None), settings)
 
 
 def _optimizers(given: Any) -> list[Optimizer]:

@@ -38,7 +38,7 @@ class TrainerHost:
 
     def __init__(self, trainer: Trainer, settings: Settings) -> None:
         self._trainer, self._name = trainer, settings.name
-        self._reporter = Reporter(settings.name, alerts=settings.alerts)
+        self._reporter = Reporter(settings.name, alerts=settings.alerts, latents=settings.preset is not None)
         self._reporter.prepare(trainer.loggers, trainer.is_global_zero)
 
     @property

@@ -47,6 +47,7 @@ class Settings:
     checkup: bool = False
     alerts: bool = False
     report_dir: str | None = None
+    preset: str | None = None
     name: str = "dead_relu"
     all_rates: bool = False
 
@@ -73,6 +74,7 @@ class Settings:
                 'mask=lambda batch: batch["attention_mask"]',
             ),
             "unit_dims": (_maps_to_dimensions(self.unit_dims), "it maps patterns to dimensions", _UNIT_DIMS),
+            "preset": (self.preset in (None, "sae"), "there is one, for sparse autoencoders", 'preset="sae"'),
             "report_dir": (_is_path(self.report_dir), "it is the path of a folder", 'report_dir="reports"'),
             "name": (
                 isinstance(self.name, str) and self.name.isidentifier(),
@@ -114,8 +116,8 @@ class Settings:
 
     @property
     def rules(self) -> Rules:
-        """What a verdict asks for; a remedy that goes by how often a unit usually fires needs all its rates."""
-        by_rate = any(remedy.significance is not None for remedy in self.remedies)
+        """What a verdict asks for; densities need all rates, and so does a remedy that goes by firing rates."""
+        by_rate = self.preset is not None or any(remedy.significance is not None for remedy in self.remedies)
         return Rules(self.min_samples, self.tau, self.all_rates or by_rate)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning_deadrelu.report.latents import latent_metrics
 from lightning_deadrelu.statistics import LivenessReport
 
 _COUNTED = {"newly_dead": "newly_dead_units", "revived": "revived_units", "redied": "died_again_units"}
@@ -51,6 +52,7 @@ def metrics_of(
     remedied_units: int = 0,
     at_risk_fraction: float = 0.0,
     useful_units: int = 0,
+    latents: bool = False,
 ) -> dict[str, float]:
     """Turn a report into the scalars that are logged.
 
@@ -60,6 +62,7 @@ def metrics_of(
         remedied_units: Units edited since the last report.
         at_risk_fraction: Share of the units that sink towards silence.
         useful_units: Repaired units that were found to matter to the loss.
+        latents: Whether those of sparse autoencoders are wanted, too.
 
     Returns:
         ``<name>/...`` for what to look at first, ``<name>_details/...`` for the rest of the whole model, and
@@ -73,4 +76,5 @@ def metrics_of(
     totals = headline_metrics(report, remedied_units, at_risk_fraction) | {"useful_units": float(useful_units)}
     metrics = {f"{name if key in _HEADLINE else f'{name}_details'}/{key}": value for key, value in totals.items()}
     sections = {site.name: f"{name}_dormant" if site.smooth else f"{name}_sites" for site in report.sites}
+    metrics |= latent_metrics(report, name) if latents else {}
     return metrics | {f"{sections[site]}/{site}": value for site, value in site_metrics(report).items()}

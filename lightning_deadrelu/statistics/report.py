@@ -108,6 +108,16 @@ class SiteReport:
         """Share of the elements that fired, float64."""
         return self.fired.double() / max(self.elements, 1)
 
+    @property
+    def log_density(self) -> Tensor:
+        """Firing rate as a power of ten, -10 for what was silent: what histograms of sparse autoencoders show."""
+        return (self.firing_rate + 1e-10).log10()
+
+    @property
+    def l0(self) -> float:
+        """How many units fire on an element, on average; NaN where no rates were read."""
+        return float(self.fired.sum()) / self.elements if self.elements else math.nan
+
     @cached_property
     def usual_rate(self) -> Tensor:
         """Share of all elements so far that fired, without the windows since the unit last did; 0 if it never did."""

@@ -19,13 +19,15 @@ from torch import Tensor
 from lightning_deadrelu.guarded import guarded
 from lightning_deadrelu.render.names import cut_name
 from lightning_deadrelu.render.table import Column, markdown_table
+from lightning_deadrelu.report.latents import SECTION
 from lightning_deadrelu.report.loggers.media import LEGEND, Media
 from lightning_deadrelu.report.loggers.private_lightning import read_private
 from lightning_deadrelu.report.raster import Picture
 
 _LONGEST_FILE = 150  # characters of a name that a file's is made of: systems take 255, trackers add some 80
 _BINS = np.linspace(0, 1, 65)
-_SECTIONS = ("", "_details", "_sites", "_dormant", "_rates")
+_LOG_BINS = np.linspace(-10, 0, 41)
+_SECTIONS = ("", "_details", "_sites", "_dormant", "_rates", f"_{SECTION}")
 _MARKDOWN = (
     Column("site", "layer"),
     Column("units", "units"),
@@ -143,8 +145,8 @@ class WandbAdapter(Adapter):
 
     def map_names(self, names: Mapping[str, str]) -> None:
         """Put the names of sites into the run's configuration."""
-        whole = f"{self.name}/", f"{self.name}_details/"
-        sites = {name: key.split("/", 1)[1] for name, key in names.items() if not key.startswith(whole)}
+        others = f"{self.name}/", f"{self.name}_details/", f"{self.name}_{SECTION}/"
+        sites = {name: key.split("/", 1)[1] for name, key in names.items() if not key.startswith(others)}
         if sites != self._mapped:
             self.logger.experiment.config.update({f"{self.name}_sites": sites}, allow_val_change=True)
             self._mapped = sites
@@ -156,7 +158,9 @@ class WandbAdapter(Adapter):
         table = wandb.Table(columns=[*media.columns], data=[list(row.values()) for row in media.rows])
         row: dict[str, Any] = {f"{self.name}_table/sites": table}
         for key, rates in self._by_site("rates", media.rates).items():
-            row[key] = wandb.Histogram(np_histogram=_histogram(rates))
+            row[key] = wandb.Histogram(np_histogram=_histogram(rates, _BINS))
+        for key, densities in self._by_site("log_density", media.log_densities).items():
+            row[key] = wandb.Histogram(np_histogram=_histogram(densities, _LOG_BINS))
         for key, picture in self._pictures(media).items():
             row[key] = wandb.Image(picture, caption=_caption(media) if key.endswith("_overview/sites") else None)
         self.logger.log_metrics(metrics=row, step=media.step)
@@ -168,8 +172,8 @@ class WandbAdapter(Adapter):
         self.logger.experiment.alert(title=title, text=text, level="WARN")
 
 
-def _histogram(rates: Tensor) -> tuple[Any, Any]:
-    return np.histogram(rates.clamp(0, 1).numpy(), bins=_BINS)
+def _histogram(values: Tensor, bins: Any) -> tuple[Any, Any]:
+    return np.histogram(values.clamp(bins[0], bins[-1]).numpy(), bins=bins)
 
 
 def _caption(media: Media) -> str:
@@ -191,6 +195,9 @@ class TensorBoardAdapter(Adapter):
         for site, rates in media.rates.items():
             tag = self._prefixed(f"{self.name}_rates/{site}")
             writer.add_histogram(tag, rates.clamp(0, 1).numpy(), step, bins=_BINS.tolist())
+        for site, densities in media.log_densities.items():
+            tag = self._prefixed(f"{self.name}_log_density/{site}")
+            writer.add_histogram(tag, densities.clamp(-10, 0).numpy(), step, bins=_LOG_BINS.tolist())
         for key, picture in self._pictures(media).items():
             writer.add_image(self._prefixed(key), picture, step, dataformats="HWC")
         text = f"{markdown_table(_MARKDOWN, media.rows)}\n\n{LEGEND}"

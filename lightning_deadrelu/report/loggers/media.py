@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_deadrelu.render.scale import shades_of
 from lightning_deadrelu.render.table import Cell
+from lightning_deadrelu.report.latents import latents_of
 from lightning_deadrelu.report.raster import Picture, enlarged, image_of
 from lightning_deadrelu.report.run_report import RunReport
 from lightning_deadrelu.report.site_summary import worst_first
@@ -39,6 +40,7 @@ class Media:
         overview: The dead share of all sites; None without a history.
         summary: The run in a few numbers.
         left_out: Sites that are not shown, because others have more dead units.
+        log_densities: Of the latents of sparse autoencoders, by name of the site; powers of ten.
     """
 
     step: int
@@ -48,6 +50,7 @@ class Media:
     overview: Picture | None = None
     summary: Mapping[str, Cell] = field(default_factory=dict)
     left_out: int = 0
+    log_densities: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def columns(self) -> list[str]:
@@ -74,11 +77,12 @@ def is_due(windows: int, every: int, stride: int = 1) -> bool:
     return windows % (every * stride) == 0 or (windows < every and windows & (windows - 1) == 0)
 
 
-def media_of(run: RunReport) -> Media:
+def media_of(run: RunReport, latents: bool = False) -> Media:
     """Make what trackers show.
 
     Args:
         run: What to show.
+        latents: Whether to show densities of latents, too.
 
     Example:
         >>> from lightning_deadrelu.statistics import LivenessReport
@@ -97,6 +101,7 @@ def media_of(run: RunReport) -> Media:
         enlarged(shades_of(np.array(list(curves.values()))), _LEAST) if curves else None,
         summary_of(run),
         len(run.sites) - len(shown),
+        {site.name: site.log_density for site in latents_of(run.report) if site.elements} if latents else {},
     )
 
 

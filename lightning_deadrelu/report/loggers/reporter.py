@@ -32,12 +32,18 @@ class Reporter:
             such window, rarer in long runs; 0 for never. They are made once for all loggers.
         alerts: Whether W&B alerts when :meth:`alert` is called.
         alert_wait: Seconds between alerts, at least; what comes too early joins the next.
+        latents: Whether what is usual for sparse autoencoders is sent, too.
     """
 
     def __init__(
-        self, name: str, media_every_n_windows: int = 50, alerts: bool = False, alert_wait: float = 600.0
+        self,
+        name: str,
+        media_every_n_windows: int = 50,
+        alerts: bool = False,
+        alert_wait: float = 600.0,
+        latents: bool = False,
     ) -> None:
-        self._name = name
+        self._name, self._latents = name, latents
         self._every = media_every_n_windows
         self._alerts = alerts
         self._wait = alert_wait
@@ -78,7 +84,8 @@ class Reporter:
             at_risk_fraction: Share of the units that sink towards silence.
             useful_units: Repaired units that were found to matter to the loss.
         """
-        metrics = metrics_of(report, self._name, remedied_units, at_risk_fraction, useful_units)
+        rest = (remedied_units, at_risk_fraction, useful_units, self._latents)
+        metrics = metrics_of(report, self._name, *rest)
         for adapter in self._served(loggers):
             adapter.attempt("metrics", partial(adapter.log, metrics, report.step, is_global_zero), rank_zero_warn)
 
@@ -99,7 +106,7 @@ class Reporter:
             return
         self._drawn = run.report.step
         with guarded(self._draw_no_more):
-            media = media_of(run)
+            media = media_of(run, self._latents)
             for adapter in takers:
                 adapter.attempt("media", partial(adapter.show, media), rank_zero_warn)
 

@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import io
 import json
+import math
 import time
 import warnings
 from pathlib import Path
@@ -205,6 +206,35 @@ def test_only_the_sites_with_most_dead_units_are_drawn_and_all_are_in_the_table(
     assert "layer0" not in media.rasters
     assert list(media.rasters) == sorted(media.rasters, key=lambda name: int(name[5:]))
     assert len(raster.site_curves) == 60
+
+
+def test_log_densities_of_latents_are_histograms(tmp_path):
+    pytest.importorskip("tensorboard")
+    from lightning.pytorch.loggers import TensorBoardLogger
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    rows = []
+
+    class WandbLogger(Log):
+        class experiment:
+            summary, config = {}, {}
+
+        def log_metrics(self, metrics, step=None):
+            rows.append(metrics)
+
+    one = report(site(8, "sae"), step=5)
+    raster, board = run(Raster(), [0]), TensorBoardLogger(tmp_path)
+    for latents in (False, True):
+        Reporter("a", latents=latents).media(RunReport(one, raster), [WandbLogger(), board], final=True)
+    board.experiment.close()
+    assert ["a_log_density/sae" in row for row in rows] == [False, True]
+    found = rows[1]["a_log_density/sae"]
+    counts = dict(zip(found.bins[:-1], found.histogram, strict=True))
+    logs = [min(0.0, math.log10(rate + 1e-10)) for rate in one.sites[0].firing_rate.tolist()]
+    for low, count in counts.items():
+        assert count == sum(low <= log < low + 0.25 or (log == 0 and low == -0.25) for log in logs)
+    (file,) = tmp_path.rglob("events.*")
+    assert EventAccumulator(str(file)).Reload().Tags()["histograms"].count("a_log_density/sae") == 1
 
 
 def test_the_end_of_fit_draws_once_and_other_ranks_never(tmp_path):
