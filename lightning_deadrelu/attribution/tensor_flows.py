@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ class TensorFlows:
 
     def _found(self, tensor: Tensor) -> Flow:
         """Meet a tensor that no seen function returned: an input, or the work of code out of sight."""
-        node = tensor.grad_fn
+        node = _node_of(tensor)
         if self._names.is_gathered(tensor):
             self._name_parameters()
             if (named := self._named(tensor)) is not None:
@@ -126,7 +127,7 @@ class TensorFlows:
     def _emerged(self, tensor: Tensor, flow: Flow) -> Flow:
         """Meet what a custom autograd function puts out: calls in it were seen, but who knows whether all were."""
         self._connectivity.note_unaccounted(unaccounted_reads(flow, _OUT_OF_SIGHT, f"{_OUT_OF_SIGHT} reads it"))
-        self._walk(tensor.grad_fn)
+        self._walk(_node_of(tensor))
         found = Flow(why="what feeds it is computed out of sight")
         self.remember(tensor, found)
         return found
@@ -159,10 +160,10 @@ class TensorFlows:
         """Note what flows in a tensor; in another network's parameter nothing does, whatever is copied into it."""
         if type(tensor) is nn.Parameter:
             flow = Flow(constant=True)
-        self._known.put(tensor, (flow, tensor.grad_fn is None))
+        self._known.put(tensor, (flow, (node := _node_of(tensor)) is None))
         if flow.streams:
             self._stored.setdefault(storage_of(tensor), []).append((weakref.ref(tensor), flow))
-        if (node := tensor.grad_fn) is not None:
+        if node is not None:
             self._nodes.setdefault(node_number(node), []).append(flow)
 
     def keep(self, call: TracedCall) -> None:
@@ -183,7 +184,18 @@ def _next_node() -> int:
         return node_number(torch.zeros((), requires_grad=True, device="cpu").view(()).grad_fn) + 1
 
 
+def _node_of(tensor: Tensor) -> Any:
+    """Return the node of autograd's graph that made a tensor.
+
+    None also for a view made without gradients of what was written to since (``bias[:3] -= 1`` behind a step), of which
+    torch refuses to tell it.
+    """
+    with suppress(RuntimeError):
+        return tensor.grad_fn
+    return None
+
+
 def _is_made_out_of_sight(tensor: Tensor) -> bool:
     """Whether a function of autograd, made by hand, returned it; those of torch run what is seen, or nothing."""
-    node = tensor.grad_fn
+    node = _node_of(tensor)
     return node is not None and type(node).__name__ not in _IN_SIGHT

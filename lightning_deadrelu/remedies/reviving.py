@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_deadrelu.model.rectifiers import SELECTIONS
+from lightning_deadrelu.model.rectifiers import COMPETITIONS, SELECTIONS
 from lightning_deadrelu.remedies.base import Activation, Edits, Lift, NotApplicable, Push, Remedy, SiteView, Warmth
 from lightning_deadrelu.remedies.lifting import raised
 
@@ -91,16 +91,9 @@ class BiasWarming(Remedy):
             return torch.zeros(len(known), dtype=torch.float64)
         size = view.depth + view.spread
         typical = float(size[known].median()) or 1.0  # all inputs are 0: there is no scale to go by
-        target = view.quantile(1 - self._rate(view))
+        target = view.quantile(1 - _attainable(self.firing_rate or 0.0, view))
         height = -target if self.cap is None else (-target).minimum(self.cap * size)
         return torch.where(known, height.clamp(min=0) + self.margin * typical, 0.0)
-
-    def _rate(self, view: SiteView) -> float:
-        """Tell the share of the inputs to fire on; no more than is usual where units take one another's places."""
-        live, rate = ~view.report.silent, self.firing_rate or 0.0
-        if view.report.kind not in SELECTIONS or not bool(live.any()):
-            return rate
-        return min(rate, float(view.report.firing_rate[live].median()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +112,11 @@ class WakeUp(Remedy):
     than ``max_steps``. What else the gradient reaches, the layers before, is trained along. So :class:`BiasWarming` is
     to be preferred wherever the parameters that feed the site are known.
 
+    Refused where units compete (``topk``, ``batch_topk``): pushed latents of a sparse autoencoder were selected on all
+    inputs alike, and its error rose (``examples/08_sparse_autoencoder.py``).
+
     Args:
-        target_rate: Share of a batch on which a unit is to fire.
+        target_rate: Share of a batch on which a unit is to fire; see ``firing_rate`` of :class:`BiasWarming`.
         push: Size of the gradient, relative to that of a typical unit.
         max_steps: Training batches until it ends, if the units do not fire before.
         attempts: As for all remedies; no limit by default.
@@ -150,8 +146,11 @@ class WakeUp(Remedy):
 
     def propose(self, view: SiteView, generator: torch.Generator) -> Edits:
         """Push the treated units."""
+        if view.report.kind in COMPETITIONS:
+            raise NotApplicable("units that compete would be pushed to be selected on all inputs alike")
         units = view.units & ~view.report.frozen
-        return Edits(push=Push(units, self.target_rate, self.push, self.max_steps)) if units.any() else Edits()
+        rate = _attainable(self.target_rate, view)
+        return Edits(push=Push(units, rate, self.push, self.max_steps)) if units.any() else Edits()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,3 +221,11 @@ class LeakySlope(Remedy):
         except NotApplicable:
             pass  # what feeds the site is known, and cannot raise it
         return WakeUp().propose(view, generator)
+
+
+def _attainable(rate: float, view: SiteView) -> float:
+    """Cut the share of inputs to fire on to what is usual, where units are selected and take one another's places."""
+    live = ~view.report.silent
+    if view.report.kind not in SELECTIONS or not bool(live.any()):
+        return rate
+    return min(rate, float(view.report.firing_rate[live].median()))

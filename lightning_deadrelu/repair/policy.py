@@ -10,7 +10,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from lightning_deadrelu.model.rectifiers import WATCHPOINT
+from lightning_deadrelu.model.rectifiers import SELECTIONS, WATCHPOINT
 from lightning_deadrelu.remedies import Remedy
 from lightning_deadrelu.repair.event import Event, Loss
 from lightning_deadrelu.repair.usefulness import useful
@@ -256,7 +256,8 @@ class EscalationPolicy:
 
     def _conclude(self, progress: Progress, site: SiteReport, trial: Trial, step: int) -> list[Event]:
         """Judge an edit by which of the edited units fire now."""
-        back = trial.units & ~site.silent & ~site.frozen & ~site.rare
+        seldom = site.silent if site.kind in SELECTIONS else site.silent | site.rare  # where it is usual to fire seldom
+        back = trial.units & ~seldom & ~site.frozen
         share = int(back.sum()) / int(trial.units.sum())
         why = f"{int(back.sum())} of {int(trial.units.sum())} repaired units fire"
         progress.harms = progress.rest = 0

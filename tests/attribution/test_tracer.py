@@ -809,3 +809,18 @@ def test_rows_are_found_in_a_view() -> None:
     origin = Origin("w", "reader", (0, 2), (2, 3), (2, 4, 3))
     assert origin.rows == 6
     assert origin.places(torch.tensor([4])).tolist() == [[1, 1]]
+
+
+@pytest.mark.parametrize("sliced", [False, True])
+def test_an_edit_by_hand_behind_a_step_does_not_end_the_tracing(sliced: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    watch = Watch(model)
+    watch.trace()
+    with watch:
+        model(torch.randn(3, 4)).sum().backward()
+        with torch.no_grad():
+            if sliced:
+                model[0].bias[:3] -= 1.0
+            else:
+                model[0].bias -= 1.0
+    assert watch.tracer.failure == ""

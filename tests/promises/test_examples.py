@@ -119,3 +119,23 @@ def test_codes(tmp_path):
     assert alone[1] > 40
     assert anew[1] < 10
     assert anew[3] > 20
+
+
+@pytest.mark.slow
+def test_sparse_autoencoder(tmp_path):
+    printed = run("08_sparse_autoencoder.py", tmp_path)
+    assert "Reset refused `topk`: a unit that is chosen takes the place of another" in printed
+    dead = {arm: rows_of(printed, arm.ljust(14))[-1][0] for arm in ("killed", "killed, auto")}
+    assert dead["killed"] > 60
+    assert dead["killed, auto"] < dead["killed"] / 2
+    assert len(list(tmp_path.glob(LEFT_BEHIND["wandb"]))) == 3
+
+
+@pytest.mark.slow
+def test_dqn(tmp_path):
+    """By hand: ``pip install gymnasium && pytest -m slow tests/promises/test_examples.py -k dqn``."""
+    pytest.importorskip("gymnasium", reason="gymnasium is not among the tests' packages")
+    printed = run("09_dqn.py", tmp_path, "--steps", "1500", "--replay-ratio", "4", "--arms", "no remedy", "auto")
+    alone, auto = (rows_of(printed, arm)[-1] for arm in ("no remedy", "auto"))
+    assert alone[1] > 10
+    assert auto[2] > 0

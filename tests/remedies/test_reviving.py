@@ -48,6 +48,14 @@ def test_where_units_are_selected_they_are_to_fire_no_more_than_the_others():
     assert heights_of["topk"].equal(heights(BiasWarming(firing_rate=0.03).propose(view, seeded())))
 
 
+@pytest.mark.parametrize("kind", ["topk", "batch_topk"])
+def test_units_that_compete_are_not_pushed(kind):
+    values, laws, attribution = layer()
+    view = view_of(attribution, DEAD, values, laws)
+    with pytest.raises(NotApplicable, match="selected on all inputs alike"):
+        WakeUp().propose(dataclasses.replace(view, report=dataclasses.replace(view.report, kind=kind)), seeded())
+
+
 def test_warming_to_just_above_the_peak():
     quantiles = normal_quantiles(6, -5.0, 1.0)
     above = quantiles[-1] + heights(warmed(BiasWarming(firing_rate=None), quantiles))

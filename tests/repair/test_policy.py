@@ -171,6 +171,8 @@ def test_units_that_fire_on_next_to_nothing_are_not_revived():
     treated = site(dead=range(4))
     rare = replace(site(), rare=torch.arange(10) < 4)
     assert run(ladder(), [treated, treated, rare])[1] == (2, "failed")
+    selected = [replace(one, kind="topk") for one in (treated, treated, rare)]
+    assert run(ladder(), selected)[1] == (2, "revived")  # it is usual there
 
 
 def test_units_that_became_frozen_are_not_revived():
