@@ -84,8 +84,7 @@ class Reporter:
             at_risk_fraction: Share of the units that sink towards silence.
             useful_units: Repaired units that were found to matter to the loss.
         """
-        rest = (remedied_units, at_risk_fraction, useful_units, self._latents)
-        metrics = metrics_of(report, self._name, *rest)
+        metrics = metrics_of(report, self._name, remedied_units, at_risk_fraction, useful_units, latents=self._latents)
         for adapter in self._served(loggers):
             adapter.attempt("metrics", partial(adapter.log, metrics, report.step, is_global_zero), rank_zero_warn)
 
