@@ -14,6 +14,7 @@ from lightning_deadrelu.model.layout import Layout
 from lightning_deadrelu.model.sites import Site
 from lightning_deadrelu.report.latents import latent_metrics, latents_of
 from lightning_deadrelu.statistics import Totals, UnitHistory, judge
+from lightning_deadrelu.statistics.totals import NOTHING
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no logger", "ignore:.*% dead at step")
 UNITS, KEYS = 12, ("l0", "dead_features", "mean_log10_feature_sparsity", "below_1e-5", "below_1e-6")
@@ -132,16 +133,20 @@ def test_ten_million_tokens_are_a_threshold_as_good_as_any():
 
 def test_ages_are_beyond_32_bits():
     layout = Layout([Site("a", False, "topk", ("w",), 2)])
+    many, maxima = torch.full((1, 2), 2**31), torch.zeros(len(NOTHING), 2)
+    maxima[list(NOTHING).index("last_fired")] = torch.tensor([-1.0, 1.0])
     totals = Totals(
-        torch.tensor([0, 3]),
-        torch.full((1, 2), 2**31),
-        torch.full((1, 2), 2**31),
-        torch.zeros(2),
-        torch.tensor([[-1.0, 1], [-1, 1], [0, 0], [-1, 1], [1, 1], [-1, -1], [0, 0]]),
+        fired=torch.tensor([0, 3]),
+        samples=many,
+        elements=many,
+        blind=many * 0,
+        magnitude=torch.zeros(2),
+        projection=torch.zeros(2),
+        maxima=maxima,
     )
     before = replace(UnitHistory.empty(2, 1), age=torch.tensor([2**33, 2**33]))
     report, after = judge(totals, before, layout)
-    assert report.sites[0].age.tolist() == [2**33 + 2**32, 2**31 - 2**31]
+    assert report.sites[0].age.tolist() == [2**33 + 2**32, 0]
     assert after.age.dtype == torch.int64
     assert latent_metrics(report)["dead_relu_sae/a/l0"] == 3 / 2**32
 
