@@ -133,7 +133,7 @@ def test_ten_million_tokens_are_a_threshold_as_good_as_any():
 
 def test_ages_are_beyond_32_bits():
     layout = Layout([Site("a", False, "topk", ("w",), 2)])
-    many, maxima = torch.full((1, 2), 2**31), torch.zeros(len(NOTHING), 2)
+    many, maxima = torch.full((1, 2), 2**31), torch.tensor(list(NOTHING.values()))[:, None].repeat(1, 2)
     maxima[list(NOTHING).index("last_fired")] = torch.tensor([-1.0, 1.0])
     totals = Totals(
         fired=torch.tensor([0, 3]),
