@@ -79,33 +79,27 @@ def _maximum(args: Sequence[Any], kwargs: Arguments, is_zero: Callable[[Any], bo
     return Rectifier("maximum", plain=True) if both and any(map(is_zero, pair)) else None
 
 
-def _always(rectifier: Rectifier) -> Callable[[Sequence[Any], Arguments], Rectifier]:
-    return lambda args, kwargs: rectifier
-
-
-def _smooth(name: str) -> Callable[[Sequence[Any], Arguments], Rectifier]:
-    return _always(Rectifier(name, smooth=True))
-
-
+_CONSTANT = {
+    "relu": _RELU,
+    "relu6": Rectifier("relu6", cap=6.0, plain=True),
+    "hardswish": Rectifier("hardswish", hinge=-3.0),
+    "rnn_relu": Rectifier("rnn_relu", fused=True, plain=True),
+    "rnn_relu_cell": Rectifier("rnn_relu", fused=True, plain=True),
+}
+_SMOOTH = ("prelu", "rrelu", "gelu", "silu", "mish", "elu", "celu", "selu", "softplus")
+_CONSTANT |= {name: Rectifier(name, smooth=True) for name in _SMOOTH}
+_CONSTANT |= {f"{name}_": rectifier for name, rectifier in _CONSTANT.items()}  # in place
 _RULES: dict[str, Callable[[Sequence[Any], Arguments], Rectifier | None]] = {
-    "relu": _always(_RELU),
-    "relu6": _always(Rectifier("relu6", cap=6.0, plain=True)),
     "hardtanh": _hardtanh,
     "threshold": _threshold,
     "_threshold": _threshold,
     "clamp": _clamp,
     "clip": _clamp,
     "clamp_min": _clamp,
-    "hardswish": _always(Rectifier("hardswish", hinge=-3.0)),
-    "rnn_relu": _always(Rectifier("rnn_relu", fused=True, plain=True)),
-    "rnn_relu_cell": _always(Rectifier("rnn_relu", fused=True, plain=True)),
     "leaky_relu": _leaky_relu,
-    **{name: _smooth(name) for name in ("prelu", "rrelu", "gelu", "silu", "mish", "elu", "celu", "selu", "softplus")},
 }
-_RULES |= {f"{name}_": rule for name, rule in _RULES.items()}  # in place
-SMOOTH_KINDS = frozenset(
-    name for name, rule in _RULES.items() if name[-1] != "_" and (found := rule((), {})) and found.smooth
-)
+_RULES |= {f"{name}_": rule for name, rule in _RULES.items()}
+SMOOTH_KINDS = frozenset({*_SMOOTH, "leaky_relu"})
 """Names of the activations of which no input is exactly dead."""
 _MAXIMA = frozenset({"maximum", "max", "fmax"})
 
@@ -134,7 +128,27 @@ def rectifier_of(
     if name in _MAXIMA:
         return _maximum(args, kwargs, is_zero)
     rule = _RULES.get(name)
-    return rule(args, kwargs) if rule else None
+    return rule(args, kwargs) if rule else _CONSTANT.get(name)
+
+
+def always_rectifies(name: str) -> Rectifier | None:
+    """Tell which rectifier a torch function, by its ``__name__``, is whatever its arguments are; None if they tell.
+
+    Example:
+        >>> always_rectifies("relu_").kind, always_rectifies("clamp")
+        ('relu', None)
+    """
+    return _CONSTANT.get(name)
+
+
+def may_rectify(name: str) -> bool:
+    """Tell whether a torch function, by its ``__name__``, is a rectifier for some arguments.
+
+    Example:
+        >>> may_rectify("relu"), may_rectify("clamp"), may_rectify("add")
+        (True, True, False)
+    """
+    return name in _CONSTANT or name in _RULES or name in _MAXIMA
 
 
 def is_rectifier_module(module: nn.Module) -> bool:

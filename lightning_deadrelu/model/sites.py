@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import NamedTuple
 
 from torch import Tensor
@@ -16,6 +17,7 @@ from lightning_deadrelu.model.rectifiers import SMOOTH_KINDS
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?:\.|$)")
 
 
+@lru_cache(maxsize=2**14)  # all names are cleaned again at each look at a model
 def clean(path: str) -> str:
     """Strip the prefixes that ``torch.compile``, FSDP and checkpoint wrappers put into a module path.
 

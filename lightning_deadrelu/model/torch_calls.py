@@ -179,6 +179,11 @@ class Call:
         return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
 
 
+def may_make_zeros(name: str) -> bool:
+    """Tell whether there are arguments for which a function, by its plain name, returns nothing but zeros."""
+    return name in _ZEROS or name == "tensor"
+
+
 def makes_zeros(name: str, args: Sequence[Any]) -> bool:
     """Tell whether a function, by its plain name, returns nothing but zeros."""
     if name != "tensor":
@@ -335,10 +340,12 @@ class ParameterNames:
             self._named.setdefault(id(tensor), (tensor, name))
         return found
 
+    def __iter__(self) -> Iterator[tuple[Tensor, str]]:
+        return iter(self._named.values())
+
     def same_as(self, other: ParameterNames) -> bool:
         """Tell whether the same tensors go by the same names."""
-        pairs = ((tensor, name) for tensor, name in other._named.values())
-        return len(self._named) == len(other._named) and all(self.find(tensor) == name for tensor, name in pairs)
+        return len(self._named) == len(other._named) and all(self.find(tensor) == name for tensor, name in other)
 
     def find(self, tensor: Any) -> str | None:
         """Return a parameter's name; None for any other value."""

@@ -14,7 +14,13 @@ from lightning_deadrelu.model.rectifiers import Rectifier
 from lightning_deadrelu.model.sites import Site, plain_path
 from lightning_deadrelu.observe.site_resolver import Rectified, SiteCall, SiteResolver, activations_in
 from lightning_deadrelu.observe.subscribers import CallTaker, Sink, subscribed
-from lightning_deadrelu.observe.torch_modes import no_caching_modes, plain_tensor
+from lightning_deadrelu.observe.torch_function import TorchFunction
+from lightning_deadrelu.observe.torch_modes import (
+    has_dispatch_modes,
+    no_caching_modes,
+    plain_tensor,
+    set_grad_enabled,
+)
 from lightning_deadrelu.observe.watchpoint import Watchpoint
 
 
@@ -108,26 +114,39 @@ class CallRouter:
 
     def _hand_to_sink(self, site: Site, rectifier: Rectifier, x: Tensor, out: Tensor, dims: tuple[int, ...]) -> None:
         self.is_training = self._trains()
-        with torch.no_grad(), no_caching_modes():
-            self.sink(site, rectifier, x, out, dims)
+        before = torch.is_grad_enabled()
+        set_grad_enabled(False)  # `torch.no_grad()` does no more, in five times the time
+        try:
+            if not has_dispatch_modes():
+                self.sink(site, rectifier, x, out, dims)
+            else:
+                with no_caching_modes():
+                    self.sink(site, rectifier, x, out, dims)
+        finally:
+            set_grad_enabled(before)
 
-    def take_call(self, call: tuple[str, Any, Any, Any, Any], found: Rectified | None) -> None:
+    def take_call(self, function: TorchFunction, call: tuple[str, Any, Any, Any, Any], found: Rectified | None) -> None:
         """Take the call of a function, and hand it on, as a site's if it was a rectifier's.
 
         Args:
+            function: What was called.
             call: As :meth:`CallTaker.see` takes it: name, function, arguments and output.
             found: What of it a rectifier is; None for any other function.
         """
-        met = self._take(call, found)
+        met = self._take(function, call, found)
         if self.call_takers:
             self.hand_on(call, (*met, found.x) if met and found else None)
 
-    def _take(self, call: tuple[str, Any, Any, Any, Any], found: Rectified | None) -> SiteCall | None:
-        name, _, args, kwargs, output = call
+    def _take(
+        self, function: TorchFunction, call: tuple[str, Any, Any, Any, Any], found: Rectified | None
+    ) -> SiteCall | None:
+        *_, args, kwargs, output = call
         if found is not None and not found.rectifier.fused:
+            if type(output) is Tensor:
+                return self.take_rectified(found, output)
             outputs = activations_in(output)
             return self.take_rectified(found, outputs[0]) if outputs else None
-        outputs = self._resolver.follow(name, args, kwargs, output)
+        outputs = self._resolver.follow(function, args, kwargs, output)
         if found is None or not outputs:
             return None
         shown = Rectified(found.rectifier, outputs[0], outputs[0])  # its input is hidden

@@ -18,11 +18,12 @@ from lightning_deadrelu.observe.provenance import Provenance
 class ModuleCall:
     """One running forward: the module's path, and how often each untraced rectifier was called in it."""
 
-    __slots__ = ("calls", "module", "path")
+    __slots__ = ("calls", "module", "path", "paths")
 
     def __init__(self, path: str, module: nn.Module) -> None:
         self.path = path
         self.module = module
+        self.paths: tuple[str, ...] = ()  # of all that run around it and its own, once somebody asked
         self.calls: dict[str, int] = {}
 
     def owned(self, producers: frozenset[str]) -> tuple[str, ...]:
@@ -55,7 +56,12 @@ class CallStack(list[ModuleCall]):
     @property
     def paths(self) -> tuple[str, ...]:
         """Paths of all modules, the outermost first."""
-        return tuple([call.path for call in self])
+        if not self:
+            return ()
+        innermost = self[-1]
+        if not innermost.paths:
+            innermost.paths = tuple([call.path for call in self])
+        return innermost.paths
 
     def back_to(self, module: nn.Module) -> ModuleCall | None:
         """Drop the forwards inside a module's, which an error left behind; None if the module's own is not running."""

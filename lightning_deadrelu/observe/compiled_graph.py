@@ -17,11 +17,10 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_deadrelu.model.rectifiers import Rectifier
 from lightning_deadrelu.model.sites import Site
-from lightning_deadrelu.model.torch_calls import function_name
 from lightning_deadrelu.observe.call_stack import ModuleCall, in_forward
 from lightning_deadrelu.observe.probe import Probe
-from lightning_deadrelu.observe.selections import NAMES
 from lightning_deadrelu.observe.site_resolver import Rectified, SiteCall, SiteResolver, activations_in
+from lightning_deadrelu.observe.torch_function import torch_function
 from lightning_deadrelu.observe.torch_modes import push_mode, recomputes, remove_mode
 from lightning_deadrelu.statistics.redundancy import projection, silent_samples
 
@@ -124,15 +123,15 @@ class _Replay(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs, name = kwargs or {}, function_name(func)
+        kwargs, function = kwargs or {}, torch_function(func)
         if recomputes():
             return func(*args, **kwargs)
-        call = self.resolver.find(name, args, kwargs)
+        call = self.resolver.find(function, args, kwargs)
         output = func(*args, **kwargs)
         if call is None:
-            if name in NAMES and (selected := self.resolver.select(name, args, kwargs, output)):
+            if function.selects and (selected := self.resolver.select(function, args, kwargs, output)):
                 raise Unreadable(f"`{selected.rectifier.kind}` is made of several calls")
-            self.resolver.follow(name, args, kwargs, output)
+            self.resolver.follow(function, args, kwargs, output)
         elif call.rectifier.fused:
             raise Unreadable(f"`{call.rectifier.kind}` hides its input")
         elif outputs := activations_in(output):

@@ -23,13 +23,18 @@ _ARGUMENTS = {"flex_attention": 7}
 """Operators that add arguments to those of their front end, which the compiler refuses; and how many these are."""
 
 
+def is_operator(func: Callable[..., Any]) -> bool:
+    """Tell whether a function is an operator that takes functions."""
+    return isinstance(func, HigherOrderOperator)
+
+
 def backends_around(func: Callable[..., Any]) -> list[Any]:
     """List whom a call would be compiled by, the innermost first; empty if it is none of an operator's front end.
 
     Args:
         func: What is called.
     """
-    if not isinstance(func, HigherOrderOperator):
+    if not is_operator(func):
         return []
     regions = list(_regions(sys._getframe(1)))
     return [backend for _, backend in regions] if regions and regions[0][0] else []

@@ -108,12 +108,14 @@ class ModuleHooks:
             self._resolver.unwatched[plain_path(path)] = reason
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if threading.get_ident() != self._thread or is_scripting():
+        if threading.get_ident() != self._thread:
             return
         if (substitute := self.substitutes.leave(module)) is not None:
             with guarded(self._fail), unseen_by_modes():
                 self._leave_substitute(module, substitute, output)
-        if (call := self._resolver.stack.leave(module)) is None:
+        stack = self._resolver.stack
+        call = stack.pop() if stack and stack[-1].module is module else stack.leave(module)
+        if call is None:
             return
         if isinstance(module, Watchpoint) and self._passed is None and not recomputes():
             with guarded(self._fail), unseen_by_modes():

@@ -9,6 +9,7 @@ Compiled code, which neither mode nor hooks could see, runs eagerly meanwhile, o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -18,16 +19,15 @@ from torch.overrides import TorchFunctionMode
 from lightning_deadrelu.guarded import guarded
 from lightning_deadrelu.model.rectifiers import Rectifier
 from lightning_deadrelu.model.sites import base_name
-from lightning_deadrelu.model.torch_calls import IGNORED, function_name
 from lightning_deadrelu.observe.attributed_call import call_for_caller
 from lightning_deadrelu.observe.call_router import CallRouter
 from lightning_deadrelu.observe.call_stack import in_autograd_function
 from lightning_deadrelu.observe.compiled_operators import backends_around, call_compiled, why_unwatched
 from lightning_deadrelu.observe.module_hooks import ModuleHooks
-from lightning_deadrelu.observe.selections import NAMES
-from lightning_deadrelu.observe.site_resolver import SiteResolver, Wants, everything
+from lightning_deadrelu.observe.site_resolver import Rectified, SiteResolver, Wants, everything
 from lightning_deadrelu.observe.subscribers import InCompiled, Sink
 from lightning_deadrelu.observe.substitutes import Substitutes
+from lightning_deadrelu.observe.torch_function import TorchFunction, torch_function
 from lightning_deadrelu.observe.torch_modes import (
     EagerCompiler,
     holds_another,
@@ -84,6 +84,8 @@ class Probe(TorchFunctionMode):
         self.router = CallRouter(self._resolver, sink, self.trains)
         """Hands on what the probe sees, to whoever subscribes."""
         self._call_takers = self.router.call_takers
+        self._repeat = self._resolver.origins.repeat
+        self._functions: dict[Callable[..., Any], TorchFunction] = {}
         self._hooks = ModuleHooks(
             self.router, self._resolver, keep_fused, self.passes_over, self._look_at_functions, self._fail
         )
@@ -224,6 +226,7 @@ class Probe(TorchFunctionMode):
 
     def _forget(self) -> None:
         self._rests = False
+        self._functions.clear()
         self._hooks.forget()
         self._resolver.forget()
 
@@ -236,41 +239,59 @@ class Probe(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        name = function_name(func)
-        if name in IGNORED or self.failure or self._hooks.substitutes.is_running or recomputes() or is_scripting():
-            if name == "backward" and self.on_backward and not recomputes():
+        try:
+            function = self._functions[func]
+        except (KeyError, TypeError):  # not met yet, or nothing that a dictionary takes
+            function = self._meet(func)
+        if function.ignored or self.failure or self._hooks.substitutes.is_running or recomputes() or is_scripting():
+            if function.name == "backward" and self.on_backward and not recomputes():
                 self.on_backward()
             return call_for_caller(func, args, kwargs)
-        if backends := backends_around(func):
-            return self._call_unwatched(name, func, args, kwargs, backends)
-        found = None
-        try:  # not `guarded`, which would take longer than what it guards
-            found = self._resolver.find(name, args, kwargs)
-        except Exception as error:
-            self.failure = error
+        if function.operator and (backends := backends_around(func)):
+            return self._call_unwatched(function, func, args, kwargs, backends)
+        found = self._find(function, args, kwargs) if function.may_rectify else None
         output = call_for_caller(func, args, kwargs)
-        try:
-            if found is None and name in NAMES:
-                found = self._resolver.select(name, args, kwargs, output)
-            if found is None and not self._call_takers:
-                self._resolver.follow(name, args, kwargs, output)
-            else:
-                self.router.take_call((name, func, args, kwargs, output), found)
+        try:  # not `guarded`, which would take longer than what it guards
+            if found is None and function.selects:
+                found = self._resolver.select(function, args, kwargs, output)
+            if found is not None or self._call_takers:
+                self.router.take_call(function, (function.name, func, args, kwargs, output), found)
+            elif not self._repeat(function, args, kwargs, output):
+                self._resolver.follow(function, args, kwargs, output)
         except Exception as error:
             self.failure = error
         return output
 
+    def _find(self, function: TorchFunction, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rectified | None:
+        try:
+            return self._resolver.find(function, args, kwargs)
+        except Exception as error:
+            self.failure = error
+            return None
+
+    def _meet(self, func: Callable[..., Any]) -> TorchFunction:
+        """Note what a function is, for as long as the probe looks: it may be one of the model's, and hold tensors."""
+        function = torch_function(func)
+        with suppress(TypeError):
+            self._functions[func] = function
+        return function
+
     def _call_unwatched(
-        self, name: str, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], backends: list[Any]
+        self,
+        function: TorchFunction,
+        func: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        backends: list[Any],
     ) -> Any:
         """Call an operator that takes functions as nobody looked: compiled, and without a hook for a compiler to meet.
 
         What it reads is found along the graph of the gradients, as for all that runs out of sight.
         """
-        if reason := why_unwatched(name):
-            self.unwatched[base_name(self._resolver.stack.path, True, name.removesuffix("_impl"))] = reason
+        if reason := why_unwatched(function.name):
+            self.unwatched[base_name(self._resolver.stack.path, True, function.name.removesuffix("_impl"))] = reason
         if len(backends) == 1 and self.compiled:
-            self.compiled.refuse(f"`torch.{name}` is called outside of the regions")
+            self.compiled.refuse(f"`torch.{function.name}` is called outside of the regions")
         self._hooks.remove()
         try:
             alone = not holds_another(Probe)
@@ -278,5 +299,5 @@ class Probe(TorchFunctionMode):
         finally:
             self._hooks.add()
         with guarded(self._fail):
-            self._resolver.follow(name, args, kwargs, output)
+            self._resolver.follow(function, args, kwargs, output)
         return output

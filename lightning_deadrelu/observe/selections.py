@@ -22,16 +22,13 @@ from lightning_deadrelu.model.torch_calls import (
     RESHAPES,
     Call,
     TensorTable,
-    plain_name,
     tensors_in,
 )
 from lightning_deadrelu.observe.provenance import Provenance
 from lightning_deadrelu.observe.tensor_origins import TensorOrigins
 from lightning_deadrelu.observe.torch_modes import no_caching_modes, plain_tensor, unseen_by_modes
 
-_NAMES = frozenset({"scatter", "mul", "where", "masked_fill"}) | CHOICES | RESHAPES | IDENTITIES
-NAMES = _NAMES | {f"{name}_" for name in ("scatter", "masked_fill")} | {"multiply"}
-"""Full names of the functions that selections are made of."""
+_NEED_A_MASK = IDENTITIES | {"mul"}
 
 
 class Selected(NamedTuple):
@@ -113,15 +110,17 @@ class Selections:
         """Take a call that has run, and tell whether a selection ends with it.
 
         Args:
-            name: The function's full name, one of :data:`NAMES`.
+            name: The function's plain name.
             args: Its positional arguments.
             kwargs: Its keyword arguments.
             output: What it returned.
         """
+        if name in _NEED_A_MASK and not self._masks:  # as in most models
+            return None
         outputs = tensors_in([output] if isinstance(output, Tensor) else output)
         if not outputs:
             return None
-        call = Call(plain_name(name), args, kwargs, outputs)
+        call = Call(name, args, kwargs, outputs)
         return _RULES[call.name](self, call) if call.operands else None
 
     # -- topk
@@ -199,11 +198,11 @@ class Selections:
             self._masks.put(call.output, _Mask(weakref.ref(x), threshold))
 
     def _cast(self, call: Call) -> None:
-        if self._masks and (mask := self._masks.get(call.operands[0])):
+        if mask := self._masks.get(call.operands[0]):
             self._masks.put(call.output, mask)
 
     def _multiply(self, call: Call) -> Selected | None:
-        if not self._masks or len(call.operands) != 2:
+        if len(call.operands) != 2:
             return None
         one, other = call.operands
         return self._gated(one, other, call.output) or self._gated(other, one, call.output)

@@ -9,13 +9,15 @@ from torch import Tensor, nn
 
 from lightning_deadrelu.model.rectifiers import SELECTIONS, Rectifier, is_rectifier_module, rectifier_of
 from lightning_deadrelu.model.sites import Site, base_name, clean, count_units, guess_dims, matches, plain_parameter
-from lightning_deadrelu.model.torch_calls import ANY_CONVOLUTION, LAYERS, Call, plain_name, tensors_in
+from lightning_deadrelu.model.torch_calls import ANY_CONVOLUTION, LAYERS, Call, tensors_in
 from lightning_deadrelu.observe.call_stack import CallStack, in_forward
 from lightning_deadrelu.observe.provenance import Provenance, activated, of_module, parameter
 from lightning_deadrelu.observe.selections import Selections
 from lightning_deadrelu.observe.tensor_origins import TensorOrigins
+from lightning_deadrelu.observe.torch_function import TorchFunction
 
 _WEIGHTED = LAYERS | ANY_CONVOLUTION
+_UNKNOWN = Provenance()
 _MOST_WIDTHS = 4  # a site whose number of units differs between calls more often has no units
 
 
@@ -123,45 +125,49 @@ class SiteResolver:
 
     # -- calls of torch functions
 
-    def find(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rectified | None:
+    def find(self, function: TorchFunction, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rectified | None:
         """Tell whether a call, before it runs, is a rectifier's.
 
         Args:
-            name: The function's full name.
+            function: What is called.
             args: Its positional arguments.
             kwargs: Its keyword arguments.
         """
-        rectifier = rectifier_of(name, args, kwargs, self.origins.is_zero)
+        if not function.may_rectify:
+            return None
+        rectifier = function.rectifier or rectifier_of(function.name, args, kwargs, self.origins.is_zero)
         if rectifier is None:
             return None
-        operands = tensors_in((*args, *kwargs.values()))
-        others = operands if len(operands) > 1 else ()
-        x = next((tensor for tensor in others if not self.origins.is_zero(tensor)), operands[0])
+        x = args[0] if args else None
+        if not isinstance(x, Tensor) or rectifier.kind == "maximum":
+            operands = tensors_in((*args, *kwargs.values()))
+            x = next((tensor for tensor in operands if not self.origins.is_zero(tensor)), operands[0])
         if self._selections.is_chosen(x):
             return None
-        in_place = name.endswith("_") or kwargs.get("inplace") or kwargs.get("out") is not None
+        in_place = function.in_place or (kwargs and (kwargs.get("inplace") or kwargs.get("out") is not None))
         return Rectified(rectifier, x, x.detach().clone() if in_place else x)
 
-    def select(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> Rectified | None:
+    def select(
+        self, function: TorchFunction, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
+    ) -> Rectified | None:
         """Tell whether a selection of activations ends with a call that has run, which counts as a rectifier's then.
 
         Args:
-            name: The function's full name, one of :data:`~lightning_deadrelu.observe.selections.NAMES`.
+            function: What was called, one that selections are made of.
             args: Its positional arguments.
             kwargs: Its keyword arguments.
             output: What it returned.
         """
-        found = self._selections.find(name, args, kwargs, output)
+        found = self._selections.find(function.plain, args, kwargs, output)
         return Rectified(*found) if found else None
 
-    def follow(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> list[Tensor]:
+    def follow(
+        self, function: TorchFunction, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
+    ) -> list[Tensor]:
         """Note where the outputs of a call come from, and return those that may hold activations."""
-        plain = plain_name(name)
-        if not kwargs and type(output) is Tensor and self.origins.repeat(plain, args, output):
-            return [output]
         outputs = activations_in(output)
         if outputs:
-            call = Call(plain, args, kwargs, outputs)
+            call = Call(function.plain, args, kwargs, outputs)
             self.origins.note_zeros(call)
             known = [self.provenance(x) for x in call.operands]
             if call.name in _WEIGHTED and len(known) > 1 and known[1] is None:
@@ -172,7 +178,7 @@ class SiteResolver:
 
     def follow_module(self, path: str, module: nn.Module, output: Any) -> None:
         """Take a module's parameters for the producers of its output, if no function that was seen returned it."""
-        if isinstance(output, Tensor) and self.provenance(output) is None:
+        if isinstance(output, Tensor) and self.origins.of(output) is None and self.provenance(output) is None:
             prefix = f"{path}." if path else ""
             own = [(clean(prefix + name), tensor) for name, tensor in module.named_parameters(recurse=False)]
             self.origins.remember(output, of_module(own, output))
@@ -206,20 +212,24 @@ class SiteResolver:
             output: What it returned.
             plain: Returns a tensor without autograd and wrappers; None where that cannot be done.
         """
-        known = self.provenance(call.x) or Provenance()
+        known = self.origins.of(call.x) or self.provenance(call.x) or _UNKNOWN
         self.origins.remember(output, activated(known))
         self._selections.note_rectified(call.x, output)
-        if not _holds_data(call.values):
-            return None
         values, out = plain(call.values), plain(output)
+        if values is None or out is None:
+            if _holds_data(call.values):
+                self._settle(None, call.rectifier, known, None)
+            return None
         selects = call.rectifier.kind in SELECTIONS
-        key = (*self.stack.paths, known, selects, call.rectifier, None if values is None else values.shape)
-        found = None if out is None else self._site_calls.get(key)
-        if found is None:
-            site_call = self._settle(key, call.rectifier, known, values if out is not None else None)
-        else:
+        key = (self.stack.paths, known, selects), call.rectifier, values.shape, values.dtype, values.is_meta
+        found = self._site_calls.get(key)
+        if found is not None:
             site_call = found[0] if self._holds(found[1]) else None
-        return None if site_call is None or values is None or out is None else (site_call, values, out)
+        elif _holds_data(values):
+            site_call = self._settle(key, call.rectifier, known, values)
+        else:
+            return None
+        return None if site_call is None else (site_call, values, out)
 
     def _holds(self, place: _Place) -> bool:
         """Whether a place counts now; that the model's forward runs, the stack tells sooner than the frames."""
@@ -252,7 +262,7 @@ class SiteResolver:
         traced = not source[0].startswith("#")
         site = Site(owner, functional, rectifier.kind, source, units, rectifier.smooth, rectifier.cap, traced)
         found = SiteCall(site, rectifier, dims)
-        if key[:-2] in self._places:  # else the next call alike may be another site
+        if key[0] in self._places:  # else the next call alike may be another site
             self._site_calls[key] = found, place
         return found
 
@@ -290,7 +300,7 @@ class SiteResolver:
         A selection among what parameters feed is a layer wherever it is made: SAELens trains without a forward.
         """
         stack, owner = self.stack, self.stack.path
-        key = (*stack.paths, known, selects)
+        key = stack.paths, known, selects
         if (place := self._places.get(key)) is not None:
             return place if self._holds(place) else None
         functional = not (stack and (is_rectifier_module(stack[-1].module) or owner in self.substituted))

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+import weakref
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_deadrelu.model.torch_calls import Call, ParameterNames, TensorTable, makes_zeros, version_of
 from lightning_deadrelu.observe.provenance import SHAPING, STEADY, Provenance, follow, parameter
+from lightning_deadrelu.observe.torch_function import TorchFunction
+
+_PLAIN_VALUES = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.memory_format})
+_MOST_DERIVED = 100_000  # of a model whose shapes differ from batch to batch
 
 
 class TensorOrigins:
@@ -22,23 +28,29 @@ class TensorOrigins:
     def __init__(self, model: nn.Module) -> None:
         zeros = (buffer for buffer in model.buffers() if buffer.numel() == 1 and not buffer.any())
         self._zero_buffers = [(buffer, version_of(buffer)) for buffer in zeros]
-        self._names = ParameterNames(model)
         self._derived: dict[tuple[Any, ...], Provenance | None] = {}
-        self._known: TensorTable[Provenance] = TensorTable(versions=False)
+        self._known: dict[int, tuple[weakref.ref[Tensor], Provenance]] = {}
+        self._list_parameters(ParameterNames(model))
         self._zeros: TensorTable[bool] = TensorTable()
         self._told = False  # that there was one
         self.error: Exception | None = None
         """The first call that could not be followed: its site is counted, but goes by its place in the forward."""
 
+    def _list_parameters(self, names: ParameterNames) -> None:
+        self._names = names
+        self._parameters = {id(one): (weakref.ref(one), parameter(name)) for one, name in names}
+
     def look_at(self, model: nn.Module) -> None:
         """List the parameters as they are named now."""
-        before, self._names = self._names, ParameterNames(model)
-        if not self._names.same_as(before):
+        before = self._names
+        self._list_parameters(ParameterNames(model))
+        if not self._names.same_as(before) or len(self._derived) > _MOST_DERIVED:
             self._derived.clear()
+        self.forget()
 
     def forget(self) -> None:
         """Drop all tensors that are no parameters."""
-        self._known.clear()
+        self._known = self._parameters.copy()
         self._zeros.clear()
 
     def stand_in(self, tensor: Tensor, other: Tensor) -> None:
@@ -54,21 +66,24 @@ class TensorOrigins:
 
     def of(self, tensor: Tensor) -> Provenance | None:
         """Tell where a tensor comes from, as far as known."""
+        entry = self._known.get(id(tensor))
+        if entry is not None and entry[0]() is tensor:
+            return entry[1]
         if (name := self._names.find(tensor)) is not None:
             return parameter(name)
-        if (known := self._known.get(tensor)) is not None or not self._names.is_gathered(tensor):
-            return known
+        if not self._names.is_gathered(tensor):
+            return None
         self._names.look()
         name = self._names.find(tensor)
         return None if name is None else parameter(name)
 
     def remember(self, tensor: Tensor, provenance: Provenance | None) -> None:
-        """Keep a tensor's provenance as long as the tensor is there.
+        """Keep a tensor's provenance as long as the tensor is there; a parameter that is written to keeps its own.
 
         Another network's parameter has none: it holds copied numbers, as a target network's does.
         """
-        if provenance is not None and type(tensor) is not nn.Parameter:
-            self._known.put(tensor, provenance)
+        if provenance is not None and id(tensor) not in self._parameters and type(tensor) is not nn.Parameter:
+            self._known[id(tensor)] = weakref.ref(tensor), provenance
 
     def note_zeros(self, call: Call) -> None:
         """Remember what a function made as zeros."""
@@ -96,36 +111,41 @@ class TensorOrigins:
             return None
         if call.output.is_nested or not _is_steady(call, known):
             return self._followed(call, known)
-        key = (call.name, call.output.shape, *known)
+        key = (call.name, call.output.shape, call.output.dtype, *known)
         if key not in self._derived:
             self._derived[key] = self._followed(call, known)
         return self._derived[key]
 
-    def repeat(self, name: str, args: Sequence[Any], output: Tensor) -> bool:
+    def repeat(self, function: TorchFunction, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> bool:
         """Follow a call like one that was followed before, with nothing made for it but a key; False if there was none.
 
+        Most calls of a model go this way, so that it makes no call of its own that it can do without.
+
         Args:
-            name: The function's plain name.
-            args: All its arguments.
+            function: What was called.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
             output: All it returned.
         """
-        if name in SHAPING or output.is_nested or not output.is_floating_point() or makes_zeros(name, args):
+        if not function.repeats or type(output) is not Tensor or output.is_nested or id(output) in self._parameters:
             return False
-        shape, alike, key = output.shape, False, [name, output.shape]
-        for arg in args:
-            if not isinstance(arg, Tensor):
-                if isinstance(arg, (list, tuple)):
-                    return False
-                continue
-            parameter_name = self._names.find(arg)
-            own = self._known.get(arg) if parameter_name is None else parameter(parameter_name)
-            if own is None or not (own.weight or name in STEADY or arg.shape == shape):
+        shape, known, follows = output.shape, self._known, False
+        key: list[Any] = [function.plain, shape, output.dtype]
+        for arg in (*args, *kwargs.values()) if kwargs else args:
+            entry = known.get(id(arg))
+            if entry is not None and entry[0]() is arg:
+                own = entry[1]
+                if not own.weight:
+                    if not function.steady and arg.shape != shape:
+                        return False
+                    follows = True
+                key.append(own)
+            elif type(arg) not in _PLAIN_VALUES and not _is_of_plain_values(arg):
                 return False
-            alike = alike or not own.weight
-            key.append(own)
-        known = self._derived.get(tuple(key)) if alike else None
-        self.remember(output, known)
-        return known is not None
+        if not follows or (found := self._derived.get(tuple(key))) is None:
+            return False
+        known[id(output)] = weakref.ref(output), found
+        return True
 
     def _followed(self, call: Call, known: list[Provenance | None]) -> Provenance | None:
         pairs = [(tensor, own) for tensor, own in zip(call.operands, known, strict=True) if own is not None]
@@ -144,6 +164,11 @@ class TensorOrigins:
                 " behind it are counted all the same, but go by their place in the forward, and cannot be repaired.",
                 stacklevel=4,
             )
+
+
+def _is_of_plain_values(arg: Any) -> bool:
+    """Tell whether this is a list of numbers, such as sizes; an empty one holds no tensor either."""
+    return isinstance(arg, (list, tuple)) and _PLAIN_VALUES.issuperset(map(type, arg))
 
 
 def _is_steady(call: Call, known: list[Provenance | None]) -> bool:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
+set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
+"""What ``torch.no_grad()`` calls, without what it does around it."""
 _GLOBAL_HOOKS = re.compile(r"Using `torch\.compile\(module\)` when there are global hooks")
 
 
@@ -87,9 +89,14 @@ def _compiles() -> bool:
     return getattr(stance, "stance", "") == "default" and getattr(stance, "backend", "") is None
 
 
+def has_dispatch_modes() -> bool:
+    """Tell whether any mode sees the operations that functions are made of."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
 def no_caching_modes() -> AbstractContextManager[Any]:
     """Hide from selective checkpointing, which replays in backward just the operations it saw in forward."""
-    if torch._C._len_torch_dispatch_stack() == 0:
+    if not has_dispatch_modes():
         return nullcontext()
     from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
@@ -121,7 +128,7 @@ def plain_tensor(x: Tensor) -> Tensor | None:
     """Detach a tensor that is what it seems to be; None for nested, sparse and otherwise wrapped ones."""
     if x.is_nested or x.layout is not torch.strided or is_transformed(x):
         return None
-    if type(x) not in (Tensor, torch.nn.Parameter):
+    if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
         if type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
             return None
         x = x.as_subclass(Tensor)

@@ -87,7 +87,8 @@ class FlatCounts:
     """
 
     def __init__(self, layout: Layout, pending: Mapping[int, Counts], like: Tensor) -> None:
-        self._layout, self._pending, self._like = layout, pending, like
+        self._layout, self._numbers, self._like = layout, tuple(pending), like
+        self._columns = dict(zip(Counts._fields, zip(*pending.values(), strict=True), strict=True))
 
     def of(self, name: str, nothing: float) -> Tensor:
         """Lay out one field of :class:`Counts`; counts of different types as int64, which float32 would round.
@@ -96,20 +97,20 @@ class FlatCounts:
             name: Of the field.
             nothing: What stands where it is missing.
         """
-        found = {n: value for n, counts in self._pending.items() if (value := getattr(counts, name)) is not None}
-        if not found:
+        known = {n: value for n, value in zip(self._numbers, self._columns[name], strict=True) if value is not None}
+        if not known:
             return self._like.new_full((self._layout.units,), nothing)
-        if name == "fired":
-            mixed = len({value.dtype for value in found.values()}) > 1
-            found = {n: value.long() if mixed else value for n, value in found.items()}
-        like = next(iter(found.values()))
+        if name == "fired" and len({value.dtype for value in known.values()}) > 1:
+            known = {n: value.long() for n, value in known.items()}
+        if tuple(known) == tuple(range(len(self._layout))):
+            return torch.cat(tuple(known.values()))
+        like = next(iter(known.values()))
         sizes = ((number, site.units) for number, site in enumerate(self._layout))
-        parts = [found[n] if n in found else like.new_full((units,), nothing) for n, units in sizes]
-        return torch.cat(parts)
+        return torch.cat([known[n] if n in known else like.new_full((units,), nothing) for n, units in sizes])
 
     def of_sites(self, name: str) -> Tensor:
         """Lay out one field that is a number of each site; 0 where it is missing."""
-        found = {n: value for n, counts in self._pending.items() if (value := getattr(counts, name)) is not None}
+        found = {n: value for n, value in zip(self._numbers, self._columns[name], strict=True) if value is not None}
         if len(found) < len(self._layout):
             zero = self._like.new_zeros((), dtype=torch.int64)
             found = {number: found.get(number, zero) for number in range(len(self._layout))}
@@ -147,16 +148,16 @@ def count(
     """
     if x.ndim == len(dims):
         x, out = x[None], out[None]
-    plan = _planned(x.shape, dims, x.device.type == "cpu")
+    plan = _planned(x.shape, dims, x.is_cpu)
     samples, elements = (plan.samples, plan.elements) if valid is None else (valid.sum(),) * 2
-    fits = rectifier.plain and not rectifier.hinge and _runs_kernels(x)
+    fits = _runs_kernels(x) and rectifier.plain and not rectifier.hinge
     once = _read_once(x, dims, rectifier.cap, valid) if fits else None
     if once is not None and not rates:
         return Counts(*once, samples, elements)
     highest = x if valid is None else x.masked_fill(~valid[..., None], -math.inf)
     if not rates and _may_look(x):
         peak = _reduced(Tensor.amax, highest, plan)
-        if not math.isnan(peak.max()):
+        if torch.equal(peak, peak):  # which holds of anything but NaN
             return Counts(None, None, peak - rectifier.hinge if rectifier.hinge else peak, None, samples, 0)
     lowest = x if valid is None else x.masked_fill(~valid[..., None], math.inf)
     out = out if valid is None else out.masked_fill(~valid[..., None], 0.0)
@@ -200,11 +201,11 @@ def count_indices(x: Tensor, units: int, valid: Tensor | None = None) -> Counts:
 
 def _may_look(x: Tensor) -> bool:
     """Whether to look at a number waits for nothing."""
-    return x.device.type == "cpu"
+    return x.is_cpu
 
 
 def _runs_kernels(x: Tensor) -> bool:
-    return x.device.type == "cuda"
+    return x.is_cuda
 
 
 class _ReadOnce:
@@ -264,9 +265,11 @@ def _planned(shape: torch.Size, dims: tuple[int, ...], on_cpu: bool) -> _Plan:
 
 
 def _reduced(reduction: Callable[..., Tensor], x: Tensor, plan: _Plan) -> Tensor:
-    for dims in plan.stages:
+    *first, last = plan.stages
+    for dims in first:
         x = reduction(x, dims, True)
-    return x.flatten()
+    x = reduction(x, last, bool(first))
+    return x if x.ndim == 1 else x.flatten()
 
 
 def _fired(x: Tensor, out: Tensor, plan: _Plan, rectifier: Rectifier) -> Tensor:

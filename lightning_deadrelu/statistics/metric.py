@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -67,7 +67,8 @@ class UnitLiveness(Metric):
     ) -> None:
         super().__init__(**{"compute_with_cache": False, **kwargs})
         self.rules, self.layout = rules, Layout()
-        self._observation, self._last_of_window = 0, window - 1
+        self._last_of_window = window - 1
+        self._number(0)
         self._latest = -1  # the observation that the rows of the last one hold
         self._pending: dict[int, Counts] = {}  # calls of the present observation by site
         self._running: dict[int, Counts] | None = None  # calls of a batch that may not come to its end
@@ -91,7 +92,13 @@ class UnitLiveness(Metric):
         if number != self._observation:
             self.flush()
             self._begin_latest()  # nothing ran in the one that ends
-        self._observation = number
+        self._number(number)
+
+    def _number(self, observation: int) -> None:
+        self._observation = observation
+        # a window's first, so that there are rates whenever a verdict is asked for, and its last, so that they are of
+        # the latest weights; by the number alone, so that all ranks read the same
+        self._rates_all = observation in (0, self._last_of_window) or self.rules.all_rates
 
     def add_site(self, site: Site) -> int:
         """Append a site and return its number."""
@@ -141,12 +148,6 @@ class UnitLiveness(Metric):
         seldom.
         """
         return self._rates_all or self.layout.sites[site].kind in _RATED
-
-    @property
-    def _rates_all(self) -> bool:
-        # a window's first, so that there are rates whenever a verdict is asked for, and its last, so that they are of
-        # the latest weights; by the number alone, so that all ranks read the same
-        return self._observation in (0, self._last_of_window) or self.rules.all_rates
 
     def add(self, site: int, counts: Counts) -> None:
         """Add a call to the present observation, which :meth:`flush` ends; cheaper than :meth:`update` per call."""
@@ -213,16 +214,9 @@ class UnitLiveness(Metric):
 
     def _add_sizes(self, pending: Mapping[int, Counts]) -> None:
         """Add samples and elements; where no mask made them tensors, of all sites at once."""
-        sizes = [(counts.samples, counts.elements) for counts in pending.values()]
-        if any(isinstance(number, Tensor) for pair in sizes for number in pair):
-            for number, (samples, elements) in zip(pending, sizes, strict=True):
-                self.samples[number, self._observation].add_(samples)
-                self.elements[number, self._observation].add_(elements)
-            return
-        table = _size_table(len(self.layout), pending, sizes)
-        table = table.to(self.samples.device, non_blocking=True)  # waits for no device
-        for state, numbers in zip((self.samples, self.elements), table.unbind(1), strict=True):
-            state[:, self._observation].add_(numbers)
+        for name in ("samples", "elements"):
+            sizes = {number: getattr(counts, name) for number, counts in pending.items()}
+            _add_sizes(getattr(self, name)[:, self._observation], sizes)
 
     def _begin_latest(self) -> None:
         """Forget the inputs of the rates before, unless the present observation has none or was begun."""
@@ -274,7 +268,8 @@ class UnitLiveness(Metric):
         super().reset()
         for name, state in states.items():
             setattr(self, name, _cleared(name, state))
-        self._pending, self._observation, self._latest = {}, 0, -1
+        self._pending, self._latest = {}, -1
+        self._number(0)
 
 
 def _peak_rows(flat: FlatCounts, observation: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -293,11 +288,17 @@ def _latest_rows(flat: FlatCounts) -> tuple[Tensor, Tensor]:
     return torch.where(peak.isnan(), -math.inf, peak), torch.where(depth.isnan(), math.inf, depth)
 
 
-def _size_table(sites: int, numbers: Iterable[int], sizes: Sequence[tuple[Any, Any]]) -> Tensor:
-    """Put the sizes of some sites in their places among all, shape ``(sites, 2)``, on the CPU."""
-    table = torch.zeros(sites, 2, dtype=torch.int64, device="cpu")
-    table[list(numbers)] = torch.tensor(sizes, device="cpu")
-    return table
+def _add_sizes(total: Tensor, sizes: Mapping[int, int | Tensor]) -> None:
+    """Add to the entries of some sites, without waiting for a device."""
+    kinds = set(sizes.values())
+    if len(kinds) == 1 and len(sizes) == len(total):
+        total.add_(kinds.pop())
+    elif any(isinstance(size, Tensor) for size in kinds):
+        for number, size in sizes.items():
+            total[number].add_(size)
+    else:
+        column = torch.tensor([sizes.get(number, 0) for number in range(len(total))], device="cpu")
+        total.add_(column.to(total.device, non_blocking=True))
 
 
 def _raise_to(rows: Tensor, *values: Tensor) -> None:

@@ -23,12 +23,13 @@ from trackers import Tracker
 from lightning_deadrelu.observe.call_router import CallRouter
 from lightning_deadrelu.observe.module_hooks import ModuleHooks
 from lightning_deadrelu.observe.site_resolver import SiteResolver
+from lightning_deadrelu.observe.tensor_origins import TensorOrigins
 
 ALONE = "no callback"
 HOOKS = ("on_train_batch_start", "on_before_backward", "on_after_backward", "on_before_zero_grad")
 HOOKS += ("on_before_optimizer_step", "on_train_batch_end")
 PROBE = ((ModuleHooks, "_enter"), (ModuleHooks, "_leave"), (CallRouter, "take_rectified"))
-PROBE += ((SiteResolver, "find"), (SiteResolver, "follow"))
+PROBE += ((SiteResolver, "find"), (SiteResolver, "follow"), (TensorOrigins, "repeat"))
 
 Build = Callable[[], tuple[nn.Module, Tensor]]
 
