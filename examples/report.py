@@ -49,7 +49,6 @@ def main() -> None:
         enable_progress_bar=False,
     )
     trainer.fit(Classifier(lr=0.2), Digits())
-    print(monitor.summary())
     _, html = page.write(monitor.run_report, args.out)
     print(f"Page: {html}")
     if args.picture:

@@ -56,6 +56,7 @@ class LoopHost:
     steps_once = False  # a loop may go forward again after a step, as GANs do
     clips = True  # for all that is known
     averages = ""
+    run_name = ""
 
     def __init__(
         self, model: nn.Module, optimizers: Sequence[Optimizer], name: str, log: Log | None, latents: bool = False

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
+from lightning_deadrelu.guarded import guarded
 from lightning_deadrelu.monitor.host import Misuse
 from lightning_deadrelu.monitor.settings import Settings
 from lightning_deadrelu.observe import ranks
@@ -48,6 +49,16 @@ class TrainerHost:
     @property
     def called(self) -> nn.Module:
         return self._trainer.strategy.model or self.model
+
+    @property
+    def run_name(self) -> str:
+        """What the first logger calls the run, as in ``"lightning_logs/version_0"``."""
+        parts: list[str] = []
+        with guarded(lambda error: None):  # a logger that we do not know may have neither
+            for logger in self._trainer.loggers[:1]:
+                version = f"version_{logger.version}" if isinstance(logger.version, int) else logger.version
+                parts = [str(part) for part in (logger.name, version) if part]
+        return "/".join(parts)
 
     @property
     def optimizers(self) -> Sequence[torch.optim.Optimizer]:

@@ -22,6 +22,7 @@ class Loop:
     model: nn.Module
     optimizers: Sequence[Optimizer]
     averages: str = ""
+    run_name: str = ""
     unrepairable: str = ""
     is_joint: bool = False
     is_first_rank: bool = True

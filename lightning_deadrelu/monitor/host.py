@@ -28,6 +28,10 @@ class Host(Protocol):
         """What the loop calls: the model, or what is around it, as a compiled module."""
 
     @property
+    def run_name(self) -> str:
+        """What the run is called where it is logged; empty if that is not known."""
+
+    @property
     def optimizers(self) -> Sequence[Optimizer]:
         """What trains the model."""
 

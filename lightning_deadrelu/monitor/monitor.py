@@ -160,7 +160,7 @@ class Monitor:
             deaths=still_true(self.verdicts.recorder.deaths, self.report, self.settings.repairs),
             findings=self.progress.findings,
             name=self.settings.name,
-            about={"model": type(self.host.model).__name__, "settings": self.settings.changed or "defaults"},
+            about=_about(self.host, self.settings),
         )
 
     # -- a training batch --------------------------------------------------------------------------------
@@ -309,3 +309,9 @@ def _why_split(host: Host) -> str:
     """Say why the units of the model cannot be told from one rank to the other; empty if they can."""
     name = split_layer(host.model)
     return f"tensor parallelism splits `{name}`, so that each rank has other units" if name else ""
+
+
+def _about(host: Host, settings: Settings) -> dict[str, str]:
+    """Gather what tells one run from another."""
+    model, changed = type(host.model).__name__, settings.changed or "defaults"
+    return {"run": host.run_name, "model": model, "settings": changed}

@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 import torch
 from histories import LONG, SHORT, run_of
+from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 from torch import nn
+from toys import EVERYTHING, Net, batches, fit
 
-from lightning_deadrelu import LivenessReport, find_dead_units
+from lightning_deadrelu import DeadReLUMonitor, LivenessReport, find_dead_units
 from lightning_deadrelu.explain.finding import Finding
 from lightning_deadrelu.explain.postmortem import DeathEvent
 from lightning_deadrelu.report import html_page as page
@@ -27,6 +29,7 @@ from lightning_deadrelu.report.raster import image_of
 from lightning_deadrelu.report.run_report import RunReport
 from lightning_deadrelu.report.site_summary import shortened
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*the Trainer has no logger", "ignore:.*get no gradient")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SIZES = [(0, SHORT), (1, SHORT), (3, SHORT), (30, LONG), (200, LONG)]
 
@@ -92,6 +95,15 @@ def test_the_head_tells_runs_apart(runs):
     assert torch.__version__ in words
 
 
+def test_the_head_names_the_run_as_its_logger_does(tmp_path):
+    def head(logger):
+        fit(Net(), batches(4), DeadReLUMonitor(**EVERYTHING, report_dir=str(tmp_path)), logger=logger)
+        return (tmp_path / "report.html").read_text(encoding="utf-8")
+
+    assert "<title>lab/version_7: dead ReLU report</title>" in head(CSVLogger(tmp_path, name="lab", version=7))
+    assert "<title>dead_relu: dead ReLU report</title>" in head(False)
+
+
 def test_deaths_stand_by_their_cause_and_those_without_one_in_a_line(runs):
     finding = Finding(
         cause="gradient_spike", where="a", measured="it rose", confidence="likely", edit="clip <it>", source="Pascanu"
@@ -106,7 +118,7 @@ def test_deaths_stand_by_their_cause_and_those_without_one_in_a_line(runs):
     assert words.count("clip <it>") == 2  # of the check-up, and of all deaths of this cause
     assert "it rose" in words
     assert "2 more of this cause" in words
-    assert "5 units more died of no cause that could be named" in words
+    assert "5 more deaths without a known cause" in words
 
 
 def test_odd_names_are_escaped():
