@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_deadrelu.remedies.base import SiteView, Write
 
 _ALIKE = 1e-6  # of a unit's squared output: what a multiple of another leaves over
+_RESEMBLES = 0.3  # of a unit's squared output: the most that may be lost
 _VARIES = 1e-3  # of the variance of the layer's input
 
 
@@ -24,8 +25,8 @@ def to_free(view: SiteView, blind: float) -> Tensor:
     """Choose the units that a layer can spare, boolean, shape ``(units,)``; none where it leaves no samples out.
 
     Multiples of other units are spared, all but the first. Without any, where all units are silent on more than a share
-    of the samples although the layer's input varies there, one unit is: the one without which, once it is folded into
-    another, the layers behind miss least.
+    of the samples although the layer's input varies there, one unit is, if there is one that resembles another: the one
+    without which, once it is folded into the other, the layers behind miss least.
 
     Args:
         view: A site of which :func:`foldable` is true; its units are those that may be chosen.
@@ -39,8 +40,11 @@ def to_free(view: SiteView, blind: float) -> Tensor:
         chosen[chosen.clone()] = _fit(out, chosen, live & ~chosen).left <= _ALIKE * out[:, chosen].square().sum(0)
     if not chosen.any() and int(live.sum()) > 1 and _is_blind(view, out, blind):
         alone = torch.eye(len(live), dtype=torch.bool)[live]
-        missed = [_fit(out, one, live & ~one).left.sqrt() * _read_by(view, one) for one in alone]
-        chosen = alone[int(torch.cat(missed).argmin())]
+        left = torch.cat([_fit(out, one, live & ~one).left for one in alone])
+        missed = left.sqrt() * torch.stack([_read_by(view, one) for one in alone])
+        missed[left > _RESEMBLES * out[:, live].square().sum(0)] = torch.inf
+        if missed.isfinite().any():
+            chosen = alone[int(missed.argmin())]
     return chosen
 
 
@@ -75,8 +79,10 @@ def _outputs(view: SiteView) -> Tensor:
 def _is_blind(view: SiteView, out: Tensor, blind: float) -> bool:
     assert view.inputs is not None
     silent = (out == 0).all(1)
+    if not silent.double().mean() > blind:
+        return False
     whole, there = (rows.double().var(0, correction=0).sum() for rows in (view.inputs, view.inputs[silent]))
-    return bool(silent.double().mean() > blind) and bool(there > _VARIES * whole)
+    return bool(there > _VARIES * whole)
 
 
 def _read_by(view: SiteView, units: Tensor) -> Tensor:

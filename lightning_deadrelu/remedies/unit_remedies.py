@@ -44,10 +44,11 @@ class Reset(Remedy):
             readers are kept, and the output changes. Mostly they come back by themselves once the dead layer before
             them has.
         blind: If given, a layer is helped too whose units are all silent on more than this share of the samples: there
-            the network is constant, although nobody is dead. The unit that is missed least is folded into the one that
-            it resembles most, whose readers take its part over, and is redrawn to fire where the layer is silent. Units
-            that are multiples of another are folded and redrawn too, by which the output changes by nothing. Only where
-            one linear layer feeds a ReLU and linear layers read it; then the layer rests for 600 training batches.
+            the network is constant, although nobody is dead. Of the units that resemble another, the one that is missed
+            least is folded into it: the other's readers take its part over. It is redrawn to fire where the layer is
+            silent. Units that are multiples of another are folded and redrawn too, by which the output changes by
+            nothing. Only where one linear layer feeds a ReLU and linear layers read it; then the layer rests for 600
+            training batches.
 
     Example:
         >>> Reset(patience=2).bias is None

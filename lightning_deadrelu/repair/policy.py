@@ -370,6 +370,7 @@ def _blind_request(progress: Progress, site: SiteReport, remedy: Remedy, step: i
     live, blind = ~site.silent & ~site.frozen, most < site.blind_fraction < 1
     if not (blind or site.duplicate.any()):
         return None
+    progress.rests = step + _REST // 10  # if nothing comes of it
     alike = int(site.duplicate.sum())
     why = f"no unit fires on {site.blind_fraction:.1%} of the samples" if blind else f"{alike} multiples of other units"
     return Request(site.name, progress.index, live, why, blind=True)

@@ -209,8 +209,9 @@ class Batched:
             if number < HIDDEN:
                 a = z.relu()
                 if counting:
-                    self.liveness.add(number, count(_columns(z), _columns(a)))
-                    self.blind[number] += (a <= 0).all(2).sum(1) * self.liveness.wants_rates(number)
+                    rates = self.liveness.wants_rates(number)
+                    self.liveness.add(number, count(_columns(z), _columns(a), rates=rates))
+                    self.blind[number] += (a <= 0).all(2).sum(1) if rates else 0
         return a
 
     def step(self, step: int) -> None:

@@ -269,6 +269,17 @@ def test_units_that_came_back_have_to_matter_a_fair_time_later():
         assert told[-1].units == (0, 1)
 
 
+def test_a_review_goes_on_where_it_was_saved():
+    verdicts = [site(dead=[0, 1]), *[site()] * 9]
+    whole, half, resumed = ladder(), ladder(), ladder()
+    told = reviewed(whole, verdicts, range(2, 10))
+    first = reviewed(half, verdicts[:5], range(2, 10))
+    resumed.restore(decode(PolicyState, encode(half.state)))
+    rest = [event._replace(step=event.step + 5) for event in reviewed(resumed, verdicts[5:], range(2, 10))]
+    assert [(one.step, one.action, one.units) for one in first + rest] == [(e.step, e.action, e.units) for e in told]
+    assert told[-1].action == "useless"
+
+
 def test_units_that_fire_and_never_matter_cost_attempts_and_no_more_than_these():
     verdicts = [one for _ in range(40) for one in (site(dead=[0, 1]), *[site()] * 15)]  # far between: no relapse
     for attempts in (1, 3):
@@ -288,6 +299,33 @@ def test_nothing_is_said_of_units_that_died_again_and_time_begins_anew_for_what_
     assert [one.reason for one in told if one.action == "useful"] == [
         "1 of 1 repaired units matter to the loss, 5 windows later"
     ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithBlind(Exact):
+    treats_blind = 0.05
+
+
+def test_a_layer_without_dead_units_is_asked_about_where_it_leaves_samples_out_and_rests_then():
+    it, blind = ladder(WithBlind(cooldown=1)), replace(site(), blind_fraction=0.3)
+    assert it.decide(report(replace(site(), blind_fraction=0.05), step=5))[0] == []
+    assert it.decide(report(replace(site(dead=range(10)), blind_fraction=1.0), step=8))[0][0].blind is False
+    it = ladder(WithBlind(cooldown=1))
+    (asked,), _ = it.decide(report(blind, step=10))
+    assert (asked.blind, asked.units.tolist()) == (True, [True] * 10)
+    assert it.decide(report(blind, step=60))[0] == []  # nothing came of it: a while later it is asked again
+    (asked,), _ = it.decide(report(blind, step=70))
+    it.edited(asked, asked.units & (torch.arange(10) == 3), 0.0, Loss(1.0, 0.1), 71)
+    steps = [step for step in range(80, 1000, 10) if it.decide(report(blind, step=step), Loss(1.0, 0.1))[0]]
+    assert steps[0] == 680
+    assert ladder(First()).decide(report(blind, step=10))[0] == []
+
+
+def test_what_frees_units_may_be_blamed_for_the_loss():
+    it, blind = ladder(WithBlind(cooldown=5)), replace(site(), blind_fraction=0.3)
+    (asked,), _ = it.decide(report(blind), Loss(1.0, 0.01))
+    it.edited(asked, asked.units, 0.0, Loss(1.0, 0.01), 1)
+    assert [event.action for event in it.decide(report(blind, step=10), Loss(9.0, 0.01))[1]] == ["harmed"]
 
 
 def test_a_dry_run_rests_as_if_it_had_acted_and_fails_nobody():
