@@ -66,7 +66,7 @@ def test_multiples_of_other_units_are_freed_and_the_output_changes_by_nothing(se
     weight[twin], bias = 3.0 * weight[0], torch.randn(units, generator=generator) * 0.1
     bias[twin] = 3.0 * bias[0]
     net, inputs = net_of(weight, bias, readers), torch.randn(256, features, generator=generator)
-    if int((net[0](inputs) > 0).sum(0).min()) < 2:
+    if net[1](net[0](inputs)).sum(0).min() < 1:  # of what hardly fires, rounding is a large part
         return
     before = net(inputs).detach()
     freed = treated(net, inputs, blind=0.99)
