@@ -77,7 +77,7 @@ class Results:
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """What the check-up found, the surest first; empty without one, and before the first observed batch."""
+        """What the check-up found, the surest first, and whom Muon starves; empty without it, and before a batch."""
         return self.run_report.findings
 
     @property

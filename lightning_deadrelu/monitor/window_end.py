@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from lightning_deadrelu.explain.finding import ranked
+from lightning_deadrelu.explain.postmortem.incoming_weights import incoming_of
+from lightning_deadrelu.explain.starving import starving
 from lightning_deadrelu.guarded import unless_failed
 from lightning_deadrelu.monitor.merge import Counted, merged
 from lightning_deadrelu.statistics import LivenessReport
@@ -98,10 +101,23 @@ def _show_closed(monitor: Monitor, counted: Counted) -> LivenessReport:
     verdict = monitor.verdicts.judge(counted, monitor.progress.window, monitor.progress.step)
     deaths = monitor.verdicts.close(verdict, counted, monitor.repair.edited)
     monitor.announcer.tell_deaths(deaths)
+    if monitor.settings.checkup:
+        _look_for_starving(monitor, verdict.whole)
     monitor.repair.decide(verdict.whole, counted.losses)
     _publish(monitor, verdict.news, closed=True)
     monitor.repair.edited = {}
     return verdict.news
+
+
+def _look_for_starving(monitor: Monitor, report: LivenessReport) -> None:
+    """Say once of each layer that its optimizer starves units, which a check-up before the first step cannot see."""
+    host, layout, progress = monitor.host, monitor.watch.layout, monitor.progress
+    sources = zip(layout.names, incoming_of(layout.sites, host.model), strict=True)
+    known = {finding.where for finding in progress.findings if finding.cause == "muon_rows"}
+    found = starving(report, {name: source.weight for name, source in sources if name not in known}, host.optimizers)
+    if found:
+        progress.findings = ranked([*progress.findings, *found])
+        monitor.announcer.tell_findings(found, None)
 
 
 def _counted(monitor: Monitor) -> Counted | None:

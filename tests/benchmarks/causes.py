@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 sys.path.append(str(Path(__file__).parents[2] / "examples" / "causes"))
 
+import adam_spike
 import attention_scores
 import bad_initialisation
 import batchnorm_decay
@@ -34,6 +35,8 @@ import continual_learning
 import gan_generator
 import healthy
 import high_learning_rate
+import low_precision
+import muon_rows
 import outlier_spike
 import sparse_autoencoder
 import torch
@@ -128,6 +131,9 @@ def relu_output(shape: Shape) -> Setup:
     return Setup(model, rows(images, images[:, 20:30] - 1, steps=STEPS, seed=shape.seed))
 
 
+_WIDER = {sparse_autoencoder: 4, low_precision: 2, muon_rows: 0.5}
+
+
 def scripted(module: ModuleType) -> Callable[[Shape], Setup]:
     """Take the set-up of a script, at its own learning rate times the factor."""
     usual = module.build.__kwdefaults__["lr"]
@@ -135,8 +141,8 @@ def scripted(module: ModuleType) -> Callable[[Shape], Setup]:
     def build(shape: Shape) -> Setup:
         depth = {"depth": shape.depth} if "depth" in module.build.__kwdefaults__ else {}
         width = {} if module in (batchnorm_decay, attention_scores) else {"width": shape.width}
-        if module is sparse_autoencoder:
-            width = {"width": 4 * shape.width}
+        if module in _WIDER:
+            width = {"width": int(_WIDER[module] * shape.width)}
         return module.build(False, seed=shape.seed, lr=usual * shape.factor, **depth, **width)
 
     return build
@@ -165,6 +171,9 @@ PLANTED: Mapping[str, Row] = {
     "rectified attention": Row(scripted(attention_scores), ("attention_relu", "high_learning_rate")),
     "gamma decay": Row(scripted(batchnorm_decay), ("bias_decay",)),
     "continual learning": Row(scripted(continual_learning), ("distribution_shift",)),
+    "Adam's spike": Row(scripted(adam_spike), ("adam_spike",)),
+    "Muon's rows": Row(scripted(muon_rows), ("muon_rows",)),
+    "loss in bfloat16": Row(scripted(low_precision), ("low_precision",)),
 }
 
 

@@ -22,6 +22,8 @@ _IDLE = 0.1  # a model that hardly learns any more has gradients near 0: they co
 _ANEW = 0.5  # of the largest before: what is less than that follows from it
 _DEVIATIONS = 6.0  # of the logarithm, by the median absolute deviation
 _BIG_STEP = {"adaptive": 0.3, "plain": 0.1}  # of the size of the weights, at one step; 0.001 to 0.01 is usual
+_NEAR_ZERO = 0.1  # of the first losses
+_GROWN = 1.5  # times the calm loss, two steps before the largest
 _SHIFT = 3.0  # times the largest loss of the steps before
 _UNTRAINED = 3.0  # times the first losses, and as many times less
 _SETTLED = 100  # steps in which a model learns a new task, on digits
@@ -86,6 +88,8 @@ def spiked(dying: DyingUnits, rows: Rows) -> Cause | None:
         edit = f"x.clamp(-{2 * largest.usual:.2g}, {2 * largest.usual:.2g})"
         source = "a step moves weights by lr * delta * x, in proportion to the input"
         return Cause("outlier_batch", measured, "likely", edit, source)
+    if unstable := adam_spike(dying, rows):
+        return unstable
     if gradient:
         if too_fast := large_steps(dying, rows, before=gradient.step):  # of which the spike is a consequence
             return too_fast._replace(measured=f"{too_fast.measured}, until the gradient norm rose {_times(gradient)}")
@@ -93,6 +97,39 @@ def spiked(dying: DyingUnits, rows: Rows) -> Cause | None:
         edit = f"Trainer(gradient_clip_val={2 * gradient.usual:.1g})"
         return Cause("gradient_spike", measured, "likely", edit, "Pascanu et al. 2013, arXiv 1211.5063")
     return None
+
+
+def adam_spike(dying: DyingUnits, rows: Rows) -> Cause | None:
+    """Find a loss that burst from near zero, where Adam's second moment had followed the gradients down.
+
+    Steps stay as large as before, whatever is left of the gradients. Either they overshoot, and errors grow from step
+    to step; or what rounding leaves of the gradients bursts at once.
+    """
+    first, ended = int(dying.last_fired.min()), int(dying.silent_from.median())
+    loss, steps = rows.column("loss"), torch.tensor(rows.steps, dtype=torch.int64)
+    near = ((steps >= first - LAG) & (steps < ended)).nonzero().flatten()
+    near = near[near >= 2 * LAG]
+    if not dying.adaptive or not len(near):
+        return None
+    place = int(near[int(loss[near].nan_to_num(0.0).argmax())])
+    low = median(loss[place - 2 * LAG : place - LAG // 2])
+    if not (loss[place] >= _SPIKE * low and low <= _NEAR_ZERO * median(loss[:_LEAST])):
+        return None
+    rose = f"from {low:.2g} to {float(loss[place]):.2g} at step {int(steps[place]):,}"
+    if _is_rounded(loss[: place + 1]):
+        edit, source = "cross_entropy(logits.float(), labels)", "arXiv 2605.06152: absorption in the softmax"
+        return Cause("low_precision", f"when the loss, in 16 bits, rose {rose}", "likely", edit, source)
+    if not _GROWN * low <= loss[place - 2] < loss[place - 1]:
+        return None  # what one batch does comes in one step
+    measured = f"when the loss grew {rose}, over some steps, while rate and inputs were as usual"
+    source = "arXiv 2506.04805: Adam's second moment decouples from the gradients"
+    return Cause("adam_spike", measured, "likely", "Adam(..., eps=1e-3)", source)
+
+
+def _is_rounded(loss: Tensor) -> bool:
+    """Whether all losses are numbers of 16 bits, as none of 32 bits are by chance."""
+    loss = loss[loss.isfinite()]
+    return len(loss) > 1 and any(bool((loss == loss.to(kind).float()).all()) for kind in (torch.bfloat16, torch.half))
 
 
 def _spike_text(what: str, spike: _Spike, first: int) -> str:

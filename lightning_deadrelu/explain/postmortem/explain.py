@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from lightning_deadrelu.explain.finding import Finding
 from lightning_deadrelu.explain.postmortem.born_dead import bad_init, narrow, negative_bias, uncentred
-from lightning_deadrelu.explain.postmortem.causes import UNKNOWN, Cause, large_steps, shifted, spiked
+from lightning_deadrelu.explain.postmortem.causes import UNKNOWN, Cause, adam_spike, large_steps, shifted, spiked
 from lightning_deadrelu.explain.postmortem.death_events import DeathEvent, Kind, merged
 from lightning_deadrelu.explain.postmortem.dying_units import (
     SHARE,
@@ -76,7 +76,7 @@ def _drift(dying: DyingUnits, rows: Rows) -> DeathEvent:
     sunk = f"their largest input having sunk from {median(dying.peaks.amax(0)):.2g} over {len(dying.peaks)} windows"
     cause = UNKNOWN._replace(measured=sunk)
     if are_many(dying):
-        cause = shifted(dying, rows) or large_steps(dying, rows, sunk) or cause
+        cause = adam_spike(dying, rows) or shifted(dying, rows) or large_steps(dying, rows, sunk) or cause
     return _event("drift", dying, cause)
 
 

@@ -320,6 +320,36 @@ def test_sinking_over_windows_is_a_drift_and_a_fall_is_not():
     assert kinds == ["drift", "shock", "shock"]
 
 
+def fitted(burst, low=0.001):
+    """A loss that comes near zero, and what it does from step 100 on."""
+    generator = torch.Generator().manual_seed(0)
+    noise = 1 + 0.1 * torch.rand(200, generator=generator)
+    return torch.tensor([3.0] * 10 + [low] * 90 + burst + [low] * (100 - len(burst))) * noise
+
+
+@pytest.mark.parametrize(
+    ("loss", "adaptive", "cause"),
+    [
+        (fitted([0.002, 0.005, 0.02, 0.3]), True, "adam_spike"),
+        (fitted([0.002, 0.005, 0.02, 0.3]), False, "unknown"),
+        (fitted([0.3]), True, "unknown"),  # one batch
+        (fitted([0.6, 0.7, 0.9, 5.0], low=0.5), True, "unknown"),  # not near zero
+        (fitted([0.3]).bfloat16().float(), True, "low_precision"),
+        (fitted([0.3]).half().float(), True, "low_precision"),
+        (fitted([0.3]).bfloat16().float(), False, "unknown"),
+    ],
+)
+def test_spikes_of_adam_where_the_loss_had_come_near_zero(loss, adaptive, cause):
+    (event,) = explain([dying(adaptive=adaptive)], rows(loss=loss))
+    assert event.cause == cause
+
+
+def test_an_outlier_among_the_inputs_comes_before_a_spike_of_adam():
+    loss, largest = fitted([0.002, 0.005, 0.02, 0.3]), spiked(100, 50.0)
+    (event,) = explain([dying(adaptive=True)], rows(loss=loss, input_0=largest))
+    assert event.cause == "outlier_batch"
+
+
 def test_units_that_sink_after_a_new_task_began_died_of_it():
     sinking = ((8.0,), (6.0,), (5.0,), (3.0,), (1.0,), (-0.5,))
     small = WeightStats(torch.zeros(20), torch.full((20,), 0.01), torch.zeros(20))
