@@ -62,7 +62,7 @@ class Announcer:
             sites = ", ".join(f"`{site.name}` ({int(site.dead.sum())} of {site.units} units)" for site in crossed)
             how_many = f"more than {threshold:.0%} dead at step" if threshold else "dead units at step"
             self._host.warn(
-                f"{how_many} {report.step}: {sites}. They fired on no sample for"
+                f"{how_many} {report.step}: {sites}. They have not fired for"
                 f" {self._settings.min_samples} samples or more, and get no gradient."
             )
         return [site.name for site in crossed]

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from documented import code_of, run
@@ -37,6 +38,27 @@ def test_files_that_the_pages_name_exist():
     for page in PAGES:
         for name in re.findall(r"`((?:examples|tests)/[\w/.]+\.\w+)`", page.read_text(encoding="utf-8")):
             assert (ROOT / name).exists(), f"{page.name} names {name}"
+
+
+def test_addresses_are_well_formed_and_ours_name_files_that_exist():
+    texts = [
+        *PAGES,
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "CHANGELOG.md",
+        ROOT / "examples" / "tour.ipynb",
+    ]
+    found = {
+        address for page in texts for address in re.findall(r"\]\(\s*(http[^)]*)\)", page.read_text(encoding="utf-8"))
+    }
+    assert len(found) > 10
+    for address in found:
+        parts = urlsplit(address)
+        assert parts.scheme == "https", address
+        assert re.fullmatch(r"[\w-]+(\.[\w-]+)+", parts.netloc), address
+        assert not re.search(r"\s", address), address
+        own = re.search(r"lightning-deadrelu/(?:blob/)?main/(.+)", address)
+        assert own is None or (ROOT / own[1]).exists(), address
 
 
 def test_the_messages_that_are_explained_are_those_of_the_code():
