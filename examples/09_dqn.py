@@ -115,8 +115,8 @@ def note(report: LivenessReport | None, step: int, curves: Curves) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=10_000, help="of the environment")
-    parser.add_argument("--replay-ratio", type=int, default=8, help="optimizer steps per step of the environment")
+    parser.add_argument("--steps", type=int, default=4_000, help="of the environment")
+    parser.add_argument("--replay-ratio", type=int, default=4, help="optimizer steps per step of the environment")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--min-samples", type=int, default=2995)
     parser.add_argument("--seeds", type=int, default=1)
@@ -125,14 +125,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     found: dict[str, list[Curves]] = {arm: [] for arm in options.arms}
-    for seed in range(options.seeds):
-        for arm in options.arms:
-            found[arm].append(train(arm, seed, options))
     print(f"{'arm':12}{'seed':>6}{'dead':>8}{'dormant':>9}{'return':>8}")
-    for arm, runs in found.items():
-        for seed, one in enumerate(runs):
+    for seed in range(options.seeds):
+        for arm, runs in found.items():
+            runs.append(one := train(arm, seed, options))
             numbers = f"{one.last('dead'):8.1%}{one.last('dormant'):9.1%}{one.last('returns'):8.0f}"
-            print(f"{arm:12}{seed:6}{numbers}")
+            print(f"{arm:12}{seed:6}{numbers}", flush=True)
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "dqn.json").write_text(json.dumps(found))

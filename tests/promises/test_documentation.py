@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 import pytest
 from documented import code_of, run
@@ -26,6 +27,21 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     known = run(page)
     for trainer in [value for name, value in known.items() if name == "trainer"]:
         assert "dead_relu/dead_fraction" in trainer.callback_metrics
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(*(f"ignore:{message}" for message in MESSAGES))
+def test_prometheus_scrapes_what_the_verdict_says(tmp_path, monkeypatch):
+    pytest.importorskip("prometheus_client")
+    monkeypatch.chdir(tmp_path)
+    known = run(DOCS / "everywhere" / "cluster.md")
+    monitor = known["monitor"]
+    with urlopen(f"http://127.0.0.1:{known['server'].server_port}/metrics") as page:
+        lines = page.read().decode().splitlines()
+    known["server"].shutdown()
+    scraped = dict(line.rsplit(" ", 1) for line in lines if line.startswith("dead_relu"))
+    expected = {f'dead_relu_dead_fraction{{layer="{one.name}"}}': one.dead_fraction for one in monitor.report.headline}
+    assert {key: float(value) for key, value in scraped.items()} == expected | {"dead_relu_step": monitor.report.step}
 
 
 def test_every_public_name_has_its_place_among_the_pages():
