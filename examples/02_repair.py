@@ -120,7 +120,7 @@ def tell(name: str, monitor: Recorder, accuracy: float, logger: Logger | bool) -
     print(f"\n-- {name} --\n")
     for event in monitor.events:
         print(event)
-    print(f"accuracy {accuracy:.1%}, {monitor.report}")
+    print(f"Accuracy {accuracy:.1%}. {monitor.report}")
     if isinstance(logger, WandbLogger):
         folder = Path(logger.experiment.dir).parent
         logger.experiment.finish()  # or the next run would go on in this one

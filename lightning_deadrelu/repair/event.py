@@ -59,7 +59,7 @@ class Event(NamedTuple):
         return _IN_WORDS.get(self.action, self.action)
 
     def __str__(self) -> str:
-        units = f" ({len(self.units)} units)" if self.units else ""
+        units = f" ({len(self.units)} unit{'s' * (len(self.units) > 1)})" if self.units else ""
         where = f" `{self.site}`" if self.site else ""
         return f"step {self.step}: {self.remedy} {self.outcome}{where}{units}: {self.reason}"
 

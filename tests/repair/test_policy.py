@@ -414,3 +414,9 @@ def test_nothing_is_asked_while_the_loss_is_no_number_and_an_event_says_so():
     requests, events = it.decide(bad, Loss(1.0, 0.1))
     assert len(requests) == 1
     assert events == []
+
+
+def test_an_event_counts_its_units():
+    one, two = (Event(30, "act", "edited", "Reset", units, reason="dead") for units in ((4,), (4, 6)))
+    assert str(one) == "step 30: Reset repaired `act` (1 unit): dead"
+    assert str(two) == "step 30: Reset repaired `act` (2 units): dead"
