@@ -69,7 +69,7 @@ def update_sizes(optimizers: Iterable[Optimizer], weight: Tensor) -> Tensor | No
         for group in optimizer.param_groups:
             momentum = optimizer.state.get(weight, {}).get("momentum_buffer")
             if "ns_steps" in group and momentum is not None and any(weight is one for one in group["params"]):
-                sizes = torch.linalg.vector_norm(_orthogonal(momentum.float(), group), dim=1).cpu()
+                sizes: Tensor = torch.linalg.vector_norm(_orthogonal(momentum.float(), group), dim=1).cpu()
                 return sizes / sizes.median().clamp(min=torch.finfo(sizes.dtype).tiny)
     return None
 
@@ -78,7 +78,7 @@ def update_sizes(optimizers: Iterable[Optimizer], weight: Tensor) -> Tensor | No
 def _orthogonal(momentum: Tensor, group: Mapping[str, Any]) -> Tensor:
     """Make a tall matrix orthogonal as Muon does, by Newton and Schulz's iteration."""
     a, b, c = group["ns_coefficients"]
-    x = momentum / momentum.norm().clamp(min=group["eps"])
+    x: Tensor = momentum / momentum.norm().clamp(min=group["eps"])
     for _ in range(group["ns_steps"]):
         gram = x.T @ x
         x = a * x + x @ (b * gram + c * gram @ gram)
