@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -22,6 +21,7 @@ from lightning_deadrelu.monitor.state import exchange_as_in
 from lightning_deadrelu.remedies import Remedy
 from lightning_deadrelu.statistics import LivenessReport
 from lightning_deadrelu.trainer_host import TrainerHost, logging_step, stand_first, trains
+from lightning_deadrelu.warn import warn
 
 
 class DeadReLUMonitor(MonitorOwner, Callback):
@@ -260,8 +260,8 @@ def _check_trainer(trainer: Trainer, monitor: DeadReLUMonitor) -> None:
             f"`DeadReLUMonitor(report_dir={monitor.report_dir!r})`: the report is written when training ends, and"
             f' {reason}. Try `report_dir="reports"`.'
         )
-    if not trainer.loggers and not trainer.barebones:
-        rank_zero_warn(
+    if not trainer.loggers and not trainer.barebones and trainer.is_global_zero:
+        warn(
             f"{monitor.name}: the Trainer has no logger, so nothing is logged. The verdicts are in `monitor.report`;"
             " for curves, pass `Trainer(logger=...)`."
         )

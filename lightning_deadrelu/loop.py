@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, ClassVar
@@ -26,6 +25,7 @@ from lightning_deadrelu.report.metrics import metrics_of
 from lightning_deadrelu.report.run_report import RunReport
 from lightning_deadrelu.statistics import LivenessReport
 from lightning_deadrelu.validation import Argument
+from lightning_deadrelu.warn import warn
 
 Log = Callable[[dict[str, float], int], Any]
 """Takes metrics by name, and the step."""
@@ -90,7 +90,7 @@ class LoopHost:
 
     def warn(self, text: str) -> None:
         if self.is_first_rank:
-            warnings.warn(f"{self._name}: {text}", stacklevel=2)
+            warn(f"{self._name}: {text}")
 
     def info(self, text: str) -> None:
         if self.is_first_rank:

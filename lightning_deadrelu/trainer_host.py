@@ -9,7 +9,7 @@ from collections.abc import Set as AbstractSet
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lightning_deadrelu.guarded import guarded
@@ -19,6 +19,7 @@ from lightning_deadrelu.observe import ranks
 from lightning_deadrelu.report.loggers import Reporter
 from lightning_deadrelu.report.loggers.private_lightning import read_private
 from lightning_deadrelu.report.run_report import RunReport
+from lightning_deadrelu.warn import warn
 
 _SHARDED = frozenset({"FSDPStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy"})
 _LIVE = frozenset({"RichProgressBar"})
@@ -105,7 +106,8 @@ class TrainerHost:
         return Misconfiguration(text)
 
     def warn(self, text: str) -> None:
-        rank_zero_warn(f"{self._name}: {text}")
+        if self.is_first_rank:
+            warn(f"{self._name}: {text}")
 
     def info(self, text: str) -> None:
         rank_zero_info(f"{self._name}: {text}")

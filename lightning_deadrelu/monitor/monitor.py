@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,6 +31,7 @@ from lightning_deadrelu.repair.repair import Repair
 from lightning_deadrelu.repair.subject import Subject
 from lightning_deadrelu.report.run_report import RunReport
 from lightning_deadrelu.statistics import LivenessReport
+from lightning_deadrelu.warn import warn
 
 
 class Monitor:
@@ -71,7 +71,7 @@ class Monitor:
         """Whether training has begun, and not ended."""
 
     def _say_failure(self, text: str) -> None:
-        warnings.warn(f"{self.settings.name}: {text}", stacklevel=4)
+        warn(f"{self.settings.name}: {text}")
 
     # -- from start to end -------------------------------------------------------------------------------
 

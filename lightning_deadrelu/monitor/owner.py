@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from lightning_deadrelu.monitor.settings import Settings
 from lightning_deadrelu.monitor.state import MonitorState, exchange_as_in
 from lightning_deadrelu.observe.ranks import Ranks
 from lightning_deadrelu.repair.activation_swap import records
+from lightning_deadrelu.warn import warn
 
 
 class MonitorOwner(Results):
@@ -68,7 +68,7 @@ class MonitorOwner(Results):
 def _monitor_on_all_ranks(host: Host, settings: Settings) -> Monitor | None:
     """Make a monitor; None on all ranks if it fails on one."""
     monitor = None
-    with guarded(lambda error: warnings.warn(f"{settings.name}: {why_it_ends(error)}", stacklevel=4)):
+    with guarded(lambda error: warn(f"{settings.name}: {why_it_ends(error)}")):
         monitor = Monitor(settings, host)
     try:
         Ranks(host.device, lambda: host.is_joint, lambda: monitor is None).settle()

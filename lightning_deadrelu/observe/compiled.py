@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol, cast
@@ -23,6 +22,7 @@ from lightning_deadrelu.observe.compiled_limits import Room
 from lightning_deadrelu.observe.probe import Probe
 from lightning_deadrelu.observe.torch_modes import recomputes
 from lightning_deadrelu.statistics import Counts
+from lightning_deadrelu.warn import warn
 
 _PACKAGE = os.path.dirname(__file__)
 
@@ -133,11 +133,10 @@ class Compiled:
             self._backend = Observing(backends[0])
         if lost := self._doubted & self._met:
             names = ", ".join(f"`{self._counter.name_of(place)}`" for place in sorted(lost))
-            warnings.warn(
+            warn(
                 f"An observed batch ran compiled and nothing was counted of {names}, which did run before and after."
                 " Observed batches run eagerly from now on. If the compiler gave up (see `TORCH_LOGS=recompiles`),"
-                " raise `torch._dynamo.config.recompile_limit`.",
-                stacklevel=2,
+                " raise `torch._dynamo.config.recompile_limit`."
             )
         self._doubted = set()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from lightning_deadrelu.model.torch_calls import Call, ParameterNames, TensorTable, makes_zeros, version_of
 from lightning_deadrelu.observe.provenance import SHAPING, STEADY, Provenance, follow, parameter
 from lightning_deadrelu.observe.torch_function import TorchFunction
+from lightning_deadrelu.warn import warn
 
 _PLAIN_VALUES = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.memory_format})
 _MOST_DERIVED = 100_000  # of a model whose shapes differ from batch to batch
@@ -159,10 +159,9 @@ class TensorOrigins:
         """Say once that a call could not be followed, which costs the sites behind it their names and nothing else."""
         if self.error is not None and not self._told:
             self._told = True
-            warnings.warn(
+            warn(
                 f"Where a tensor comes from could not be followed ({type(self.error).__name__}: {self.error}): sites"
-                " behind it are counted all the same, but go by their place in the forward, and cannot be repaired.",
-                stacklevel=4,
+                " behind it are counted all the same, but go by their place in the forward, and cannot be repaired."
             )
 
 

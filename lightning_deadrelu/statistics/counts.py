@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-import warnings
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import NamedTuple
@@ -15,6 +14,7 @@ from torch import Tensor
 from lightning_deadrelu.model.layout import Layout
 from lightning_deadrelu.model.rectifiers import Rectifier
 from lightning_deadrelu.statistics.redundancy import projection, silent_samples
+from lightning_deadrelu.warn import warn
 
 RELU = Rectifier("relu", plain=True)
 _EXACT_IN_FLOAT32 = 2**24
@@ -226,7 +226,7 @@ class _ReadOnce:
         except Exception as error:  # Triton is not there, or finds no compiler or driver to work with
             self._failed = True
             if not isinstance(error, ImportError):
-                warnings.warn(f"Counting on the GPU takes several reads in place of one: {error!r}", stacklevel=2)
+                warn(f"Counting on the GPU takes several reads in place of one: {error!r}")
             return None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from lightning_deadrelu.model.layout import Layout
 from lightning_deadrelu.model.rectifiers import SELECTIONS
 from lightning_deadrelu.model.sites import Site
 from lightning_deadrelu.statistics import LivenessReport, SiteReport, Totals
+from lightning_deadrelu.warn import warn
 
 _LEAST_ROWS, _MOST_ROWS = 1024, 8192
 _DEATHS = 100
@@ -97,7 +97,7 @@ class FlightRecorder:
     def _fail(self, error: Exception) -> None:
         if self.failure is None:
             self.failure = error
-            warnings.warn(f"Deaths are explained no longer; watching goes on. {error!r}", stacklevel=6)
+            warn(f"Deaths are explained no longer; watching goes on. {error!r}")
 
     @property
     def deaths(self) -> tuple[DeathEvent, ...]:
