@@ -80,7 +80,10 @@ class DeadReLUMonitor(MonitorOwner, Callback):
     """
 
     all_rates: bool = False
-    """Count on each observation, not only a window's first and last, how often units fire; to be set before ``fit``."""
+    """Count on each observation, not only a window's first and last, how often units fire; to be set before ``fit``.
+
+    Also count on how many samples a whole layer is silent, and which units are multiples of others.
+    """
 
     def __init__(
         self,

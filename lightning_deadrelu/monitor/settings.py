@@ -118,7 +118,8 @@ class Settings:
     def rules(self) -> Rules:
         """What a verdict asks for; densities need all rates, and so does a remedy that goes by firing rates."""
         by_rate = self.preset is not None or any(remedy.significance is not None for remedy in self.remedies)
-        return Rules(self.min_samples, self.tau, self.all_rates or by_rate)
+        redundancy = self.all_rates or any(remedy.treats_blind is not None for remedy in self.remedies)
+        return Rules(self.min_samples, self.tau, self.all_rates or by_rate, redundancy)
 
     @property
     def selection(self) -> list[Any]:

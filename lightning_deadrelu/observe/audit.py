@@ -54,7 +54,7 @@ def find_dead_units(
     if min_samples < 1:
         raise ValueError(f"`min_samples={min_samples}`: a verdict needs at least 1 sample. Try `min_samples=299`.")
     _check_data(model, batches)
-    watch = Watch(model, include=include, exclude=exclude, rules=Rules(min_samples))
+    watch = Watch(model, include=include, exclude=exclude, rules=Rules(min_samples, redundancy=True))
     seen = False
     with _as_found(model), torch.no_grad(), watch:
         for batch in batches:

@@ -183,11 +183,8 @@ class Compiled:
         if not self.counting or recomputes() or self._counter.probe.passes_over():
             return
         units = [call.site.units for call in calls]
-        rest = rest.clone()  # a CUDA graph reuses its outputs
-        columns = [column.split(units) for column in rest[: -len(calls)].view(4, -1)]
-        blind = rest[-len(calls) :].long().unbind()
-        *columns, projected = (fired.clone().split(units), *columns)
-        counted = zip(*columns, sizes[::2], sizes[1::2], blind, projected, strict=True)
+        columns = [column.split(units) for column in rest.clone().view(3, -1)]  # a CUDA graph reuses its outputs
+        counted = zip(fired.clone().split(units), *columns, sizes[::2], sizes[1::2], strict=True)
         for call, counts in zip(calls, counted, strict=True):
             place = self._counter.number_of(call)
             if place is None:

@@ -22,7 +22,6 @@ from lightning_deadrelu.observe.probe import Probe
 from lightning_deadrelu.observe.site_resolver import Rectified, SiteCall, SiteResolver, activations_in
 from lightning_deadrelu.observe.torch_function import torch_function
 from lightning_deadrelu.observe.torch_modes import push_mode, recomputes, remove_mode
-from lightning_deadrelu.statistics.redundancy import projection, silent_samples
 
 
 class Unreadable(Exception):
@@ -234,7 +233,7 @@ class Additions:
         with graph.graph.inserting_before(self._output):
             sizes = [size for call in calls for size in _add_sizes(graph.graph, call)]
             flat = [graph.graph.call_function(torch.cat, ([one[0] for one in counts],))]
-            rest = [one[column] for column in (1, 2, 3, 4, 5) for one in counts]
+            rest = [one[column] for column in (1, 2, 3) for one in counts]
             flat.append(graph.graph.call_function(torch.cat, (rest,)))
         self.sizes = [None if isinstance(size, fx.Node) else size for size in sizes]
         """Samples and elements of each call in turn; None where the graph tells."""
@@ -270,12 +269,7 @@ def _add_counts(graph: fx.Graph, call: Found) -> tuple[fx.Node, ...]:
         peak, trough = before.amax(over).flatten().to(call.wide), before.amin(over).flatten().to(call.wide)
         if hinge:
             peak, trough = peak - hinge, trough - hinge
-        dims = call.dims
-        size = (out if call.rectifier.plain else out.abs()).node
-        projected: Any = fx.Proxy(graph.call_function(projection, (size, dims)), tracer).to(call.wide)
-        blind: Any = fx.Proxy(graph.call_function(silent_samples, (before.node, dims, hinge)), tracer)
-        blind = blind.to(call.wide).reshape(1)
-    return fired.node, magnitude.node, peak.node, trough.node, projected.node, blind.node
+    return fired.node, magnitude.node, peak.node, trough.node
 
 
 def _add_sizes(graph: fx.Graph, call: Found) -> tuple[int | fx.Node, int | fx.Node]:

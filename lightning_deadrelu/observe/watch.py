@@ -168,9 +168,9 @@ class Watch:
         self.mask_fits = self.mask_fits or valid is not None
         if place in self.offsets:
             x, out, rectifier = _without(self.offsets[place], x, dims, rectifier)
-        wants_rates = self.liveness.wants_rates(place)
+        wanted = self.liveness.wants_rates(place), self.liveness.wants_redundancy
         chose = count_indices(x, site.units, valid) if rectifier.indexed else None
-        self._add_counts(place, chose or count(x, out, dims, rectifier, valid, wants_rates), trains)
+        self._add_counts(place, chose or count(x, out, dims, rectifier, valid, *wanted), trains)
         for taker in self._takers.values():
             taker(place, rectifier, x, dims, valid)
 
@@ -207,7 +207,7 @@ class Watch:
     def needs_eager_code(self) -> bool:
         """See :class:`~lightning_deadrelu.observe.compiled.Counter`."""
         busy = self.probe.is_subscribed or self.probe.substitutes or self.offsets or self._takers
-        return bool(busy) or self.masked or self.valid is not None
+        return bool(busy) or self.masked or self.valid is not None or self.liveness.wants_redundancy
 
     def number_of(self, seen: Seen) -> int | None:
         """See :class:`~lightning_deadrelu.observe.compiled.Counter`."""

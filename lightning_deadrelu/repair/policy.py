@@ -367,7 +367,7 @@ def _blind_request(progress: Progress, site: SiteReport, remedy: Remedy, step: i
     most = remedy.treats_blind
     if most is None or step < progress.rests or not site.elements:
         return None
-    live, blind = ~site.silent & ~site.frozen, most < site.blind_fraction < 1
+    live, blind = ~site.silent & ~site.frozen, most < (site.blind_fraction or 0.0) < 1
     if not (blind or site.duplicate.any()):
         return None
     progress.rests = step + _REST // 10  # if nothing comes of it

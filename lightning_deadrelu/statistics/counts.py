@@ -124,6 +124,7 @@ def count(
     rectifier: Rectifier = RELU,
     valid: Tensor | None = None,
     rates: bool = True,
+    redundancy: bool = False,
 ) -> Counts:
     """Reduce one call of a rectifier to a few numbers per unit, on the device and without waiting for it.
 
@@ -139,6 +140,7 @@ def count(
         valid: Boolean, True for data and False for padding, of the shape of ``x`` without the unit
             dimension, or None.
         rates: Whether more is wanted than the peak.
+        redundancy: Whether what concerns the whole layer is wanted as well as rates.
 
     Example:
         >>> x = torch.tensor([[1.0, -1.0], [2.0, -3.0]])
@@ -152,7 +154,8 @@ def count(
     samples, elements = (plan.samples, plan.elements) if valid is None else (valid.sum(),) * 2
     fits = _runs_kernels(x) and rectifier.plain and not rectifier.hinge
     once = _read_once(x, dims, rectifier.cap, valid) if fits else None
-    if once is not None and not rates:
+    redundancy = redundancy and rates
+    if once is not None and not redundancy:
         return Counts(*once, samples, elements)
     highest = x if valid is None else x.masked_fill(~valid[..., None], -math.inf)
     if not rates and _may_look(x):
@@ -161,16 +164,15 @@ def count(
             return Counts(None, None, peak - rectifier.hinge if rectifier.hinge else peak, None, samples, 0)
     lowest = x if valid is None else x.masked_fill(~valid[..., None], math.inf)
     out = out if valid is None else out.masked_fill(~valid[..., None], 0.0)
-    blind = silent_samples(highest, dims, rectifier.hinge, valid)
-    projected = projection(out if rectifier.plain else out.abs(), dims)
+    extra = _redundancy(highest, out, dims, rectifier, valid) if redundancy else ()
     if once is not None:
-        return Counts(*once, samples, elements, blind, projected)
+        return Counts(*once, samples, elements, *extra)
     # the output first: it was written last, and may still be in the cache
     fired, magnitude = _fired(highest, out, plan, rectifier), _magnitude(out, plan, rectifier)
     peak, trough = _reduced(Tensor.amax, highest, plan), _reduced(Tensor.amin, lowest, plan)
     if rectifier.hinge:
         peak, trough = peak - rectifier.hinge, trough - rectifier.hinge
-    return Counts(fired, magnitude, peak, trough, samples, elements, blind, projected)
+    return Counts(fired, magnitude, peak, trough, samples, elements, *extra)
 
 
 def count_indices(x: Tensor, units: int, valid: Tensor | None = None) -> Counts:
@@ -197,6 +199,13 @@ def count_indices(x: Tensor, units: int, valid: Tensor | None = None) -> Counts:
     fired = fired[:units]
     peak, trough = (fired > 0).float(), (fired == elements).float()
     return Counts(fired, fired.float(), peak, trough, elements, elements)
+
+
+def _redundancy(
+    x: Tensor, out: Tensor, dims: tuple[int, ...], rectifier: Rectifier, valid: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Count the layer's silent samples, and add up what tells multiples."""
+    return silent_samples(x, dims, rectifier.hinge, valid), projection(out if rectifier.plain else out.abs(), dims)
 
 
 def _may_look(x: Tensor) -> bool:

@@ -30,11 +30,14 @@ class Rules:
         tau: A unit is dormant if its mean output is at most this share of its layer's mean.
         all_rates: Whether counts and sums are read on every observation, at five to ten times the cost; by default on
             the first and last of a window.
+        redundancy: Whether silent samples of whole layers, and units that are multiples of others, are counted where
+            rates are, at twice their cost.
     """
 
     min_samples: int = 299
     tau: float = 0.025
     all_rates: bool = False
+    redundancy: bool = False
 
 
 def judge(
@@ -67,7 +70,8 @@ def judge(
     steps = [*steps, *[step] * (totals.samples.shape[1] - len(steps))]  # an observation may be under way
     found, history = _units(totals, before, layout, rules, steps)
     parts = zip(*(values.split([site.units for site in layout]) for values in found.values()), strict=True)
-    sizes = zip(totals.samples.sum(1).tolist(), totals.elements.sum(1).tolist(), totals.blind_share, strict=True)
+    blind = totals.blind_share if rules.redundancy else [None] * len(layout)
+    sizes = zip(totals.samples.sum(1).tolist(), totals.elements.sum(1).tolist(), blind, strict=True)
     learns = [True] * len(layout) if trainable is None else trainable
     reports = [
         SiteReport(name, site.kind, site.units, *size, trains, site.smooth, **dict(zip(found, part, strict=True)))

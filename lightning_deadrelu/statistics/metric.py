@@ -99,6 +99,8 @@ class UnitLiveness(Metric):
         # a window's first, so that there are rates whenever a verdict is asked for, and its last, so that they are of
         # the latest weights; by the number alone, so that all ranks read the same
         self._rates_all = observation in (0, self._last_of_window) or self.rules.all_rates
+        self.wants_redundancy = self._rates_all and self.rules.redundancy
+        """Whether what concerns whole layers is to be read in the present observation."""
 
     def add_site(self, site: Site) -> int:
         """Append a site and return its number."""
@@ -138,7 +140,7 @@ class UnitLiveness(Metric):
         self.make_room()
         if x.numel():
             out = x.clamp(min=0) if out is None else out
-            self.add(site, count(x, out, dims, rectifier, valid, self.wants_rates(site)))
+            self.add(site, count(x, out, dims, rectifier, valid, self.wants_rates(site), self.wants_redundancy))
             self.flush()
 
     def wants_rates(self, site: int) -> bool:

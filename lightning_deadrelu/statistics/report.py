@@ -39,7 +39,7 @@ class SiteReport:
         elements: Inputs per unit of the observations whose rates were read: the window's first and last. Rare, always
             on and dormant are judged by these, frozen by the last of them; 0 if the site ran in neither.
         blind_fraction: Share of these observations' samples on which no unit fires, 0 to 1: there the layer puts out
-            one value, whatever its input.
+            one value, whatever its input. None where it was not counted, as by default.
         trainable: Whether an optimizer trains what feeds it; frozen sites stay out of the headlines.
         smooth: Whether no input is exactly dead, as with GELU: only dormancy is judged.
         dead: Silent in the window, and for at least ``min_samples`` samples; the last verdict, where the site did not
@@ -71,7 +71,7 @@ class SiteReport:
     units: int
     samples: int
     elements: int
-    blind_fraction: float
+    blind_fraction: float | None
     trainable: bool
     smooth: bool
     dead: Tensor
@@ -99,8 +99,11 @@ class SiteReport:
     def duplicate(self) -> Tensor:
         """Fires, and its output was the same multiple of that of a unit before it on all these elements, bool.
 
-        In half precision multiples other than 1 are rounded, and mostly missed.
+        In half precision multiples other than 1 are rounded, and mostly missed. By default nobody looks for them, and
+        none is told.
         """
+        if self.blind_fraction is None:
+            return torch.zeros_like(self.frozen)
         return duplicates(self.fired, self.dormancy, self.projection, self.peak) & ~self.frozen
 
     @cached_property

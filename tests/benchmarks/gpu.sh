@@ -31,5 +31,5 @@ fi
 tests=("$python" -m pytest -q -n0 -p no:cacheprovider -W default --durations=5)
 step 120 kernel "${tests[@]}" tests/statistics/test_triton_counts.py
 step 140 promises "${tests[@]}" tests/promises/test_gpu.py
-step 220 cost "$python" tests/benchmarks/cost.py "${device[@]}" --rounds "${ROUNDS:-2}"
+step 200 cost "$python" tests/benchmarks/cost.py "${device[@]}" --rounds "${ROUNDS:-2}"
 exit "$failed"

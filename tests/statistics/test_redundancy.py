@@ -14,6 +14,7 @@ from two_ranks import ddp_trainer, on_two_ranks
 
 from lightning_deadrelu import DeadReLUMonitor, find_dead_units
 from lightning_deadrelu.model.rectifiers import Rectifier
+from lightning_deadrelu.remedies import Reset
 from lightning_deadrelu.statistics import Rules, UnitHistory, UnitLiveness, count, judge
 
 quiet = pytest.mark.filterwarnings("ignore:.*the Trainer has no logger", "ignore:.*get no gradient")
@@ -61,23 +62,34 @@ def is_multiple(column, other):
 @pytest.mark.parametrize("hinge", [0.0, 0.5])
 def test_silent_samples_equal_a_loop_over_samples(shape, dims, hinge):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    told = count(x, x.clamp(min=hinge), dims, Rectifier("threshold", hinge=hinge) if hinge else Rectifier("relu"))
+    rectifier = Rectifier("threshold", hinge=hinge) if hinge else Rectifier("relu")
+    told = count(x, x.clamp(min=hinge), dims, rectifier, redundancy=True)
     assert int(told.blind) == sum(all(z <= hinge for z in zs) for zs in samples_of(x, dims).values())
 
 
 def test_padding_is_no_silent_sample_and_no_output():
     x = torch.tensor([[[1.0, 2.0], [-1.0, -1.0], [9.0, -9.0]], [[-2.0, -3.0], [3.0, 6.0], [-9.0, -9.0]]])
     valid = torch.tensor([[True, True, False], [True, True, False]])
-    told = count(x, x.relu(), valid=valid)
+    told = count(x, x.relu(), valid=valid, redundancy=True)
     assert int(told.blind) == 2
-    bare = count(x[valid], x[valid].relu())
+    bare = count(x[valid], x[valid].relu(), redundancy=True)
     assert int(bare.blind) == 2
     assert told.projection[1] / told.projection[0] == pytest.approx(2.0)
 
 
 def test_what_is_no_number_is_not_silent():
     x = torch.tensor([[math.nan, -1.0], [-1.0, -1.0], [-1.0, math.nan]])
-    assert int(count(x, x.relu()).blind) == 1
+    assert int(count(x, x.relu(), redundancy=True).blind) == 1
+
+
+def test_neither_is_counted_unless_somebody_asks():
+    liveness = UnitLiveness({"act": 2})
+    liveness.update(torch.tensor([[1.0, 2.0], [-1.0, -2.0], [2.0, 4.0]]))
+    site = liveness.report().sites[0]
+    assert site.blind_fraction is None
+    assert not site.duplicate.any()
+    told = count(torch.ones(2, 2), torch.ones(2, 2))
+    assert (told.blind, told.projection) == (None, None)
 
 
 @st.composite
@@ -99,7 +111,7 @@ def layers(draw):
 @given(layers())
 def test_duplicates_are_those_of_a_loop_over_all_pairs(drawn):
     z, x, dims = drawn
-    liveness = UnitLiveness({"act": z.shape[1]})
+    liveness = UnitLiveness({"act": z.shape[1]}, rules=Rules(redundancy=True))
     liveness.update(x, x.relu(), dims=dims)
     site = liveness.report().sites[0]
     assert site.duplicate.tolist() == slow_multiples(z.relu().T.tolist())
@@ -107,7 +119,7 @@ def test_duplicates_are_those_of_a_loop_over_all_pairs(drawn):
 
 def test_the_order_of_outputs_tells_units_apart_that_have_the_same_numbers():
     x = torch.eye(4).repeat(3, 1) - 0.5  # each unit fires on a class of its own, as often and as high as the others
-    liveness = UnitLiveness({"act": 4})
+    liveness = UnitLiveness({"act": 4}, rules=Rules(redundancy=True))
     liveness.update(x)
     assert not liveness.report().sites[0].duplicate.any()
 
@@ -122,12 +134,12 @@ def test_windows_on_any_number_of_ranks_are_judged_as_a_loop_over_all_rated_acti
     for calls in window:
         for x in calls:
             x[:, 2] = 2 * x[:, 0]
-    rules = Rules(all_rates=all_rates)
+    rules = Rules(all_rates=all_rates, redundancy=True)
     metrics = [UnitLiveness({"act": 3}, window=length, rules=rules) for _ in range(ranks)]
     for number, calls in enumerate(window):
         for metric, x in zip(metrics, calls, strict=True):
             metric.observation = number
-            metric.add(0, count(x, x.relu(), rates=metric.wants_rates(0)))
+            metric.add(0, count(x, x.relu(), rates=metric.wants_rates(0), redundancy=metric.wants_redundancy))
     sums = sum(metric.totals().sums() for metric in metrics)
     maxima = torch.stack([metric.maxima for metric in metrics]).amax(0)
     totals = metrics[0].totals().merged(sums, maxima).to_host()
@@ -175,7 +187,9 @@ class Twins(LightningModule):
 
 
 def fit_twins(rank):
-    monitor = DeadReLUMonitor(every_n_steps=1, window=3, min_samples=1)
+    # nobody else asks for them
+    remedy = Reset(blind=0.05, dry_run=True)
+    monitor = DeadReLUMonitor(every_n_steps=1, window=3, min_samples=1, remedy=remedy)
     ddp_trainer(callbacks=[monitor]).fit(Twins(), batches(6, 8, seed=rank))
     return monitor.report.to_dict()["sites"][0]
 

@@ -101,7 +101,7 @@ def test_what_ranks_exchange_depends_on_the_layout_alone():
     before = [part.shape for part in (metric.totals().sums(), metric.maxima)]
     metric.update(torch.randn(500, 300))
     assert [part.shape for part in (metric.totals().sums(), metric.maxima)] == before
-    assert before == [(2 * 320 + 2 * 2 * 10,), (7, 320)]
+    assert before == [(3 * 320 + 3 * 2 * 10,), (7, 320)]
 
 
 def test_a_death_told_within_a_window_is_not_told_again_at_its_end():
