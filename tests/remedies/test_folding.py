@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch import LightningModule
 from torch import nn
-from toys import Loader, batches, fit
+from torch.utils.data import DataLoader
+from toys import Loader, fit
 from two_ranks import ddp_trainer, on_two_ranks
 from views import seeded
 
@@ -198,7 +199,8 @@ def fit_on(rank):
     torch.manual_seed(0)
     monitor = DeadReLUMonitor(remedy=Reset(blind=0.05), **EAGER)
     model = Fitted(blind_start(1), target)
-    ddp_trainer(callbacks=[monitor]).fit(model, batches(20, 32, width=1, seed=rank))
+    rows = torch.rand(640, 1, generator=seeded(rank)) * 2 - 1
+    ddp_trainer(callbacks=[monitor]).fit(model, DataLoader(rows, batch_size=32))
     return [(event.step, event.action, event.units) for event in monitor.events], model.net.state_dict()
 
 
