@@ -9,8 +9,8 @@ fit together whatever watches, and the run goes on from the checkpoint before; s
 In the end weights, optimizer, events and the last verdict have to be those of the run that nothing stopped, to the last
 bit.
 
-On 27 November 2026, torch 2.13 on a CPU: 100 of 100 killed and 50 of 50 interrupted runs were equal, 9 of the latter "in
-halves", and nothing was left behind.
+On 27 November 2026, torch 2.13 on a CPU: 100 of 100 killed and 50 of 50 interrupted runs were equal, 9 of the latter
+"in halves", and nothing was left behind.
 """
 
 import argparse
