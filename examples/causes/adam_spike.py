@@ -1,5 +1,5 @@
 """Adam's second moment fades while the gradients shrink, until its steps are too large, and a spike kills units
-============================================================================================================
+=============================================================================================================
 
 **What happens.** Adam divides each gradient by the root of its second moment, an average over 1 / (1 - beta2) steps. On
 data that a network fits to the end, gradients go to zero, and the second moment after them: the steps stay as large as

@@ -1,5 +1,5 @@
 """A loss in bfloat16 rounds what is left of the gradient to steps, and Adam makes spikes of these
-==============================================================================================
+===============================================================================================
 
 **What happens.** Where a classifier is nearly sure, the gradient of a cross-entropy is the difference between 1 and a
 number close to it. In bfloat16, of three digits, that difference is zero or a whole rounding step, and the gradients of
