@@ -40,12 +40,9 @@ class TrainerHost:
 
     def __init__(self, trainer: Trainer, settings: Settings) -> None:
         self._trainer, self._name = trainer, settings.name
+        self.model = trainer.lightning_module
         self._reporter = Reporter(settings.name, alerts=settings.alerts, latents=settings.preset is not None)
         self._reporter.prepare(trainer.loggers, trainer.is_global_zero)
-
-    @property
-    def model(self) -> LightningModule:
-        return self._trainer.lightning_module
 
     @property
     def called(self) -> nn.Module:

@@ -47,18 +47,15 @@ class ModuleHooks:
         """The modules that stand for a rectifier."""
         self.entered: set[str] = set()
         """Paths of the modules whose forward has run."""
+        self.are_on = False
+        """Whether the hooks are in place."""
         self._handles: list[RemovableHandle] = []
         self._thread = 0  # the hooks are called on every thread, a mode on its own alone
         self._passed: nn.Module | None = None  # running, and to be looked at neither by the mode nor by hooks
 
-    @property
-    def are_on(self) -> bool:
-        """Whether the hooks are in place."""
-        return bool(self._handles)
-
     def add(self) -> None:
         """Put the hooks in place, for what runs on this thread."""
-        self._thread = threading.get_ident()
+        self._thread, self.are_on = threading.get_ident(), True
         self._handles = [
             register_module_forward_pre_hook(self._enter),
             register_module_forward_hook(self._leave, always_call=True),
@@ -68,7 +65,7 @@ class ModuleHooks:
         """Take them out."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self.are_on = [], False
 
     def forget(self) -> None:
         """Forget what was running."""

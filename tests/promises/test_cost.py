@@ -214,6 +214,27 @@ def test_the_way_of_a_torch_call_takes_no_more_python_calls_than_it_did():
     assert (observed - run(False)) / (4 * 20) <= 23  # linear, relu, mul and add
 
 
+@pytest.mark.filterwarnings("ignore:.*the Trainer has no logger")
+def test_an_unobserved_batch_takes_no_more_python_calls_than_it_did(monkeypatch):
+    made, monitor = collections.Counter(), DeadReLUMonitor(every_n_steps=100)
+
+    def counted(hook):
+        def run(trainer, pl_module, *rest):
+            profiled = trainer.fit_loop.epoch_loop.batch_idx in range(20, 30)
+            sys.setprofile((lambda frame, event, arg: made.update([event])) if profiled else None)
+            try:
+                hook(trainer, pl_module, *rest)
+            finally:
+                sys.setprofile(None)
+
+        return run
+
+    for name in turns.HOOKS:
+        monkeypatch.setattr(monitor, name, counted(getattr(monitor, name)))
+    fit(Net(MODELS["MLP"][0]()), Loader([torch.randn(5, 4)] * 30), monitor)
+    assert 100 < made["call"] / 10 <= 160
+
+
 def test_the_script_for_gpus_is_a_script_and_names_files_that_exist():
     root = Path(__file__).parents[2]
     script = root / "tests" / "benchmarks" / "gpu.sh"

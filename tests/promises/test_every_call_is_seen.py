@@ -195,6 +195,69 @@ def test_a_skipped_block_leaves_the_other_sites_alone(block: str, skipped: tuple
     ]
 
 
+class Wandering(nn.Module):
+    """Each step of the forward reads one of the tensors made so far, by an operation; all three are told anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.plan: list[tuple[str, int, int]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = [self.layers[0](x)]  # what no parameter feeds is no layer
+        for operation, one, other in self.plan:
+            x, y = made[one % len(made)], made[other % len(made)]
+            made.append(self.step(operation, x, y, self.layers[other % 3]))
+        return made[-1]
+
+    def step(self, operation: str, x: Tensor, y: Tensor, layer: nn.Module) -> Tensor:
+        match operation:
+            case "layer":
+                return layer(x)
+            case "same weights":
+                return F.linear(x, weight=layer.weight, bias=layer.bias)
+            case "relu":
+                return F.relu(x)
+            case "add":
+                return x + y
+            case "scale":
+                return y * 0.5
+            case "halves swapped":
+                return torch.cat(x.chunk(2, -1)[::-1], -1)
+            case _:
+                return -x
+
+
+_OPERATIONS = ("layer", "same weights", "relu", "add", "scale", "halves swapped", "negated")
+_PLANS = st.lists(st.tuples(st.sampled_from(_OPERATIONS), st.integers(0, 9), st.integers(0, 9)), max_size=9)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(plans=st.lists(_PLANS, min_size=2, max_size=5), widths=st.lists(st.integers(1, 3), min_size=5, max_size=5))
+def test_a_forward_that_changes_from_batch_to_batch_has_the_sites_of_one_looked_at_for_the_first_time(
+    plans: list[list[tuple[str, int, int]]], widths: list[int]
+) -> None:
+    """What was settled in earlier batches must not speak for later ones."""
+    model, seen = Wandering(), list[Seen]()
+
+    def sink(site: Site, rectifier: Rectifier, x: Tensor, out: Tensor, dims: tuple[int, ...]) -> None:
+        seen.append(Seen(site, x.clone(), dims, count(x, out, dims, rectifier).fired > 0))
+
+    probe = Probe(model, sink)
+    for plan, width in zip([*plans, *plans], widths * 2, strict=False):
+        model.plan, x = [*plan, ("relu", 9, 0)], torch.randn(width, 4)
+        truth, _ = recorded(lambda x=x: model(x))
+        fresh = watched(model, lambda x=x: model(x))[0]
+        seen.clear()
+        with probe:
+            model(x)
+        assert probe.failure is None
+        assert [call[::2] for call in seen] == [call[::2] for call in fresh]  # site and dims
+        assert same([call.x for call in seen], [call.x for call in truth])
+        for mine, true in zip(seen, truth, strict=True):
+            assert torch.equal(mine.fired, fires(true.x, true.hinge, mine.dims))
+
+
 class Stack(nn.Module):
     """Layers drawn at random: each is a spelling, and what it does to the shape is known by construction."""
 

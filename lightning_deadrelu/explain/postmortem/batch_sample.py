@@ -29,9 +29,8 @@ class BatchSample(NamedTuple):
     sizes: tuple[int, ...]
 
 
-@torch.no_grad()
 def sample_batch(loss: Any, batch: Any) -> BatchSample | None:
-    """Copy the loss and some entries of each input, with one kernel.
+    """Copy the loss and some entries of each input, with one kernel; to be called without gradients.
 
     Args:
         loss: What the training step returned, if a tensor of one element.

@@ -115,11 +115,13 @@ class FlightRecorder:
             sites: The sites met so far.
         """
         if self.failure is None:
-            with guarded(self._fail):
+            try:  # not `guarded`: this happens at each step, and it takes longer
                 if len(sites) != self._known_sites:
                     self._incoming.meet(sites, incoming_of(sites, model))
                     self._known_sites = len(sites)
                 self.steps.note_gradients(optimizer)
+            except Exception as error:
+                self._fail(error)
 
     def after_batch(self, loss: Any, batch: Any, step: int | None) -> None:
         """Log a batch.
@@ -130,12 +132,14 @@ class FlightRecorder:
             step: The training batch, as loggers count, once the last of those that accumulate is done; else None.
         """
         if self.failure is None:
-            with guarded(self._fail):
+            try:
                 if self._off_centre is None:
                     self._off_centre = off_centre(batch)
                 self.steps.note_batch(loss, batch)
                 if step is not None:
                     self.steps.close_step(step)
+            except Exception as error:
+                self._fail(error)
 
     def observed(self, step: int) -> None:
         """Note the step of an observation that has been closed."""

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_deadrelu.explain.postmortem.batch_sample import INPUTS, BatchSample, reduced, sample_batch
 from lightning_deadrelu.explain.postmortem.gradient_sample import GradientSample
-from lightning_deadrelu.observe.torch_modes import unseen_by_modes
+from lightning_deadrelu.observe.torch_modes import WithoutGradients, unseen_by_modes
 
 _WAITING = 64  # batches
 _COLUMNS = ("gradient", "loss", *(f"input_{number}" for number in range(INPUTS)))
@@ -131,14 +131,13 @@ class StepLog:
         self._reduce()
         return self._ring
 
-    @torch.no_grad()
     def note_gradients(self, optimizer: Optimizer) -> None:
         """Read the gradients, before a step and before they are clipped.
 
         Args:
             optimizer: Which is about to step; several in one batch add up, of steps of the same one the last counts.
         """
-        with unseen_by_modes():  # a forward may be watched, which this is no part of
+        with unseen_by_modes(), WithoutGradients():  # a forward may be watched, which this is no part of
             sample = self._sample_of(optimizer)
             if (entries := sample.read(optimizer)) is not None:
                 self._now.gradients[id(optimizer)] = sample.weights, entries
@@ -160,7 +159,7 @@ class StepLog:
             loss: What the training step returned, if a tensor of one element.
             batch: What it was given.
         """
-        with unseen_by_modes():
+        with unseen_by_modes(), WithoutGradients():
             sample = sample_batch(loss, batch)
         if sample is not None:
             self._now.batches.append(sample)
