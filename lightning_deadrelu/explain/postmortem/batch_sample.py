@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_deadrelu.explain.centring import INDICATORS, indicator_share, mean_over_deviation
 from lightning_deadrelu.explain.postmortem.subsample import subsample
+from lightning_deadrelu.observe.torch_modes import WithoutGradients
 
 INPUTS = 3
 """The first so many float tensors of a batch are looked at."""
@@ -30,7 +31,7 @@ class BatchSample(NamedTuple):
 
 
 def sample_batch(loss: Any, batch: Any) -> BatchSample | None:
-    """Copy the loss and some entries of each input, with one kernel; to be called without gradients.
+    """Copy the loss and some entries of each input, with one kernel.
 
     Args:
         loss: What the training step returned, if a tensor of one element.
@@ -43,13 +44,14 @@ def sample_batch(loss: Any, batch: Any) -> BatchSample | None:
         >>> sample_batch(torch.tensor(0.5), [torch.ones(8, 2), torch.tensor([7])]).sizes
         (1, 16)
     """
-    known = type(loss) is Tensor and loss.numel() == 1 and not loss.is_complex() and not loss.is_meta
-    parts = [loss.reshape(1)] if known else []
-    inputs = floats_of(batch)
-    device = parts[0].device if parts else inputs[0].device if inputs else None
-    parts += [subsample(x, _ENTRIES) for x in inputs if x.device == device]
-    sizes = (*((0,) if not known else ()), *(part.shape[0] for part in parts))
-    return BatchSample(torch.cat(parts), sizes) if parts else None
+    with WithoutGradients():
+        known = type(loss) is Tensor and loss.numel() == 1 and not loss.is_complex() and not loss.is_meta
+        parts = [loss.reshape(1)] if known else []
+        inputs = floats_of(batch)
+        device = parts[0].device if parts else inputs[0].device if inputs else None
+        parts += [subsample(x, _ENTRIES) for x in inputs if x.device == device]
+        sizes = (*((0,) if not known else ()), *(part.shape[0] for part in parts))
+        return BatchSample(torch.cat(parts), sizes) if parts else None
 
 
 @torch.no_grad()

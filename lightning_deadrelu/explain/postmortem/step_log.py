@@ -159,7 +159,7 @@ class StepLog:
             loss: What the training step returned, if a tensor of one element.
             batch: What it was given.
         """
-        with unseen_by_modes(), WithoutGradients():
+        with unseen_by_modes():
             sample = sample_batch(loss, batch)
         if sample is not None:
             self._now.batches.append(sample)
