@@ -75,8 +75,18 @@ def train(data: Tensor, steps: int, kill: bool, remedy: str | None, out: Path) -
         model.mean.copy_(data.mean(0))
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     run = wandb.init(project="dead-latents", mode="offline", dir=out, config={"kill": kill, "remedy": remedy})
-    settings = {"every_n_steps": 1, "window": 50, "min_samples": 10_000, "threshold": 0.05}
-    with watch(model, optimizer, **settings, remedy=remedy, preset="sae", log=run.log) as monitor:
+    monitor = watch(
+        model,
+        optimizer,
+        every_n_steps=1,
+        window=50,
+        min_samples=10_000,
+        threshold=0.05,
+        remedy=remedy,
+        preset="sae",
+        log=run.log,
+    )
+    with monitor:
         for step in range(steps):
             batch = data[torch.randint(len(data), (256,))]
             loss = (model(batch) - batch).square().sum(1).mean()
@@ -92,10 +102,12 @@ def train(data: Tensor, steps: int, kill: bool, remedy: str | None, out: Path) -
     report = monitor.report
     assert report is not None
     told = latent_metrics(report)
-    numbers = [told[f"dead_relu_sae/topk/{key}"] for key in ("dead_features", "l0", "mean_log10_feature_sparsity")]
+    dead, l0, density = (
+        told[f"dead_relu_sae/topk/{key}"] for key in ("dead_features", "l0", "mean_log10_feature_sparsity")
+    )
     with torch.no_grad():
         left = (model(data) - data).square().sum() / (data - data.mean(0)).square().sum()
-    return Outcome(int(numbers[0]), *numbers[1:], float(left), monitor.events)
+    return Outcome(int(dead), l0, density, float(left), monitor.events)
 
 
 def main() -> None:

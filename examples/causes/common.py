@@ -51,7 +51,7 @@ class Learner(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         return self.loss(self(batch[0]), batch[1])
 
-    def configure_optimizers(self) -> Optimizer:
+    def configure_optimizers(self) -> Optimizer | list[Optimizer]:
         return self.optimizer(self.parameters())
 
 

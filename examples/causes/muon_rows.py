@@ -17,8 +17,11 @@ Decay is 1 here, ten times that of Muon's default, so that 400 steps show what t
 python examples/causes/muon_rows.py [--picture FILE.png]
 """
 
+from typing import cast
+
 import torch
 from common import Learner, Setup, adam, digits, rows, run
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
 LEAST = 400  # steps
@@ -38,7 +41,8 @@ class Residual(nn.Module):
         x = self.embed(x)
         for norm, up, down in zip(self.norms, self.ups, self.downs, strict=True):
             x = x + down(up(norm(x)).relu().square())
-        return self.head(x)
+        out: Tensor = self.head(x)
+        return out
 
 
 class TwoOptimizers(Learner):
@@ -46,23 +50,24 @@ class TwoOptimizers(Learner):
 
     def __init__(self, net: Residual, muon: bool, lr: float) -> None:
         super().__init__(net, adam(1e-3))
+        self.matrices = [*net.ups.parameters(), *net.downs.parameters()]
         self.automatic_optimization = False
         self.muon, self.lr = muon, lr
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        matrices = [*self.net.ups.parameters(), *self.net.downs.parameters()]
-        others = [p for p in self.parameters() if not any(p is matrix for matrix in matrices)]
-        first = (
-            torch.optim.Muon(matrices, self.lr, weight_decay=1.0) if self.muon else torch.optim.AdamW(matrices, 1e-3)
-        )
+        others = [p for p in self.parameters() if not any(p is matrix for matrix in self.matrices)]
+        first: torch.optim.Optimizer = torch.optim.AdamW(self.matrices, 1e-3)
+        if self.muon:
+            first = torch.optim.Muon(self.matrices, self.lr, weight_decay=1.0)
         return [first, torch.optim.AdamW(others, 1e-3)]
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)
-        for optimizer in self.optimizers():
+        matrices, others = cast(list[LightningOptimizer], self.optimizers())
+        for optimizer in (matrices, others):
             optimizer.zero_grad()
         self.manual_backward(loss)
-        for optimizer in self.optimizers():
+        for optimizer in (matrices, others):
             optimizer.step()
         return loss
 

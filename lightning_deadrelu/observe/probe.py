@@ -9,7 +9,6 @@ Compiled code, which neither mode nor hooks could see, runs eagerly meanwhile, o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from lightning_deadrelu.observe.module_hooks import ModuleHooks
 from lightning_deadrelu.observe.site_resolver import Rectified, SiteResolver, Wants, everything
 from lightning_deadrelu.observe.subscribers import InCompiled, Sink
 from lightning_deadrelu.observe.substitutes import Substitutes
-from lightning_deadrelu.observe.torch_function import TorchFunction, torch_function
+from lightning_deadrelu.observe.torch_function import MetFunctions, TorchFunction, torch_function
 from lightning_deadrelu.observe.torch_modes import (
     EagerCompiler,
     holds_another,
@@ -85,7 +84,7 @@ class Probe(TorchFunctionMode):
         """Hands on what the probe sees, to whoever subscribes."""
         self._call_takers = self.router.call_takers
         self._repeat = self._resolver.origins.repeat
-        self._functions: dict[Callable[..., Any], TorchFunction] = {}
+        self._functions = MetFunctions()
         self._hooks = ModuleHooks(
             self.router, self._resolver, keep_fused, self.passes_over, self._look_at_functions, self._fail
         )
@@ -241,14 +240,14 @@ class Probe(TorchFunctionMode):
         kwargs = kwargs or {}
         try:
             function = self._functions[func]
-        except (KeyError, TypeError):  # not met yet, or nothing that a dictionary takes
-            function = self._meet(func)
+        except TypeError:  # nothing that a dictionary takes
+            function = torch_function(func)
         if function.ignored or self.failure or self._hooks.substitutes.is_running or recomputes() or is_scripting():
             if function.name == "backward" and self.on_backward and not recomputes():
                 self.on_backward()
             return call_for_caller(func, args, kwargs)
         if function.operator and (backends := backends_around(func)):
-            return self._call_unwatched(function, func, args, kwargs, backends)
+            return self._call_unwatched(function, backends, func, args, kwargs)
         found = self._find(function, args, kwargs) if function.may_rectify else None
         output = call_for_caller(func, args, kwargs)
         try:  # not `guarded`, which would take longer than what it guards
@@ -269,21 +268,7 @@ class Probe(TorchFunctionMode):
             self.failure = error
             return None
 
-    def _meet(self, func: Callable[..., Any]) -> TorchFunction:
-        """Note what a function is, for as long as the probe looks: it may be one of the model's, and hold tensors."""
-        function = torch_function(func)
-        with suppress(TypeError):
-            self._functions[func] = function
-        return function
-
-    def _call_unwatched(
-        self,
-        function: TorchFunction,
-        func: Callable[..., Any],
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        backends: list[Any],
-    ) -> Any:
+    def _call_unwatched(self, function: TorchFunction, backends: list[Any], func: Any, args: Any, kwargs: Any) -> Any:
         """Call an operator that takes functions as nobody looked: compiled, and without a hook for a compiler to meet.
 
         What it reads is found along the graph of the gradients, as for all that runs out of sight.

@@ -136,7 +136,7 @@ class TensorOrigins:
             if entry is not None and entry[0]() is arg:
                 own = entry[1]
                 if not own.weight:
-                    if not function.steady and arg.shape != shape:
+                    if not function.steady and arg.shape != shape:  # type: ignore[union-attr]  # is what the entry is of
                         return False
                     follows = True
                 key.append(own)

@@ -75,3 +75,17 @@ def torch_function(func: Callable[..., Any]) -> TorchFunction:
         name in _SELECTING,
         is_operator(func),
     )
+
+
+class MetFunctions(dict[Callable[..., Any], TorchFunction]):
+    """What is known of the functions met, to be forgotten soon: they may be of the model, and hold tensors.
+
+    Example:
+        >>> import torch
+        >>> MetFunctions()[torch.tanh].plain
+        'tanh'
+    """
+
+    def __missing__(self, func: Callable[..., Any]) -> TorchFunction:
+        self[func] = torch_function(func)
+        return self[func]

@@ -38,8 +38,10 @@ COLUMNS = (
     Column("rate_bound", "rate below", percent=2),
 )
 _QUANTILES = {"peak_10": 0.1, "peak_50": 0.5, "peak_90": 0.9}
-_HARD_ONLY = ("dead", "dead_fraction", "not_judged", "rare", "always_on", "frozen", "born_dead", "died", "revived")
-_HARD_ONLY += ("blind_fraction",)
+_HARD_ONLY = (
+    *("dead", "dead_fraction", "not_judged", "rare", "always_on", "frozen", "born_dead", "died", "revived"),
+    "blind_fraction",
+)
 
 
 def row_of(site: SiteReport) -> dict[str, Cell]:
