@@ -93,7 +93,7 @@ def whole_run(remedy):
         return train(new_model(), remedy, raising, folder), raising.calls
 
 
-NUMBERS_OF_STEPS = {"step", "steps", "first_step", "last_step", "last_fired", "observed", "squares"}
+NUMBERS_OF_STEPS = {"step", "steps", "first_step", "last_step", "estimated_step", "last_fired", "observed", "squares"}
 
 
 def assert_equal(one, other, passing_over=frozenset()):

@@ -100,9 +100,11 @@ def test_the_table_for_gpus_runs_without_one(build):
     callbacks = {turns.ALONE: None, cost.EVERY_STEP: DeadReLUMonitor(every_n_steps=1)}
     made = partial(cost_gpu.compiled, partial(build, False), "eager")
     cost_gpu.print_one("small", made, "cpu", 1, callbacks, console)
-    text = console.export_text()
+    text = " ".join(console.export_text().split())
     assert cost.EVERY_STEP in text
-    assert re.search(r"adds [1-9]\d* operations and moves \d+\.\d MiB, [3-9]\.\d times the rectifiers' inputs", text)
+    assert re.search(
+        r"adds [1-9]\d* operations, which move \d+\.\d MiB; .*read once in \d+\.\d\d ms; the host takes", text
+    )
 
 
 class Counted(TorchDispatchMode):

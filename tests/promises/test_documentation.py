@@ -25,8 +25,17 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib").use("agg")
     monkeypatch.chdir(tmp_path)
     known = run(page)
+    _close(known)
     for trainer in [value for name, value in known.items() if name == "trainer"]:
         assert "dead_relu/dead_fraction" in trainer.callback_metrics
+
+
+def _close(known):
+    """Stop the server that a page has started, if it has."""
+    if "server" in known:
+        known["server"].shutdown()
+        known["server"].server_close()
+        known["thread"].join(10)
 
 
 @pytest.mark.slow
@@ -38,7 +47,7 @@ def test_prometheus_scrapes_what_the_verdict_says(tmp_path, monkeypatch):
     monitor = known["monitor"]
     with urlopen(f"http://127.0.0.1:{known['server'].server_port}/metrics") as page:
         lines = page.read().decode().splitlines()
-    known["server"].shutdown()
+    _close(known)
     scraped = dict(line.rsplit(" ", 1) for line in lines if line.startswith("dead_relu"))
     expected = {f'dead_relu_dead_fraction{{layer="{one.name}"}}': one.dead_fraction for one in monitor.report.headline}
     assert {key: float(value) for key, value in scraped.items()} == expected | {"dead_relu_step": monitor.report.step}

@@ -165,6 +165,7 @@ def target(x):
 def fitted(remedy, features, steps=200):
     torch.manual_seed(0)
     monitor = DeadReLUMonitor(remedy=remedy, **EAGER)
+    monitor.all_rates = True  # blind samples too, which without `blind` nobody counts
     model = Fitted(blind_start(features), target)
     data = [torch.rand(64, features, generator=seeded(step)) * 2 - 1 for step in range(steps)]
     fit(model, Loader(data), monitor, max_epochs=-1, max_steps=steps)
