@@ -20,7 +20,7 @@ from lightning_deadrelu.model.sites import Site
 from lightning_deadrelu.observe.compiled_graph import Additions, Found, Unreadable, find_calls
 from lightning_deadrelu.observe.compiled_limits import Room
 from lightning_deadrelu.observe.probe import Probe
-from lightning_deadrelu.observe.torch_modes import recomputes
+from lightning_deadrelu.observe.torch_modes import innermost_backend, recomputes
 from lightning_deadrelu.statistics import Counts
 from lightning_deadrelu.warn import warn
 
@@ -348,7 +348,7 @@ def _region() -> Any:
             callback = frame.f_locals["callback"]
             if checkpointed or not compilable or _has_own_limit(callback):
                 return None
-            backend = eval_frame.innermost_backend(callback)
+            backend = innermost_backend(callback)
         elif code.co_name == "_fn":  # not to be compiled
             return backend
         frame = frame.f_back  # type: ignore[assignment]

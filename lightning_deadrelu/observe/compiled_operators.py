@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch._ops import HigherOrderOperator  # the official name is for exporters alone
 
-from lightning_deadrelu.observe.torch_modes import EagerCompiler
+from lightning_deadrelu.observe.torch_modes import EagerCompiler, innermost_backend
 
 _FRONT_ENDS = ("_higher_order_ops", "flex_attention.py")
 _NOT_LAYERS = frozenset({"flex_attention"})
@@ -47,7 +47,7 @@ def _regions(frame: FrameType | None) -> Iterator[tuple[bool, Any]]:
     while frame is not None:
         if frame.f_code.co_name == "compile_wrapper" and frame.f_code.co_filename == eval_frame.__file__:
             caller = frame.f_back.f_code.co_filename if frame.f_back else ""
-            yield any(name in caller for name in _FRONT_ENDS), eval_frame.innermost_backend(frame.f_locals["callback"])
+            yield any(name in caller for name in _FRONT_ENDS), innermost_backend(frame.f_locals["callback"])
         frame = frame.f_back
 
 

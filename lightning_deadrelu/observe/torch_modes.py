@@ -178,3 +178,10 @@ def remove_mode(mode: TorchFunctionMode) -> None:
 def holds_another(kind: type[TorchFunctionMode]) -> bool:
     """Tell within a mode whether one of a kind is still to see the call that is being made."""
     return any(isinstance(mode, kind) for mode in _get_current_function_mode_stack())
+
+
+def innermost_backend(callback: Any) -> Any:
+    """Unwrap the backend that a compiled function is called with, which torch 2.9 has no function for."""
+    while hasattr(callback, "_torchdynamo_orig_backend"):
+        callback = callback._torchdynamo_orig_backend
+    return callback

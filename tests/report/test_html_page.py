@@ -92,7 +92,7 @@ def test_the_head_tells_runs_apart(runs):
     words = " ".join(Page(page.to_html(replace(runs[3], name="mine", about={"model": "Net<1>"}))).words)
     assert "mine: dead ReLU report" in words
     assert "Net<1>" in words
-    assert torch.__version__ in words
+    assert torch.__version__.split("+")[0] in words  # the package of a wheel for CUDA does not name it
 
 
 def test_the_head_names_the_run_as_its_logger_does(tmp_path):
