@@ -66,7 +66,7 @@ class Original(NamedTuple):
             return nn.Hardtanh(0.0, self.cap, self.inplace)
         return nn.ReLU(self.inplace) if math.isinf(self.cap) else nn.ReLU6(self.inplace)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def output(self, x: Tensor) -> Tensor:
         """Do what the module did, in a place of its own."""
         if self.kind == "threshold":
             return F.threshold(x, self.hinge, self.low)
@@ -117,11 +117,11 @@ class LeakyUnits(nn.Module):
 
     def _leak(self, x: Tensor) -> Tensor:
         if not self._fits(x):
-            return self.original(x)
+            return self.original.output(x)
         slope = self.slope.view(self._shape(x)).to(x.dtype)  # autocast would widen the output
         below = x - self.original.hinge if self.original.hinge else x
         # an infinite input times a slope of 0 would not be a number
-        return torch.addcmul(self.original(x), slope, below.clamp(torch.finfo(x.dtype).min, 0))
+        return torch.addcmul(self.original.output(x), slope, below.clamp(torch.finfo(x.dtype).min, 0))
 
     def _fits(self, x: Tensor) -> bool:
         """Whether the input has as many units as there are slopes."""
