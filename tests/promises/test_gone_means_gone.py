@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import (
 from toys import EVERYTHING, WITHIN, Log, Net, Nosy, Verdicts, bare, batches, fit, left_behind, mlp, run_of, watchers
 
 from lightning_deadrelu import DeadReLUMonitor
+from lightning_deadrelu.observe.compiled_limits import Room
 from lightning_deadrelu.remedies import BiasWarming, LeakySlope, WakeUp
 
 pytestmark = pytest.mark.filterwarnings(
@@ -111,7 +112,8 @@ def test_nothing_stays_where_another_callback_fails_on_hearing_of_an_error(case,
             return loss
 
     (remedy, compiled), plain, inside = CASES[case], mlp(), []
-    gc.collect()  # watches of other tests, which were never closed, and whose end would change the compiler's limits
+    gc.collect()
+    Room.close_for(Nosy)  # watches of other tests were never closed; their end would change the limits below
     before = state_of(plain)
     model = Doomed(torch.compile(plain, backend="eager") if compiled else plain)
     monitor = DeadReLUMonitor(**{**EVERYTHING, "window": 2}, remedy=remedy)
