@@ -17,7 +17,7 @@ from two_ranks import ddp_trainer, on_two_ranks
 
 from lightning_deadrelu import DeadReLUMonitor, checkup, decay_groups, find_dead_units
 
-pytestmark = pytest.mark.filterwarnings(
+quiet = pytest.mark.filterwarnings(
     "ignore:.*the Trainer has no logger", "ignore:.*get no gradient", "ignore:.*the check-up found"
 )
 ROWS = 64
@@ -409,6 +409,7 @@ def planted(kind):
     return model
 
 
+@quiet
 @pytest.mark.parametrize(("kind", "lr"), [("negative", 0.01), ("large", 0.01), ("healthy", 0.1), ("healthy", 1e-3)])
 def test_the_monitor_finds_what_the_function_finds(kind, lr):
     torch.manual_seed(1)
@@ -434,6 +435,7 @@ def test_double_precision_is_looked_at_too():
     assert found(torch.float64) == found(torch.float32) != []
 
 
+@quiet
 def test_it_is_told_once_and_changes_nothing():
     def run(**options):
         torch.manual_seed(2)
@@ -452,6 +454,7 @@ def test_it_is_told_once_and_changes_nothing():
     assert watchers() == []
 
 
+@quiet
 def test_it_is_on_the_page_and_in_json(tmp_path):
     monitor = DeadReLUMonitor(checkup=True, report_dir=str(tmp_path), **EVERYTHING)
     fit(Trained(planted("negative")), loader(4), monitor)
@@ -462,12 +465,14 @@ def test_it_is_on_the_page_and_in_json(tmp_path):
     assert "<code>negative_bias</code>" in page
 
 
+@quiet
 def test_two_optimizers_by_hand():
     monitor = DeadReLUMonitor(checkup=True, **EVERYTHING)
     fit(Adversaries(), Loader([data(width=4)] * 2), monitor)
     assert [finding.cause for finding in monitor.findings] == ["generator_relu"]
 
 
+@quiet
 @pytest.mark.filterwarnings("ignore:.*configure_optimizers. returned .None.")
 def test_a_compiled_model_and_one_without_optimizers():
     model = Trained(planted("negative"), lr=1e-3)
@@ -485,6 +490,7 @@ def test_a_compiled_model_and_one_without_optimizers():
     assert [finding.cause for finding in monitor.findings] == ["negative_bias"]
 
 
+@quiet
 def test_a_failure_costs_the_checkup_alone(monkeypatch):
     from lightning_deadrelu.explain.checkup import CheckRun
 
