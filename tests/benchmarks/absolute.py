@@ -27,9 +27,10 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from bare_trainer import bare_trainer
 from expected import ignore_expected
 from intervals import share
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -107,15 +108,7 @@ class Batches(IterableDataset[Tensor]):
 
 def train(seed: int, steps: int, monitor: DeadReLUMonitor) -> nn.Sequential:
     model = Regression(seed)
-    trainer = Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        callbacks=[monitor],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = bare_trainer(monitor, max_steps=steps)
     trainer.fit(model, DataLoader(Batches(seed, steps), batch_size=None))
     return model.net
 

@@ -18,9 +18,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from bare_trainer import bare_trainer
 from expected import ignore_expected
 from intervals import mean
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
@@ -130,16 +131,7 @@ def run(seed: int, tasks: int, options: Options | None) -> tuple[float, float, f
     options = dict(options or {})
     clip = options.pop("gradient_clip_val", None)
     model, monitor = Learner(seed, data), DeadReLUMonitor(**options)
-    trainer = Trainer(
-        max_epochs=tasks * EPOCHS,
-        accelerator="cpu",
-        callbacks=[monitor] if options else [],
-        gradient_clip_val=clip,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = bare_trainer(*([monitor] if options else []), max_epochs=tasks * EPOCHS, gradient_clip_val=clip)
     trainer.fit(model, DataLoader(data, batch_size=None))
     dead, held_out, online = (sum(v[-LATE:]) / len(v[-LATE:]) for v in (model.dead, model.held_out, model.online))
     actions = [event.action for event in monitor.events]

@@ -30,9 +30,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from bare_trainer import bare_trainer
 from expected import ignore_expected
 from intervals import mean
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from rich.console import Console
 from rich.table import Table
 from shock import BATCH, FASTER, OUTLIER, ROWS, Digits
@@ -298,16 +299,11 @@ def run(seed: int, task: Task, remedy: str) -> Run:
     data = Digits(seed, False)
     model = Learner(seed, task, data, harm, remedy)
     monitor = DeadReLUMonitor(threshold=0, remedy=REMEDIES.get(remedy))
-    trainer = Trainer(
+    trainer = bare_trainer(
+        *([monitor] if remedy in REMEDIES else []),
         max_steps=STEPS,
-        accelerator="cpu",
-        callbacks=[monitor] if remedy in REMEDIES else [],
         precision=task.precision,
         gradient_clip_val=1.0 if remedy == "clipping" else None,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
     trainer.fit(model, DataLoader(Batches(data, seed, harm and not task.depth), batch_size=None))
     struck = model.struck if harm else torch.zeros_like(model.silent())

@@ -28,9 +28,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from bare_trainer import bare_trainer
 from expected import ignore_expected
 from intervals import mean
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -207,16 +208,12 @@ def run(seed: int, norm: bool, case: str, pictures: Pictures, size: Size, device
     model = Learner(seed, norm, pictures, size, case != "unharmed").to(device)
     monitor = DeadReLUMonitor(threshold=0, remedy=case if case in REMEDIES else None)
     bad = None if case == "unharmed" or model.norm else model.strike
-    trainer = Trainer(
+    trainer = bare_trainer(
+        *([monitor] if case in REMEDIES else []),
         max_steps=size.steps,
         accelerator="cpu" if device == "cpu" else "gpu",
         devices=1,
-        callbacks=[monitor] if case in REMEDIES else [],
         gradient_clip_val=1.0 if case == "clipping" else None,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
     trainer.fit(model, DataLoader(Batches(pictures, seed, size.steps, size.batch, bad), batch_size=None))
     model.to(device)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from bare_trainer import bare_trainer
 from cure import STEPS, TASKS, Batches, Learner
 from expected import ignore_expected
 from lightning.pytorch import Trainer
@@ -76,15 +77,7 @@ class Jumps(Learner):
 def jumps(seed: int, remedy: Any) -> list[tuple[float, float]]:
     data, monitor = Digits(seed, False), Monitor(threshold=0, remedy=remedy)
     model = Jumps(seed, data, monitor)
-    trainer = Trainer(
-        max_steps=STEPS,
-        accelerator="cpu",
-        callbacks=[monitor],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = bare_trainer(monitor, max_steps=STEPS)
     trainer.fit(model, DataLoader(Batches(data, seed, True), batch_size=None))
     return model.jumps
 

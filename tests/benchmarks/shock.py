@@ -17,9 +17,10 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+from bare_trainer import bare_trainer
 from expected import ignore_expected
 from intervals import mean
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
@@ -113,15 +114,7 @@ class Run(NamedTuple):
 def run(seed: int, shock: bool, remedy: Any = None) -> Run:
     data = Digits(seed, shock)
     model, monitor = Classifier(seed, data, shock), DeadReLUMonitor(remedy=remedy)
-    trainer = Trainer(
-        max_steps=STEPS,
-        accelerator="cpu",
-        callbacks=[monitor],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = bare_trainer(monitor, max_steps=STEPS)
     trainer.fit(model, DataLoader(data, batch_size=None))
     return Run(model.struck, model.dead(), model.accuracy(), *_counts(monitor))
 
