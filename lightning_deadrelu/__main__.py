@@ -11,7 +11,7 @@ import platform
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -30,7 +30,7 @@ from lightning_deadrelu.report.html_page import to_html
 from lightning_deadrelu.report.json_export import to_json
 from lightning_deadrelu.statistics import LivenessReport
 
-_EPILOG = """
+_AUDIT_EPILOG = """
 examples:
   python -m lightning_deadrelu audit my_package.nets:resnet --data my_package.data:validation --checkpoint last.ckpt
   python -m lightning_deadrelu audit train.py:Classifier --data train.py:held_out --fail-above 0.1 --html report.html
@@ -100,16 +100,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_autopsy(commands: Any) -> None:
+def _add_command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], says: str, epilog: str
+) -> Callable[..., Any]:
+    """Add a command, and return what adds arguments to it."""
     command = commands.add_parser(
-        "autopsy",
-        help="say since when units have had no gradient, from a checkpoint alone",
-        description="Say which units have had no gradient, and since when, from an optimizer's state, without data.",
-        epilog=_AUTOPSY_EPILOG,
+        name,
+        help=says,
+        description=f"{says[0].upper()}{says[1:]}.",
+        epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.set_defaults(run=_run_autopsy)
-    add = command.add_argument
+    command.set_defaults(run=run)
+    add: Callable[..., Any] = command.add_argument
+    add("--trust", action="store_true", help="load a checkpoint that holds more than tensors, which may run any code")
+    return add
+
+
+def _add_autopsy(commands: Any) -> None:
+    says = "say which units have had no gradient, and since when, from an optimizer's state, without data"
+    add = _add_command(commands, "autopsy", _run_autopsy, says, _AUTOPSY_EPILOG)
     add(
         "checkpoint",
         type=Path,
@@ -117,26 +127,18 @@ def _add_autopsy(commands: Any) -> None:
         help="a Lightning checkpoint, or a file with an optimizer's state",
     )
     add("--model", required=True, metavar="MODEL_FACTORY", help="as for audit; best a LightningModule")
-    add("--trust", action="store_true", help="load a checkpoint that holds more than tensors, which may run any code")
     add("--json", type=Path, metavar="FILE", help="write the dates here")
 
 
 def _add_audit(commands: Any) -> None:
-    command = commands.add_parser(
-        "audit",
-        help="say which units of a trained model never fire on some data",
-        description="Say which units of a trained model never fire on some data.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    add = _add_command(
+        commands, "audit", _run_audit, "say which units of a trained model never fire on some data", _AUDIT_EPILOG
     )
-    command.set_defaults(run=_run_audit)
-    add = command.add_argument
     add(
         "model", metavar="MODEL_FACTORY", help="package.module:name or path/to/file.py:name; called, it makes the model"
     )
     add("--data", required=True, metavar="DATA_FACTORY", help="likewise; called, it makes an iterable of batches")
     add("--checkpoint", type=Path, metavar="FILE", help="a Lightning checkpoint, or a saved state dict")
-    add("--trust", action="store_true", help="load a checkpoint that holds more than tensors, which may run any code")
     add("--mode", choices=["eval", "train"], default="eval", help="the mode the model is put in; default: eval")
     add("--device", default="cpu", help="such as cuda:0; default: cpu")
     add("--min-samples", type=int, default=299, metavar="N", help="silent for fewer is not dead; default: 299")

@@ -1,5 +1,6 @@
 """A plain loop, and what a monitor says to it."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_deadrelu import LivenessReport
+from lightning_deadrelu import LivenessReport, watch
 from lightning_deadrelu.monitor.host import Misuse
 from lightning_deadrelu.monitor.monitor import Monitor
 from lightning_deadrelu.monitor.settings import Settings
@@ -97,3 +98,31 @@ def train(monitor: Monitor, loop: Loop, batches: Sequence[torch.Tensor]) -> list
         optimizer.step()
         reports.append(monitor.end_batch(loss.detach(), batch, monitor.progress.batches))
     return [report for report in reports if report is not None]
+
+
+def resumed_and_whole(
+    model: nn.Module, batches: Sequence[torch.Tensor], **settings: Any
+) -> tuple[LivenessReport, LivenessReport]:
+    """Train a copy in two halves, the second from the saved state, and the model in one go; return both verdicts."""
+    other, half = copy.deepcopy(model), len(batches) // 2
+    whole, _ = _watched(model, batches, settings)
+    _, state = _watched(other, batches[:half], settings)
+    later, _ = _watched(other, batches[half:], settings, state)
+    return later, whole
+
+
+def _watched(
+    model: nn.Module, batches: Sequence[torch.Tensor], settings: dict[str, Any], state: dict[str, Any] | None = None
+) -> tuple[LivenessReport, dict[str, Any]]:
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    monitor = watch(model, optimizer, **settings)
+    if state:
+        monitor.load_state_dict(state)
+    with monitor:
+        for batch in batches:
+            model(batch).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            monitor.step()
+        state = monitor.state_dict()
+    return monitor.report, state

@@ -1,12 +1,11 @@
 """Selections found where they are made: as sparse autoencoders write them, against the latents themselves."""
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loops import resumed_and_whole
 from torch import nn
 from toys import Loader, Net, Verdicts, assert_same, fit, reports_of, tensors, watchers
 from two_ranks import ddp_trainer, on_two_ranks
@@ -389,27 +388,8 @@ def test_two_ranks_count_what_both_selected(name):
 
 def test_a_run_goes_on_as_if_it_had_not_ended():
     torch.manual_seed(0)
-    model = Autoencoder(topk_in_place)
-    other = copy.deepcopy(model)
-    settings = {**OFTEN, "min_samples": 30}
-
-    def run(model, batches, state=None):
-        optimizer = torch.optim.SGD(model.parameters(), 0.01)
-        monitor = watch(model, optimizer, **settings)
-        if state:
-            monitor.load_state_dict(state)
-        with monitor:
-            for batch in batches:
-                model(batch).square().mean().backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                monitor.step()
-            return monitor, monitor.state_dict()
-
-    whole, _ = run(model, tensors(12))
-    _, state = run(other, tensors(12)[:6])
-    later, _ = run(other, tensors(12)[6:], state)
-    assert_same(later.report.to_dict(), whole.report.to_dict())
+    later, whole = resumed_and_whole(Autoencoder(topk_in_place), tensors(12), **{**OFTEN, "min_samples": 30})
+    assert_same(later.to_dict(), whole.to_dict())
 
 
 # -- who feeds and reads -------------------------------------------------------------------------------------------

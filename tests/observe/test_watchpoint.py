@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from loops import resumed_and_whole
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from toys import Loader, Log, Net, Verdicts, assert_same, fit, reports_of, tensors, watchers
@@ -279,28 +280,9 @@ def test_two_ranks_count_what_one_process_counts(build):
 def test_a_run_goes_on_as_if_it_had_not_ended(build):
     module, name, _ = BUILDS[build]
     torch.manual_seed(0)
-    model = module()
-    other = copy.deepcopy(model)
-    settings = {**OFTEN, "min_samples": 30}
-
-    def run(model, batches, state=None):
-        optimizer = torch.optim.SGD(model.parameters(), 0.01)
-        monitor = watch(model, optimizer, **settings)
-        if state:
-            monitor.load_state_dict(state)
-        with monitor:
-            for batch in batches:
-                model(batch).square().mean().backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                monitor.step()
-            return monitor, monitor.state_dict()
-
-    whole, _ = run(model, tensors(12))
-    _, state = run(other, tensors(12)[:6])
-    later, _ = run(other, tensors(12)[6:], state)
-    assert_same(later.report.to_dict(), whole.report.to_dict())
-    assert later.report[name.removeprefix("net.")].dead.any()
+    later, whole = resumed_and_whole(module(), tensors(12), **{**OFTEN, "min_samples": 30})
+    assert_same(later.to_dict(), whole.to_dict())
+    assert later[name.removeprefix("net.")].dead.any()
 
 
 def test_it_is_copied_pickled_scripted_and_told():
