@@ -140,7 +140,7 @@ def count(
         valid: Boolean, True for data and False for padding, of the shape of ``x`` without the unit
             dimension, or None.
         rates: Whether more is wanted than the peak.
-        redundancy: Whether what concerns the whole layer is wanted as well as rates.
+        redundancy: Whether, where rates are wanted, what concerns the whole layer is wanted too.
 
     Example:
         >>> x = torch.tensor([[1.0, -1.0], [2.0, -3.0]])

@@ -140,7 +140,7 @@ class UnitLiveness(Metric):
         self.make_room()
         if x.numel():
             out = x.clamp(min=0) if out is None else out
-            self.add(site, count(x, out, dims, rectifier, valid, self.wants_rates(site), self.wants_redundancy))
+            self.add(site, count(x, out, dims, rectifier, valid, self.wants_rates(site), self.rules.redundancy))
             self.flush()
 
     def wants_rates(self, site: int) -> bool:

@@ -13,7 +13,8 @@ from toys import batches
 from two_ranks import ddp_trainer, on_two_ranks
 
 from lightning_deadrelu import DeadReLUMonitor, find_dead_units
-from lightning_deadrelu.model.rectifiers import Rectifier
+from lightning_deadrelu.model.rectifiers import WATCHPOINT, Rectifier
+from lightning_deadrelu.model.sites import Site
 from lightning_deadrelu.remedies import Reset
 from lightning_deadrelu.statistics import Rules, UnitHistory, UnitLiveness, count, judge
 
@@ -150,6 +151,19 @@ def test_windows_on_any_number_of_ranks_are_judged_as_a_loop_over_all_rated_acti
     assert site.duplicate.tolist() == slow_multiples(
         [[max(z, 0.0) for z in column] for column in zip(*rows, strict=True)]
     )
+
+
+def test_latents_which_are_counted_on_every_observation_are_silent_on_a_share_of_all():
+    metric, rows = UnitLiveness(window=3, rules=Rules(redundancy=True)), []
+    metric.add_site(Site("latents", False, WATCHPOINT, (), 3))
+    for number, silent in enumerate((1, 4, 2)):
+        x = torch.ones(5, 3)
+        x[:silent] = -1.0
+        metric.observation = number
+        metric.update(x)
+        rows += x.tolist()
+    (site,) = metric.report().sites
+    assert site.blind_fraction == pytest.approx(sum(max(row) <= 0 for row in rows) / len(rows))
 
 
 def test_an_audit_shows_both_and_wide_layers_have_neither():
