@@ -29,6 +29,7 @@ from toys import Net, fit, mlp
 from lightning_deadrelu import DeadReLUMonitor
 from lightning_deadrelu.remedies import BiasWarming, LeakySlope, Remedy, Reset, ThermalKick, WakeUp
 
+EVERY = 10  # training batches between killings: often enough to fill the list of events before the first reading
 REMEDIES: dict[str, Remedy | str] = {
     "reset": Reset(attempts=None),
     "bias_warming": BiasWarming(steps=3, attempts=None),
@@ -47,14 +48,14 @@ class Meter(Callback):
         self.steps, self.monitor, self.readings, self.edits, self.seen = steps, monitor, [], 0, 0
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx % 25 == 0:
+        if batch_idx % EVERY == 0:
             with torch.no_grad():
-                pl_module.net[0].bias[batch_idx // 25 % 4] = -60.0
-                pl_module.net[2].bias[batch_idx // 25 % 3] = -60.0
+                pl_module.net[0].bias[batch_idx // EVERY % 4] = -60.0
+                pl_module.net[2].bias[batch_idx // EVERY % 3] = -60.0
         pl_module.losses.clear()  # its own record
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        events = self.monitor.events if batch_idx % 25 == 24 else ()
+        events = self.monitor.events if batch_idx % EVERY == EVERY - 1 else ()
         self.edits += sum(event.action == "edited" and event.step >= self.seen for event in events)
         self.seen = batch_idx + 1 if events else self.seen
         if batch_idx + 1 in (self.steps // 2, self.steps):
