@@ -56,6 +56,8 @@ html_theme = "furo"
 html_title = "lightning-deadrelu"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_js_files = ["tables.js"]
+pygments_dark_style = "github-dark"
 html_theme_options = {
     "source_repository": "https://github.com/lightning-deadrelu/lightning-deadrelu/",
     "source_branch": "main",

@@ -3,7 +3,7 @@
     python tests/benchmarks/cure.py [--task narrow] [--remedy auto] [--seeds 15] [--first 100]    about 8 s per run
 
 With `--results FILE` each run is appended to a file of JSON lines, and what stands there already is not run again;
-those behind the figures of docs/repair.md are in tests/benchmarks/results/cure.jsonl.
+those behind the figures of docs/repair-results.md are in tests/benchmarks/results/cure.jsonl.
 
 Scikit-learn's digits divided by 16, 1400 rows to train on and 397 held out, batches of 32. At step 1000 of 4000 either
 one bad batch comes (inputs ten times too large, wrong labels, 1.5 times the learning rate: see shock.py), or, where a
