@@ -33,6 +33,8 @@ def multiply(call: TracedCall) -> Outcome:
     flows = [call.look(tensor) for tensor in call.operands]
     if found is None or any(flow.learned for flow in flows):
         raise NotFollowable("it multiplies activations")
+    if len(set(map(id, call.operands))) < len(call.operands):
+        raise NotFollowable("it multiplies a tensor by itself")
     terms, result = found
     letters = {id(tensor): term for tensor, term in terms}
     gated = sum(bool(flow.before) for flow in flows) > 1 or any(flow.behind for flow in flows)

@@ -230,10 +230,12 @@ def _add(call: TracedCall) -> Outcome:
     why = ""
     negated = _subtracted(call)
     reader = f"`{call.name}`"
-    for tensor in call.operands:
-        flow, ndim = _as_row(call, tensor, "bias"), call.output.ndim
-        lost = [stream for stream in flow.before if tensor is negated and stream.is_outlet]
-        kept = [stream for stream in flow.before if not (tensor is negated and stream.is_outlet)]
+    rows = [_as_row(call, tensor, "bias") for tensor in call.operands]
+    outlets = [stream.origin for row in rows for stream in row.streams if stream.is_outlet]
+    for tensor, flow in zip(call.operands, rows, strict=True):
+        ndim = call.output.ndim
+        lost = [one for one in flow.streams if one.is_outlet and (tensor is negated or outlets.count(one.origin) > 1)]
+        kept = [stream for stream in flow.before if not any(stream is other for other in lost)]
         streams += [stream._replace(labels=grown(stream.labels, ndim)) for stream in kept]
         rest = flow._replace(streams=(*flow.behind, *lost))
         unaccounted += unaccounted_reads(rest, reader, f"{reader} reads it (an identity path)")

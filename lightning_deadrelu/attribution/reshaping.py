@@ -222,21 +222,11 @@ def _picked(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
 
 
 def _padded(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
-    changed = [dim for dim in range(main.ndim) if main.shape[dim] != call.output.shape[dim]]
-    if all(labels.shape[dim] == 1 for dim in changed):
-        return [labels]
-    if call.argument(2, "mode", "constant") != "constant":
+    widths = call.argument(1, "pad")
+    own = [width if labels.shape[-1 - place // 2] > 1 else 0 for place, width in enumerate(widths)]
+    if any(own) and call.argument(2, "mode", "constant") != "constant":
         raise NotFollowable("it joins units")
-    whole = filled(labels, main.shape, changed)
-    return [torch.nn.functional.pad(whole, _fitting(call.argument(1, "pad"), whole, main), value=NONE)]
-
-
-def _fitting(widths: Sequence[int], labels: Tensor, main: Tensor) -> list[int]:
-    """Leave out what is padded where all is alike."""
-    return [
-        width if labels.shape[-1 - place // 2] == main.shape[-1 - place // 2] else 0
-        for place, width in enumerate(widths)
-    ]
+    return [torch.nn.functional.pad(labels, own, value=NONE)]
 
 
 def joined(call: TracedCall, parts: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:

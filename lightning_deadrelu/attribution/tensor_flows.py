@@ -166,8 +166,15 @@ class TensorFlows:
         if node is not None:
             self._nodes.setdefault(node_number(node), []).append(flow)
 
-    def keep(self, call: TracedCall) -> None:
-        """Give up on what is written to the model's own memory: there it outlives the batch, out of sight."""
+    def write(self, call: TracedCall) -> None:
+        """Give up on what is written to the model's own memory: there it outlives the batch, out of sight.
+
+        And on what has the same memory and does not count this change, as the tensor behind ``.data``.
+        """
+        for tensor in call.outputs:
+            for ref, flow in self._stored.get(storage_of(tensor), ()):
+                if (other := ref()) is not None and other is not tensor and not self._known.writes_to(other):
+                    self._changed(other, flow)
         names = sorted(frozenset[str]().union(*map(self._memory.names, call.outputs)))
         for tensor in call.operands if names else ():
             self._note_kept(call.look(tensor), names[0])

@@ -165,7 +165,7 @@ class Tracer:
         path, module = frame
         call = TracedCall(plain_name(name), args, kwargs, outputs, func=func, look=look, path=path, module=module)
         if writes_in_place(name, kwargs):
-            self._flows.keep(call)
+            self._flows.write(call)
         outcome = self._rectify(call, *met) if met else self._follow(call)
         trained = any(out.requires_grad for out in outputs) or name == "__setitem__"
         chooses = call.name in CHOICES

@@ -457,6 +457,21 @@ EXPECTED: dict[str, tuple[Callable[[], nn.Module], list[Any], list[tuple[str, st
         [(5, 4)],
         [("!`a.weight` also feeds a change in place", "!a view of it is read")],
     ),
+    "written to where no change is counted": (
+        net(lambda m, x: ((h := F.relu(m.a(x))).data.add_(1), m.b(h))[1], **PAIR),
+        [(5, 4)],
+        [("a.weight a.bias", "!a view of it is read")],
+    ),
+    "moved by a pad": (
+        net(lambda m, x: m.b(F.pad(F.relu(m.a(x)), (-1, 1))), **PAIR),
+        [(5, 4)],
+        [("a.weight a.bias", "b.weight")],
+    ),
+    "attention to itself": (
+        net(lambda m, x: m.b(F.scaled_dot_product_attention(h := F.relu(m.a(x)), h, h)), **PAIR),
+        [(2, 5, 4)],
+        [("a.weight a.bias", "!multiplies a tensor by itself")],
+    ),
     "read out of sight": (
         net(out_of_sight, **PAIR),
         [(5, 4)],
@@ -569,6 +584,14 @@ def test_an_outlet_hands_on_what_is_added(pool: nn.Module, fits: bool) -> None:
     (one,) = oracle.check(model, lambda: model(torch.ones(2, 4, 6, 6))).values()
     assert one.incoming
     assert bool(one.outlet) == fits
+
+
+def test_a_layer_added_to_itself_is_no_outlet() -> None:
+    for twice in (lambda m, x: m.a(x) + m.a(-x), lambda m, x: (z := m.a(x)) + z):
+        model = net(lambda m, x, twice=twice: m.b(F.relu(twice(m, x))), **PAIR)()
+        (one,) = oracle.check(model, lambda model=model: model(torch.ones(5, 4))).values()
+        assert one.incoming
+        assert one.outlet is None
 
 
 def test_flattening_gives_a_unit_all_its_columns() -> None:
