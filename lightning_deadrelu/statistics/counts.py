@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_deadrelu.model.layout import Layout
 from lightning_deadrelu.model.rectifiers import Rectifier
-from lightning_deadrelu.statistics.redundancy import projection, silent_samples
+from lightning_deadrelu.statistics.redundancy import projection, samples_in, silent_samples
 from lightning_deadrelu.warn import warn
 
 RELU = Rectifier("relu", plain=True)
@@ -137,8 +137,7 @@ def count(
         out: Its output, of the same shape.
         dims: The dimensions that hold the units, counted from the end.
         rectifier: What it is.
-        valid: Boolean, True for data and False for padding, of the shape of ``x`` without the unit
-            dimension, or None.
+        valid: Boolean, True for data and False for padding, of the shape of ``x`` without the units, or None.
         rates: Whether more is wanted than the peak.
         redundancy: Whether, where rates are wanted, what concerns the whole layer is wanted too.
 
@@ -149,21 +148,22 @@ def count(
         (tensor([2., 0.]), tensor([ 2., -1.]))
     """
     if x.ndim == len(dims):
-        x, out = x[None], out[None]
+        x, out, valid = x[None], out[None], None if valid is None else valid[None]
     plan = _planned(x.shape, dims, x.is_cpu)
-    samples, elements = (plan.samples, plan.elements) if valid is None else (valid.sum(),) * 2
+    samples, elements = (plan.samples, plan.elements) if valid is None else (samples_in(valid, dims).sum(), valid.sum())
+    padding = None if valid is None else ~valid.reshape([1 if n - x.ndim in dims else s for n, s in enumerate(x.shape)])
     fits = _runs_kernels(x) and rectifier.plain and not rectifier.hinge
     once = _read_once(x, dims, rectifier.cap, valid) if fits else None
     redundancy = redundancy and rates
     if once is not None and not redundancy:
         return Counts(*once, samples, elements)
-    highest = x if valid is None else x.masked_fill(~valid[..., None], -math.inf)
+    highest = x if padding is None else x.masked_fill(padding, -math.inf)
     if not rates and _may_look(x):
         peak = _reduced(Tensor.amax, highest, plan)
         if torch.equal(peak, peak):  # which holds of anything but NaN
             return Counts(None, None, peak - rectifier.hinge if rectifier.hinge else peak, None, samples, 0)
-    lowest = x if valid is None else x.masked_fill(~valid[..., None], math.inf)
-    out = out if valid is None else out.masked_fill(~valid[..., None], 0.0)
+    lowest = x if padding is None else x.masked_fill(padding, math.inf)
+    out = out if padding is None else out.masked_fill(padding, 0.0)
     extra = _redundancy(highest, out, dims, rectifier, valid) if redundancy else ()
     if once is not None:
         return Counts(*once, samples, elements, *extra)
@@ -295,7 +295,7 @@ class _Scratch(threading.local):
     """Working memory of a thread: on a CPU, fresh pages for a copy cost more than the arithmetic."""
 
     def __init__(self) -> None:
-        self.numbers = torch.empty(2**20, device="cpu")  # 4 MiB, which stay in the cache
+        self.numbers = torch.empty(2**20, dtype=torch.float32, device="cpu")  # 4 MiB, which stay in the cache
 
     def like(self, x: Tensor) -> Tensor:
         """Lay the memory out as a tensor that has no gaps."""

@@ -29,8 +29,19 @@ def silent_samples(x: Tensor, dims: tuple[int, ...], hinge: float = 0.0, valid: 
     whole = tuple(dim for dim in range(-x.ndim, 0) if dim in dims or (-1 not in dims and dim > min(dims)))
     silent = x.amax(whole) <= hinge
     if valid is not None:
-        silent = silent & valid
+        silent = silent & samples_in(valid, dims)
     return silent.sum()
+
+
+def samples_in(valid: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Tell which samples hold data: rows where the last dimension holds units, else images.
+
+    Args:
+        valid: Boolean, True for data and False for padding, of the shape of an input without the units.
+        dims: The dimensions of the input that hold the units, counted from the end.
+    """
+    positions = 0 if -1 in dims else -min(dims) - len(dims)
+    return valid.flatten(valid.ndim - positions).any(-1) if positions else valid
 
 
 def projection(out: Tensor, dims: tuple[int, ...]) -> Tensor:

@@ -141,7 +141,7 @@ class SiteReport:
     @property
     def used_fraction(self) -> float:
         """Share of the units that fired in the window, 0 to 1."""
-        return _number(self.fired > 0) / self.units
+        return _number((self.peak > 0) | (self.fired > 0)) / self.units  # beside a NaN there is no peak
 
     @property
     def perplexity(self) -> float:

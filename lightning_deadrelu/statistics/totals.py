@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -127,15 +128,12 @@ class Totals:
         """Bring to the CPU, and other tensors along, in one transfer: as bytes, so that no count is rounded.
 
         Args:
-            *beside: The widest numbers first, so that all lie where their type may lie.
+            *beside: Tensors on the same device.
         """
         if self.maxima.device.type == "cpu":
             return self, list(beside)
         own = fields(self)
-        parts = [*(getattr(self, f.name) for f in own), *beside]
-        host = torch.cat([part.flatten().view(torch.uint8) for part in parts]).cpu()
-        flat = host.split([part.numel() * part.element_size() for part in parts])
-        copies = [raw.view(part.dtype).view(part.shape) for raw, part in zip(flat, parts, strict=True)]
+        copies = host_copies([*(getattr(self, f.name) for f in own), *beside])
         return Totals(*copies[: len(own)]), copies[len(own) :]
 
     def sums(self) -> Tensor:
@@ -148,6 +146,22 @@ class Totals:
         parts = sums.split([mine.numel() for mine in own])
         pairs = zip(_SUMS, own, parts, strict=True)
         return Totals(**{name: part.to(mine.dtype).view(mine.shape) for name, mine, part in pairs}, maxima=maxima)
+
+
+def host_copies(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Copy tensors of one device to the host, in one transfer.
+
+    Example:
+        >>> host_copies([torch.ones(3), torch.ones(1, dtype=torch.float64)])[1]
+        tensor([1.], dtype=torch.float64)
+    """
+    order = sorted(range(len(parts)), key=lambda place: -parts[place].element_size())  # all lie where their type may
+    wide_first = [parts[place] for place in order]
+    host = torch.cat([part.flatten().view(torch.uint8) for part in wide_first]).cpu()
+    copies = list(parts)
+    for place, raw in zip(order, host.split([part.numel() * part.element_size() for part in wide_first]), strict=True):
+        copies[place] = raw.view(parts[place].dtype).view(parts[place].shape)
+    return copies
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,7 @@
 """The counts of one call, against a loop over single numbers."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -83,11 +84,32 @@ def test_padding_is_left_out():
     assert not (nothing.nonfinite | nothing.silent | nothing.frozen).any()
 
 
+def test_padding_is_left_out_of_images():
+    x = torch.randn(2, 3, 3, 3)
+    valid = torch.zeros(2, 3, 3, dtype=torch.bool)
+    valid[0, 0, 1] = valid[0, 2, 2] = True
+    counts = count(x, x.relu(), (-3,), valid=valid, redundancy=True)
+    shown = torch.stack([x[0, :, 0, 1], x[0, :, 2, 2]])
+    assert counts.fired.tolist() == (shown > 0).sum(0).tolist()
+    assert (counts.peak.tolist(), counts.trough.tolist()) == (shown.amax(0).tolist(), shown.amin(0).tolist())
+    assert (int(counts.samples), int(counts.elements), int(counts.blind)) == (1, 2, int(not (shown > 0).any()))
+
+
 def test_counts_are_exact_beyond_what_float32_holds():
     x = torch.ones(2**24 + 1, 1)
     for rectifier in (RELU, Rectifier("threshold")):
         counts = count(x, x, rectifier=rectifier)
         assert int(counts.fired) == counts.samples == counts.elements == 2**24 + 1
+
+
+def test_counts_are_exact_whatever_the_default_precision_is():
+    x = torch.ones(1000, 3)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with ThreadPoolExecutor() as fresh:  # each thread has working memory of its own
+            assert fresh.submit(count, x, x).result().fired.tolist() == [1000] * 3
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 numbers = st.sampled_from([-math.inf, -2.0, -0.0, 0.0, 1e-40, 0.5, 3.0, math.inf, math.nan])

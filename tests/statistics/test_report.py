@@ -29,6 +29,13 @@ def test_report_counts_the_sites_that_are_trained():
     assert frozen["b"].dead_fraction == pytest.approx(2 / 3)
 
 
+def test_a_unit_is_used_that_fires_in_any_observation():
+    metric = UnitLiveness({"relu": 4}, window=3)
+    for metric.observation, x in enumerate(torch.tensor([[1.0, -1, -1, -1], [-1, 1, -1, -1], [-1, -1, 1, -1]])):
+        metric.update(x[None])
+    assert metric.report()["relu"].used_fraction == 0.75
+
+
 def test_report_names_its_sites_when_asked_for_another():
     with pytest.raises(KeyError, match=r"'c' is no site of this report. Sites: a, b"):
         two_sites()["c"]
