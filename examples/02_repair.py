@@ -87,6 +87,7 @@ class Recorder(DeadReLUMonitor):
 
 def run(name: str, remedy: list[str] | None, args: argparse.Namespace) -> tuple[Recorder, list[tuple[int, float]]]:
     """Train once, and return the monitor and the accuracies; the seed makes the runs alike until the first edit."""
+    print(f"\n-- {name} --\n")
     seed_everything(args.seed, verbose=False)
     train, held_out = random_split(load(), [0.8, 0.2])
     bad_step = args.steps // 4
@@ -107,7 +108,7 @@ def run(name: str, remedy: list[str] | None, args: argparse.Namespace) -> tuple[
     )
     batches = Batches(TensorDataset(*train[:]), args.steps, bad_step)
     trainer.fit(model, DataLoader(batches, batch_size=None), DataLoader(held_out, 512))
-    tell(name, monitor, model.accuracies[-1][1], logger)
+    tell(monitor, model.accuracies[-1][1], logger)
     return monitor, model.accuracies
 
 
@@ -116,11 +117,10 @@ def load() -> TensorDataset:
     return TensorDataset(torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels).long())
 
 
-def tell(name: str, monitor: Recorder, accuracy: float, logger: Logger | bool) -> None:
-    print(f"\n-- {name} --\n")
+def tell(monitor: Recorder, accuracy: float, logger: Logger | bool) -> None:
     for event in monitor.events:
         print(event)
-    print(f"Accuracy {accuracy:.1%}. {monitor.report}")
+    print(f"Accuracy {accuracy:.1%}.")
     if isinstance(logger, WandbLogger):
         folder = Path(logger.experiment.dir).parent
         logger.experiment.finish()  # or the next run would go on in this one

@@ -18,7 +18,7 @@ from lightning_deadrelu import watch
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", help="not used: nothing is written")
+    parser.add_argument("--out", help=argparse.SUPPRESS)
     parser.add_argument("--devices", type=int, default=1)
     options = parser.parse_args()
     torch.manual_seed(0)

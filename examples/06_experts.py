@@ -56,7 +56,7 @@ def train(weight: float, x: Tensor, y: Tensor) -> list[LivenessReport]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", help="not used: nothing is written")
+    parser.add_argument("--out", help=argparse.SUPPRESS)
     parser.parse_args()
     images, labels = load_digits(return_X_y=True)
     x, y = torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels).long()

@@ -64,12 +64,13 @@ def train(repairs: bool, x: Tensor) -> list[LivenessReport]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", help="not used: nothing is written")
+    parser.add_argument("--out", help=argparse.SUPPRESS)
     parser.parse_args()
     x = torch.tensor(load_digits().data / 16, dtype=torch.float32)
-    print(f"{'dead codes are':16}{'step':>6}{'dead':>6}{'used':>7}{'perplexity':>12}")
-    for name, repairs in {"left alone": False, "drawn anew": True}.items():
-        for report in train(repairs, x)[::3]:
+    runs = {name: train(repairs, x) for name, repairs in {"left alone": False, "drawn anew": True}.items()}
+    print(f"\n{'dead codes are':16}{'step':>6}{'dead':>6}{'used':>7}{'perplexity':>12}")
+    for name, reports in runs.items():
+        for report in reports[::3]:
             site = report["nearest"]
             print(f"{name:16}{report.step:6}{report.dead_units:6}{site.used_fraction:7.0%}{site.perplexity:12.1f}")
 

@@ -89,6 +89,27 @@ def terminal_width() -> int:
     return min(max(shutil.get_terminal_size((120, 24)).columns, 80), 140)
 
 
+def folded(text: str, width: int) -> str:
+    """Break lines of prose that are too long; what goes on is indented by two more characters.
+
+    Args:
+        text: In lines.
+        width: Characters per line.
+
+    Example:
+        >>> print(folded("12 units died at step 40", 16))
+        12 units died at
+          step 40
+    """
+    lines = []
+    for line in text.splitlines():
+        indent = " " * (len(line) - len(line.lstrip()) + 2)
+        lines += textwrap.wrap(
+            line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        ) or [""]
+    return "\n".join(lines)
+
+
 def _lines(cells: Sequence[str], columns: Sequence[Column], sizes: Sequence[int], gap: int) -> list[str]:
     """Write one row, in as many lines as its longest cell takes."""
     parts = [_wrapped(cell, size) for cell, size in zip(cells, sizes, strict=True)]

@@ -11,8 +11,8 @@ _JUMP_IN_STDS = 5.0
 _IN_WORDS = {
     "edited": "repaired",
     "would edit": "would repair",
-    "useful": "was of use to",
-    "useless": "was of no use to",
+    "useful": "was useful in",
+    "useless": "was not useful in",
 }
 
 

@@ -8,11 +8,12 @@ from typing_extensions import Self
 
 from lightning_deadrelu.explain.postmortem import described
 from lightning_deadrelu.render.names import shortened_names
-from lightning_deadrelu.render.table import html_table, terminal_width, text_table
+from lightning_deadrelu.render.table import folded, html_table, terminal_width, text_table
 from lightning_deadrelu.report.run_report import RunReport
 from lightning_deadrelu.report.site_summary import COLUMNS, rows_of, shortened
 
 _NARROW = 100  # characters; in fewer, what kind of rectifier a layer has is left out
+_PREFIX = 12  # characters that a monitor's name takes before the first line
 
 
 class Summary(str):
@@ -56,6 +57,7 @@ def summary(run: RunReport, width: int | None = None) -> Summary:
     columns = [column for column in COLUMNS if width >= _NARROW or column.key != "kind"]
     unwatched = [f"not watched: {name}: {reason}" for name, reason in run.report.unwatched.items()]
     below = "\n".join(filter(None, [*unwatched, described(run.deaths)]))
-    text = "\n".join(filter(None, [run.conclusion, text_table(columns, rows, width) if rows else "", below]))
+    table = text_table(columns, rows, width) if rows else ""
+    text = "\n".join(filter(None, [folded(run.conclusion, width - _PREFIX), table, folded(below, width)]))
     notes = f'<p style="white-space: pre-line">{html.escape(below)}</p>' if below else ""
     return Summary(text, f"<p>{html.escape(run.conclusion)}</p>{html_table(COLUMNS, rows) if rows else ''}{notes}")

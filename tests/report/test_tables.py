@@ -143,8 +143,9 @@ def runs():
 def test_summary_fits_and_tells_every_site_that_is_not_well(runs, count, width):
     report = runs[count].report
     lines = summary(runs[count], width).splitlines()
-    assert lines[0] == runs[count].conclusion
-    assert all(len(line) <= width for line in lines[1:])
+    table = next(number for number, line in enumerate(lines) if line.startswith("layer"))
+    assert " ".join(" ".join(lines[:table]).split()) == runs[count].conclusion
+    assert all(len(line) <= width for line in lines)
     assert len(lines) <= 70
     names = dict(
         zip([site.name for site in report.sites], shortened_names([s.name for s in report.sites]), strict=True)
@@ -156,7 +157,8 @@ def test_summary_fits_and_tells_every_site_that_is_not_well(runs, count, width):
 
 def test_summary_counts_what_was_done(runs):
     events = runs[3].events
-    over, under, *rows = summary(runs[3], 140).splitlines()[1:]
+    lines = summary(runs[3], 140).splitlines()
+    over, under, *rows = lines[[line.split()[0] for line in lines].index("layer") :]
     assert over.split() == ["layer", "kind", "units", "dead", "worst", "died", "repaired", "fire", "verdict"]
     assert under.split() == ["now", "at", "again"]
     told = rows[1].split()
@@ -221,3 +223,12 @@ def test_history_of_nothing_is_empty():
     raster.add(LivenessReport((), step=9))
     _, axes = plot_run(RunReport(LivenessReport((), step=9), raster))
     assert len(axes) == 1
+
+
+def test_no_line_of_a_summary_is_wider_than_the_terminal():
+    report = many(3, "a_long_name_of_a_block.{}.relu")
+    said = {"a_long_name_of_a_module": "it has not run while observed, which may be as it should be, or not"}
+    run = RunReport(replace(report, unwatched=said))
+    assert max(map(len, summary(run, 140).splitlines())) > 80
+    assert max(map(len, summary(run, 80).splitlines())) <= 80
+    assert summary(run, 80).split() == summary(run, 81).split()

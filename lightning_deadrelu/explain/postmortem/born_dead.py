@@ -22,7 +22,7 @@ def negative_bias(dying: DyingUnits) -> Cause | None:
     usual = dying.fan_in**-0.5 if dying.fan_in else 0.0  # PyTorch draws biases within +- this
     if not (median(bias) < -usual and (bias < 0).float().mean() >= 0.8 and fires_without.float().mean() >= 0.5):
         return None
-    measured = f"their biases, {median(now):.2g} in the median, exceed the largest of their weighted inputs"
+    measured = f"because their negative biases ({median(now):.2g} in the median) outweigh their largest inputs"
     return Cause(
         "negative_bias",
         measured,
@@ -41,9 +41,9 @@ def bad_init(dying: DyingUnits) -> Cause | None:
     lean, times = -float(start.mean.mean()) / size, size * (dying.fan_in / 2) ** 0.5
     source = "He et al. 2015, arXiv 1502.01852: standard deviation (2 / fan_in) ** 0.5, mean 0"
     if lean >= max(_LEAN, _ERRORS * read**-0.5):
-        measured = f"their weights leaning to the negative, by {lean:.1f} of their size"
+        measured = f"because their weights are negative in the mean, by {lean:.1f} of their size"
     elif not _SMALL <= times <= _LARGE:
-        measured = f"their weights being {times:.2g} times He's size"
+        measured = f"because their weights are {times:.2g} times He's size"
     else:
         return None
     return Cause("bad_init", measured, "likely", "init_for_relu_(model)", source)
@@ -53,7 +53,7 @@ def uncentred(dying: DyingUnits, off_centre: float) -> Cause | None:
     """Blame inputs whose mean exceeds what sets them apart, in the first layer."""
     if not dying.first or not off_centre >= _OFF_CENTRE:
         return None
-    measured = f"the inputs' mean is {off_centre:.1f} times their deviation from it, so that its sign decides"
+    measured = f"because the mean of the inputs is {off_centre:.1f} times their spread, so that its sign decides"
     edit = "x = (x - x.mean(0)) / x.std(0)"
     return Cause("uncentred_inputs", measured, "likely", edit, "LeCun et al. 1998, Efficient BackProp, section 4.3")
 
@@ -69,8 +69,7 @@ def narrow(dying: DyingUnits, widths: Sequence[int]) -> Cause | None:
     chance = born_dead_bounds(alike)[1] if len(alike) >= _DEEP else 0.0
     if chance < _CHANCE:
         return None
-    measured = (
-        f"one of {len(alike)} layers of at most {dying.size} units is silent at an input with a chance of {chance:.0%}"
-    )
+    chain = f"{len(alike)} layers of at most {dying.size} units"
+    measured = f"because one of {chain} is silent on an input with a probability of {chance:.0%}"
     source = "1 - prod(1 - 2^-N), Lu et al. 2020, arXiv 1903.06733"
     return Cause("narrow_and_deep", measured, "likely", "randomized_asymmetric_init_(model)", source)

@@ -39,7 +39,7 @@ class Cause(NamedTuple):
     source: str
 
 
-UNKNOWN = Cause("unknown", "for no cause that was seen", "possible", "", "")
+UNKNOWN = Cause("unknown", "without a known cause", "possible", "", "")
 
 
 class _Spike(NamedTuple):
@@ -92,7 +92,7 @@ def spiked(dying: DyingUnits, rows: Rows) -> Cause | None:
         return unstable
     if gradient:
         if too_fast := large_steps(dying, rows, before=gradient.step):  # of which the spike is a consequence
-            return too_fast._replace(measured=f"{too_fast.measured}, until the gradient norm rose {_times(gradient)}")
+            return too_fast._replace(measured=f"{too_fast.measured}, when the gradient norm rose {_times(gradient)}")
         measured = _spike_text("the gradient norm", gradient, first)
         edit = f"Trainer(gradient_clip_val={2 * gradient.usual:.1g})"
         return Cause("gradient_spike", measured, "likely", edit, "Pascanu et al. 2013, arXiv 1211.5063")
@@ -178,7 +178,7 @@ def large_steps(dying: DyingUnits, rows: Rows, sunk: str = "", before: int | Non
     ratio, rate = _step_size(dying, rows, *((first, last) if before is None else (before - _LEAST, before)))
     if not ratio >= _BIG_STEP["adaptive" if dying.adaptive else "plain"]:
         return None
-    measured = f"with steps of {ratio:.0%} of the size of the weights, at a learning rate of {rate:.2g}"
+    measured = f"after steps of {ratio:.0%} of the weights' size at a learning rate of {rate:.2g}"
     measured = f"{sunk}, {measured}" if sunk else measured
     source = "an update should be about 1e-3 of the weights (CS231n, section on update ratios)"
     return Cause("high_learning_rate", measured, "likely", f"lr={rate / 10:.1g}", source)

@@ -58,8 +58,8 @@ class DeathEvent:
         if self.estimated_step is not None and self.last_step - self.first_step > _CLOSE:
             when += f" (about step {self.estimated_step:,}, by the optimizer's momentum)"
         if self.kind == "born dead":
-            return f"{who} {'were' if total > 1 else 'was'} born dead: {self.measured}"
-        done = "sank into silence" if self.kind == "drift" else "died"
+            return f"{who} {'were' if total > 1 else 'was'} born dead, {self.measured}"
+        done = "fell silent" if self.kind == "drift" else "died"
         return f"{who} {done} {when}, {self.measured}{moved}"
 
     @property
@@ -106,7 +106,11 @@ def merged(deaths: Sequence[DeathEvent]) -> list[DeathEvent]:
             groups.append([death])
         else:
             group.append(death)
-    return sorted(map(_one, groups), key=lambda death: (death.first_step, death.cause == "upstream_death"))
+    return sorted(map(_one, groups), key=_in_time)
+
+
+def _in_time(death: DeathEvent) -> tuple[int, bool]:
+    return death.first_step, death.cause == "upstream_death"
 
 
 def _adopted(death: DeathEvent, others: Sequence[DeathEvent]) -> DeathEvent:
@@ -193,7 +197,7 @@ def described(deaths: Sequence[DeathEvent], most: int = 5) -> str:
     """
     large = [death for death in deaths if death.is_large and death.finding]
     large.sort(key=lambda death: -sum(death.units))
-    shown = sorted(large[:most], key=lambda death: death.first_step)
+    shown = sorted(large[:most], key=_in_time)
     lines: list[str] = []
     for death in shown:
         lines += [f"{death}.", *(advice for advice in _advice(death) if advice not in lines)]

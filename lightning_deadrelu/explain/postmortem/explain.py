@@ -66,14 +66,14 @@ def _event(kind: Kind, dying: DyingUnits, cause: Cause, moved: bool = True, wher
 
 def _upstream(dying: DyingUnits) -> DeathEvent:
     born = bool(dying.born.all())
-    measured = f"{'never fired, ' if born else ''}their input being constant since `{dying.upstream}` is dead"
+    measured = f"because their input is constant: `{dying.upstream}` is dead"
     source = "a layer without a live unit puts out its next layer's bias, whatever the input"
     cause = Cause("upstream_death", measured, "certain", 'DeadReLUMonitor(remedy="reset")', source)
     return _event("born dead" if born else "upstream", dying, cause, moved=False, where=dying.upstream)
 
 
 def _drift(dying: DyingUnits, rows: Rows) -> DeathEvent:
-    sunk = f"their largest input having sunk from {median(dying.peaks.amax(0)):.2g} over {len(dying.peaks)} windows"
+    sunk = f"as their largest input sank from {median(dying.peaks.amax(0)):.2g} over {len(dying.peaks)} windows"
     cause = UNKNOWN._replace(measured=sunk)
     if are_many(dying):
         cause = adam_spike(dying, rows) or shifted(dying, rows) or large_steps(dying, rows, sunk) or cause
@@ -104,7 +104,7 @@ def _shock(dying: DyingUnits, rows: Rows, off_centre: float) -> DeathEvent:
 
 
 def _born(dying: DyingUnits, off_centre: float, widths: Sequence[int]) -> DeathEvent:
-    few = UNKNOWN._replace(measured="they have fired on no sample since the first step")
+    few = UNKNOWN._replace(measured="having never fired")
     if dying.selected or len(dying.units) < max(UNITS, 2 * SHARE * dying.size):
         return _event("born dead", dying, few, moved=False)
     options = (

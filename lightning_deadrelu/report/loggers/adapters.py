@@ -7,8 +7,10 @@ subclasses are served alike, and no tracker has to be installed. What is unknown
 from __future__ import annotations
 
 import csv
+import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,6 +26,7 @@ from lightning_deadrelu.report.loggers.media import LEGEND, Media
 from lightning_deadrelu.report.loggers.private_lightning import read_private
 from lightning_deadrelu.report.raster import Picture
 
+_MLFLOW_BARS = "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"
 _LONGEST_FILE = 150  # characters of a name that a file's is made of: systems take 255, trackers add some 80
 _BINS = np.linspace(0, 1, 65)
 _LOG_BINS = np.linspace(-10, 0, 41)
@@ -229,10 +232,23 @@ class MLFlowAdapter(Adapter):
             client.log_image(run, picture, key=self._prefixed(key), step=media.step)
         if find_spec("pandas"):  # it appends to what is there
             columns = {key: [row[key] for row in media.rows] for key in media.columns}
-            client.log_table(run, {"step": [media.step] * len(media.rows), **columns}, f"{self.name}/sites.json")
+            with _no_progress_bars():
+                client.log_table(run, {"step": [media.step] * len(media.rows), **columns}, f"{self.name}/sites.json")
         else:
             content = {"step": media.step, "sites": list(media.rows)}
             client.log_dict(run, content, f"{self.name}/sites_{media.step}.json")
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Keep MLflow, which reads a table back before it appends, from showing a bar each time."""
+    before = os.environ.get(_MLFLOW_BARS)
+    os.environ[_MLFLOW_BARS] = "false"
+    try:
+        yield
+    finally:
+        del os.environ[_MLFLOW_BARS]
+        os.environ.update({_MLFLOW_BARS: before} if before is not None else {})
 
 
 class CSVAdapter(Adapter):

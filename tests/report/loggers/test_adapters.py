@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import math
+import os
 import time
 import warnings
 from pathlib import Path
@@ -145,6 +146,14 @@ def test_mlflow_media(everywhere):
     assert read == [pytest.approx(row) for row in table_of(reports)]  # it rounds to ten digits
     pictures = [path.name for path in (folder / "artifacts").rglob("*.png")]
     assert sum("net.1" in name for name in pictures) == sum("overview" in name for name in pictures) == 3
+
+
+@pytest.mark.slow
+def test_mlflow_shows_no_progress_bar_for_the_table(tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "true")
+    fit(Net(), batches(16), Verdicts(**EVERYTHING), logger=loggers_of(new, tmp_path)["mlflow"], log_every_n_steps=1)
+    assert "Downloading" not in capfd.readouterr().err
+    assert os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] == "true"
 
 
 @pytest.mark.slow
