@@ -19,7 +19,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
-FORMAT = 8
+FORMAT = 9
 """The number of the layout of a saved monitor; states of another number are not read."""
 
 _NARROWED = frozenset({"narrowed", "dtype"})

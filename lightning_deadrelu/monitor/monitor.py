@@ -28,7 +28,7 @@ from lightning_deadrelu.observe.ranks import Ranks
 from lightning_deadrelu.observe.watch import Watch
 from lightning_deadrelu.repair.activation_swap import records, rectifiers
 from lightning_deadrelu.repair.repair import Repair
-from lightning_deadrelu.repair.subject import Subject
+from lightning_deadrelu.repair.training_context import TrainingContext
 from lightning_deadrelu.report.run_report import RunReport
 from lightning_deadrelu.statistics import LivenessReport
 from lightning_deadrelu.warn import warn
@@ -97,7 +97,9 @@ class Monitor:
     @unless_failed
     def _start(self) -> None:
         host = self.host
-        self.repair.attach(Subject(self.watch, host.model, host.optimizers, host.called, self.gradients, self.ranks))
+        self.repair.attach(
+            TrainingContext(self.watch, host.model, host.optimizers, host.called, self.gradients, self.ranks)
+        )
 
     def pause(self) -> None:
         """Take out of the model what observes it or is there for one batch; harmless when there is nothing."""

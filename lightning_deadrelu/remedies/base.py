@@ -206,6 +206,11 @@ class Activation(NamedTuple):
     slopes: Tensor | None = None
     steps: int = 0
 
+    @property
+    def is_for_good(self) -> bool:
+        """Whether it stays."""
+        return self.slopes is None or not self.steps
+
 
 @dataclass(frozen=True)
 class Edits:

@@ -1,4 +1,4 @@
-"""Carry remedies out: from verdict to question, from second look to edit. Says when and in which order, not how."""
+"""Carry remedies out: ask for edits at a verdict, confirm them in a further batch, write. Says when, not how."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lightning_deadrelu.model.sharding import reshard_
 from lightning_deadrelu.observe.ranks import RankFailure
 from lightning_deadrelu.remedies import Edits, InitDistribution, Remedy, SiteView
 from lightning_deadrelu.repair.activation_swap import RESTORING
+from lightning_deadrelu.repair.confirming_batch import ConfirmingBatch, PendingEdits
 from lightning_deadrelu.repair.editor import Editor, EditorState
 from lightning_deadrelu.repair.event import Event, Loss
 from lightning_deadrelu.repair.optimizer_state import left_alone
 from lightning_deadrelu.repair.policy import EscalationPolicy, PolicyState
 from lightning_deadrelu.repair.proposals import Proposal
-from lightning_deadrelu.repair.second_look import Question, SecondLook
-from lightning_deadrelu.repair.subject import Subject, edited_names
+from lightning_deadrelu.repair.training_context import TrainingContext, edited_names
 from lightning_deadrelu.repair.usefulness import TaylorShares
 from lightning_deadrelu.repair.writer import Overwritten, init_distributions
 from lightning_deadrelu.statistics import LivenessReport
@@ -39,7 +39,7 @@ class RepairState:
         policy: How far each site has come.
         editor: What is under way in the forward.
         init: What parameters were drawn from when training began, by name.
-        question: The units asked about.
+        pending: Edits that wait to be confirmed.
         sums: Over the open window; see :attr:`Repair.sums`.
         measured: Of how many units it is measured how much they matter, by site.
         loss: Over the last window.
@@ -51,7 +51,7 @@ class RepairState:
     policy: PolicyState
     editor: EditorState
     init: dict[str, InitDistribution]
-    question: Question | None
+    pending: PendingEdits | None
     sums: Tensor
     measured: dict[str, int]
     loss: Loss | None
@@ -91,51 +91,51 @@ class Repair:
         """Why nothing can be repaired here; empty if it can."""
         self.sums = torch.zeros(3, dtype=torch.float64)
         """Over the open window: number, sum and sum of squares of the losses, then Taylor shares of sites in review."""
-        self._subject: Subject | None = None
+        self._context: TrainingContext | None = None
         self._init: dict[str, InitDistribution] = {}
-        self._question: Question | None = None  # the units asked about
-        self._second_look: SecondLook | None = None
+        self._pending: PendingEdits | None = None  # edits that wait to be confirmed
+        self._confirming: ConfirmingBatch | None = None
         self._measured: dict[str, int] = {}  # units of the sites in review, by name
         self._traces = 0  # batches traced, but for those before an edit
         self._tracing = False  # whether the present one is
-        self._loss: Loss | None = None  # over the window behind the question
+        self._loss: Loss | None = None  # over the window behind the edits that are pending
 
-    def attach(self, subject: Subject) -> None:
+    def attach(self, context: TrainingContext) -> None:
         """Take up what is to be repaired, before it is trained."""
-        self._subject, self._editor = subject, Editor(subject)
-        self.sums = self.sums.to(subject.watch.liveness.magnitude)
-        reshard_(subject.model)
-        self._init = init_distributions(subject.model) if self.remedies else {}
+        self._context, self._editor = context, Editor(context)
+        self.sums = self.sums.to(context.watch.liveness.magnitude)
+        reshard_(context.model)
+        self._init = init_distributions(context.model) if self.remedies else {}
 
     @property
-    def subject(self) -> Subject:
+    def context(self) -> TrainingContext:
         """What is repaired."""
-        assert self._subject is not None
-        return self._subject
+        assert self._context is not None
+        return self._context
 
     @property
-    def asks(self) -> bool:
-        """Whether units are to be looked at once more in the next observed batch."""
-        return self._question is not None
+    def is_pending(self) -> bool:
+        """Whether edits wait for the next observed batch to confirm them."""
+        return self._pending is not None
 
     # -- a training batch --------------------------------------------------------------------------------
 
     def begin(self, observed: bool) -> None:
-        """Let edits under way into the forward; look again at the units asked about, if this batch is observed."""
-        watch, forward = self.subject.watch, self._editor.forward
+        """Let edits under way into the forward; if this batch is observed, have it confirm those that are pending."""
+        watch, schedule = self.context.watch, self._editor.schedule
         if observed and self.traces and self._traces < _MOST_TRACES:
             self._trace()
         if observed and self._measured:
             places = {watch.layout.site(name): at for name, at in self._places().items() if name in watch.layout}
             watch.probe.router.subscribe_calls(TaylorShares(self.sums[3:], places))
-        if not self._editor.busy and not self._question:
+        if not schedule.sites and not self._pending:
             return
-        self._editor.begin()
-        known = ((site, one) for site, one in forward.offsets.items() if site in watch.layout)
+        schedule.begin()
+        known = ((site, one) for site, one in schedule.offsets.items() if site in watch.layout)
         watch.offsets = {watch.layout.number(site): one for site, one in known}
-        if observed and self._question and self._second_look is None:
-            self._second_look = SecondLook(self.subject, self._question)
-            self._second_look.begin()
+        if observed and self._pending and self._confirming is None:
+            self._confirming = ConfirmingBatch(self.context, self._pending)
+            self._confirming.begin()
 
     def _places(self) -> dict[str, slice]:
         """Tell where the units of the sites in review are among the sums behind those of the losses."""
@@ -144,28 +144,28 @@ class Repair:
 
     def _trace(self) -> None:
         """Trace the first observed batch, and some more while there are weights that were not met."""
-        if self._traces and not self.subject.unmet:
+        if self._traces and not self.context.unmet:
             self._traces = _MOST_TRACES  # all is known: look no more
             return
         self._tracing = True
-        self.subject.watch.trace()
+        self.context.watch.trace()
 
     def end(self, last: bool) -> None:
         """Take edits out of the forward; after the last batch of an accumulated one go on with them."""
         self.pause()
         self._traces, self._tracing = self._traces + self._tracing, False
-        self.subject.watch.offsets = {}
+        self.context.watch.offsets = {}
         if last:
             self._editor.advance()
 
     def pause(self) -> None:
         """Take edits out of the forward, wherever a batch may have ended; harmless when they are out."""
-        if self._subject is not None:
-            self._editor.pause()
+        if self._context is not None:
+            self._editor.schedule.end()
 
     def before_backward(self) -> None:
         """Note that the forward is over, and that the weights change before there is another."""
-        self._editor.wake_ups.pause()
+        self._editor.schedule.before_backward()
 
     def note_loss(self, loss: Tensor | None) -> None:
         """Add up the losses of observed batches, without looking at them."""
@@ -189,10 +189,10 @@ class Repair:
         self._loss = Loss.of(sums[:3])
         shares = {name: sums[3:][place] for name, place in places.items()}
         self._editor.settle(report)
-        requests, events = self.policy.decide(report, self._loss, self._editor.busy, shares)
-        self._measured = {name: self.subject.site(name).units for name in self.policy.in_review}
+        requests, events = self.policy.decide(report, self._loss, self._editor.schedule.sites, shares)
+        self._measured = {name: self.context.site(name).units for name in self.policy.in_review}
         self.sums = self.sums.new_zeros(3 + sum(self._measured.values()))
-        self._question = Question.of(requests, report, self.subject) if requests else None
+        self._pending = PendingEdits.of(requests, report, self.context) if requests else None
         self._record([self._taken_back(event) for event in events])
 
     def _taken_back(self, event: Event) -> Event:
@@ -214,21 +214,21 @@ class Repair:
         Raises:
             RankFailure: On all ranks, if one has failed; then nothing is edited.
         """
-        question, second_look = self._question, self._second_look
+        pending, confirming = self._pending, self._confirming
         self.forget()
-        if question is None:
+        if pending is None:
             return
-        ranks = self.subject.ranks
-        look = ranks.attempt(lambda: second_look or SecondLook(self.subject, question))
+        ranks = self.context.ranks
+        look = ranks.attempt(lambda: confirming or ConfirmingBatch(self.context, pending))
         all_met = self._traces >= _MOST_TRACES
         for proposal in look.conclude(self.remedies, self._init, step, batch, all_met=all_met):
             self._settle(proposal, step)
 
     def forget(self) -> None:
         """Ask no more about the units asked about."""
-        if self._second_look is not None:
-            self._second_look.end()
-        self._question = self._second_look = None
+        if self._confirming is not None:
+            self._confirming.end()
+        self._pending = self._confirming = None
 
     def _settle(self, proposal: Proposal, step: int) -> None:
         """Carry a proposal out, or turn to the next remedy."""
@@ -239,9 +239,9 @@ class Repair:
         elif edits is not None and self.policy.may_act(request.index, step):
             if not remedy.dry_run:
                 self._apply(edits, view)
-            names, tensors = edited_names(remedy, view.attribution), tensors_of(self.subject.model)
-            kept = left_alone(self.subject.optimizers, tensors, names)
-            for_good = RESTORING if edits.activation and not edits.activation.steps else ""
+            names, tensors = edited_names(remedy, view.attribution), tensors_of(self.context.model)
+            kept = left_alone(self.context.optimizers, tensors, names)
+            for_good = RESTORING if edits.activation and edits.activation.is_for_good else ""
             request = replace(request, reason="; ".join(filter(None, [request.reason, kept, for_good])))
             self._record([self.policy.edited(request, view.units, view.report.dead_fraction, self._loss, step)])
 
@@ -249,7 +249,7 @@ class Repair:
         """Edit on all ranks, or on none."""
         done: list[Overwritten] = []
         try:
-            self.subject.ranks.attempt(lambda: done.append(self._editor.apply(edits, view)))
+            self.context.ranks.attempt(lambda: done.append(self._editor.apply(edits, view)))
         except RankFailure:
             for overwritten in done:
                 overwritten.put_back()
@@ -266,18 +266,19 @@ class Repair:
 
     def settle(self) -> None:
         """Note that all ranks have come to a window's end without a failure."""
-        self._editor.lifts.settle()
+        self._editor.schedule.settle()
 
     def reunite(self) -> None:
         """Have equal parameters on all ranks again, once all know that one has failed, and lift nothing any more."""
-        if self._subject is not None:
+        if self._context is not None:
             self._editor.share_lifted()
-            self._editor.lifts.drop(self._editor.lifts.sites)
+            self._editor.schedule.drop_lifts()
 
     def stop(self, step: int) -> None:
         """Take out of the model what was there for a time; harmless when there is nothing."""
-        if self._subject is not None:
-            self._record([self.policy.dropped(site, step) for site in self._editor.stop()])
+        if self._context is not None:
+            stopped = dict.fromkeys(edit.site for edit in self._editor.schedule.drop(self._editor.schedule.sites))
+            self._record([self.policy.dropped(site, step) for site in stopped])
 
     @property
     def state(self) -> RepairState:
@@ -286,7 +287,7 @@ class Repair:
             self.policy.state,
             self._editor.state,
             self._init,
-            self._question,
+            self._pending,
             self.sums,
             self._measured,
             self._loss,
@@ -302,10 +303,10 @@ class Repair:
             self._editor.restore(state.editor)
         self._editor.mark_substitutes()
         self._init, self._traces = state.init or self._init, state.traces
-        asked = state.question.requests if state.question else []
+        asked = state.pending.requests if state.pending else []
         known = [request for request in asked if request.index < len(self.remedies)]
-        self._question = replace(state.question, requests=known) if state.question and known else None
+        self._pending = replace(state.pending, requests=known) if state.pending and known else None
         self._measured = state.measured
         sums = state.sums.to(self.sums)
-        self.sums = sums if self.subject.ranks.holds_merged else torch.zeros_like(sums)
+        self.sums = sums if self.context.ranks.holds_merged else torch.zeros_like(sums)
         self._loss, self.edited, self.events = state.loss, state.edited, deque(state.events)

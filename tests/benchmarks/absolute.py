@@ -43,7 +43,7 @@ from lightning_deadrelu.observe.ranks import Ranks
 from lightning_deadrelu.observe.watch import Watch
 from lightning_deadrelu.remedies import Reset, ladder_of
 from lightning_deadrelu.repair.repair import Repair
-from lightning_deadrelu.repair.subject import Subject
+from lightning_deadrelu.repair.training_context import TrainingContext
 from lightning_deadrelu.statistics import Rules, UnitHistory, UnitLiveness, count, judge
 
 HIDDEN, WIDTH, BATCH, LR, EDGE = 9, 2, 100, 1e-3, math.sqrt(3)
@@ -138,12 +138,12 @@ class One:
         remedies = ladder_of(remedy and replace(remedy, seed=seed))
         self.repair = Repair(remedies, threshold, rules.min_samples, lambda event: None)
         self.watch = Watch(self.net, rules=rules)
-        self.repair.attach(Subject(self.watch, self.net, [self.adam], self.net, Gradients(), Ranks()))
+        self.repair.attach(TrainingContext(self.watch, self.net, [self.adam], self.net, Gradients(), Ranks()))
 
     @property
-    def asks(self) -> bool:
+    def is_pending(self) -> bool:
         """Whether units wait for a second look."""
-        return self.repair.asks
+        return self.repair.is_pending
 
     def judge(self, sites: Sequence[SiteReport], losses: Tensor, blind: Tensor, s: int, step: int) -> None:
         """Pass a verdict on, cut down to network ``s``; or an empty one, where there is nothing to say."""

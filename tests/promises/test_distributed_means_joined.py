@@ -35,7 +35,7 @@ from lightning_deadrelu.monitor import monitor as monitoring
 from lightning_deadrelu.observe.watch import Watch
 from lightning_deadrelu.remedies import BiasWarming
 from lightning_deadrelu.repair import editor, lift, second_look, writer
-from lightning_deadrelu.repair.lift import Lifts
+from lightning_deadrelu.repair.edit_schedule import EditSchedule
 from lightning_deadrelu.repair.policy import EscalationPolicy
 from lightning_deadrelu.statistics import UnitLiveness
 from lightning_deadrelu.statistics.confirmation import Confirmation
@@ -328,7 +328,7 @@ PLACES = {
     "laying out what is known": (second_look, "values_of", "reset"),
     "fingerprints": (second_look, "fingerprint", "reset"),
     "writing, halfway": (writer, "repair_", "reset"),
-    "behind writing": (Lifts, "add", "bias_warming"),
+    "behind writing": (EditSchedule, "add", "bias_warming"),
     "exchanging an activation": (editor, "substitute_", "gelu"),
 }
 

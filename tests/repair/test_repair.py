@@ -472,8 +472,8 @@ def test_a_checkpoint_saved_after_an_error_holds_the_terms_in_flight(tmp_path):
     with pytest.raises(RuntimeError):
         run_to_the_end(BiasWarming(steps=30, at_once=True), tensors(20, 8), Stop())
     (state,) = torch.load(tmp_path / "error.ckpt", weights_only=True)["callbacks"].values()
-    assert {term["site"] for term in state["run"]["repair"]["editor"]["forward"]["offsets"]} >= {"net.1"}
-    assert state["run"]["repair"]["editor"]["lifts"].keys() >= {"net.1"}
+    assert {term["site"] for term in state["run"]["repair"]["editor"]["schedule"]["offsets"]} >= {"net.1"}
+    assert {lift["site"] for lift in state["run"]["repair"]["editor"]["schedule"]["lifts"]} >= {"net.1"}
 
 
 @pytest.mark.parametrize("later", [None, "reset", ["reset", "leaky"]], ids=str)

@@ -8,7 +8,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_deadrelu.observe.probe import Probe
 from lightning_deadrelu.remedies import Push
-from lightning_deadrelu.repair.wake_up import WakeUps, push_
+from lightning_deadrelu.repair.edit_schedule import EditSchedule
+from lightning_deadrelu.repair.wake_up import ScheduledPush, push_
 
 RECTIFIERS = {
     "relu": F.relu,
@@ -109,16 +110,23 @@ def sites_of(model, x):
     return sites
 
 
-def gradients_of(model, x, wake_ups=None, names=None):
+def pushing(model, units, *sites, steps=1000):
+    schedule, push = EditSchedule(model), Push(torch.tensor(units))
+    for number, site in enumerate(sites):
+        schedule.add(ScheduledPush(site=f"act{number}", steps=steps, push=push, place=site))
+    return schedule
+
+
+def gradients_of(model, x, schedule=None):
     model.zero_grad()
-    if wake_ups:
-        wake_ups.begin(names)
+    if schedule:
+        schedule.begin()
     out = model(x)
-    if wake_ups:
-        wake_ups.pause()
+    if schedule:
+        schedule.before_backward()
     out.sum().backward()
-    if wake_ups:
-        wake_ups.end()
+    if schedule:
+        schedule.end()
     return out, [parameter.grad.clone() for parameter in model.parameters()]
 
 
@@ -130,11 +138,9 @@ def test_only_the_named_site_is_pushed_and_the_forward_is_the_same_to_the_last_b
         model.b.bias[0] = -9.0
     if recomputed:
         model = Recomputed(model)
-    first, second = sites_of(model, x)
-    wake_ups = WakeUps(model, {})
-    wake_ups.add("second", Push(torch.tensor([True, False, False])))
+    _, second = sites_of(model, x)
     plain, before = gradients_of(model, x)
-    out, after = gradients_of(model, x, wake_ups, {first: "first", second: "second"})
+    out, after = gradients_of(model, x, pushing(model, [True, False, False], second))
     assert torch.equal(plain, out)
     names = [name.removeprefix("inner.") for name, _ in model.named_parameters()]
     changes = {name: one - two for name, one, two in zip(names, after, before, strict=True)}
@@ -146,25 +152,22 @@ def test_only_the_named_site_is_pushed_and_the_forward_is_the_same_to_the_last_b
 def test_nothing_is_left_when_it_ends():
     torch.manual_seed(0)
     model, x = Shared(), torch.randn(8, 4)
-    sites = dict.fromkeys(sites_of(model, x), "act")
-    wake_ups = WakeUps(model, {})
-    wake_ups.add("act", Push(torch.ones(3, dtype=torch.bool), steps=2))
+    schedule = pushing(model, [True] * 3, *sites_of(model, x), steps=2)
     _, before = gradients_of(model, x)
     for step in range(2):
-        gradients_of(model, x, wake_ups, sites)
-        assert wake_ups.advance() == ["act"] * (step == 1)
-    _, after = gradients_of(model, x, wake_ups, sites)
+        gradients_of(model, x, schedule)
+        assert schedule.advance() == ["act0", "act1"] * (step == 1)
+    _, after = gradients_of(model, x, schedule)
     assert all(map(torch.equal, before, after))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_sites_whose_units_all_fire_are_let_go():
-    wake_ups = WakeUps(Shared(), {})
-    for name in ("one", "two"):
-        wake_ups.add(name, Push(torch.tensor([True, True, False])))
-    rates = {"one": torch.tensor([0.5, 0.12, 0.0]), "two": torch.tensor([0.5, 0.09, 0.0])}
-    assert wake_ups.settle(rates) == ["one"]
-    assert wake_ups.sites == ["two"]
+    model = Shared()
+    schedule = pushing(model, [True, True, False], *sites_of(model, torch.randn(8, 4)))
+    rates = {"act0": torch.tensor([0.5, 0.12, 0.0]), "act1": torch.tensor([0.5, 0.09, 0.0])}
+    assert schedule.let_go(rates) == ["act0"]
+    assert schedule.sites == ["act1"]
 
 
 def test_a_forward_without_a_graph_is_left_alone():

@@ -1,4 +1,4 @@
-"""Terms that enter the forward for a time: what they add, when, and that nothing of them stays."""
+"""Edits that enter the forward for a time: what they add, when, and that nothing of them stays."""
 
 from __future__ import annotations
 
@@ -17,18 +17,16 @@ from torch.utils.checkpoint import checkpoint
 from toys import Net as Trained
 from toys import batches, fit
 
-from lightning_deadrelu.attribution.result import Outlet
 from lightning_deadrelu.checkpoint import decode, encode
 from lightning_deadrelu.observe.watch import Watch
-from lightning_deadrelu.remedies.base import Warmth
 from lightning_deadrelu.repair.activation_swap import records, rectifiers, substitute_
-from lightning_deadrelu.repair.forward_edits import ForwardEdits, ForwardEditsState, is_compiled
-from lightning_deadrelu.repair.ongoing import offset_left, slope_share
+from lightning_deadrelu.repair.bias_offset import BiasOffset, offset_left
+from lightning_deadrelu.repair.edit_schedule import EditSchedule, ScheduleState
+from lightning_deadrelu.repair.slope_ramp import SlopeRamp, slope_share
 from lightning_deadrelu.repair.substitute_modules import LeakyUnits
 from lightning_deadrelu.statistics import Rules
 
 GAMMA = torch.tensor([0.0, 3.0, 0.0, 1.5, 0.1, 0.0])
-LAST = Outlet("0", torch.arange(6), -1)
 
 
 def mlp(act: nn.Module | None = None) -> nn.Sequential:
@@ -36,16 +34,28 @@ def mlp(act: nn.Module | None = None) -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 6), act or nn.ReLU(), nn.Linear(6, 1))
 
 
-def warmed(model: nn.Module, steps: int = 4, gamma: Tensor = GAMMA) -> ForwardEdits:
-    terms = ForwardEdits()
-    terms.warm(model, "1", LAST, Warmth(gamma, steps))
-    return terms
+def offset(values: Tensor, steps: int, *, site: str = "1", path: str = "0", channels=None, dim: int = -1) -> BiasOffset:
+    channels = torch.arange(len(values)) if channels is None else torch.tensor(channels)
+    return BiasOffset(site=site, path=path, values=values, channels=channels, dim=dim, steps=steps)
 
 
-def ramped(model: nn.Module, steps: int = 4) -> ForwardEdits:
-    terms = ForwardEdits()
-    terms.ramp(model, "1", "1", GAMMA / 10, (-1,), steps)
-    return terms
+def ramp(values: Tensor, steps: int, *, site: str = "1", path: str = "1") -> SlopeRamp:
+    return SlopeRamp(site=site, path=path, values=values, dims=(-1,), steps=steps)
+
+
+def scheduled(model: nn.Module, *edits: BiasOffset | SlopeRamp) -> EditSchedule:
+    schedule = EditSchedule(model)
+    for edit in edits:
+        schedule.add(edit)
+    return schedule
+
+
+def warmed(model: nn.Module, steps: int = 4, gamma: Tensor = GAMMA) -> EditSchedule:
+    return scheduled(model, offset(gamma, steps))
+
+
+def ramped(model: nn.Module, steps: int = 4) -> EditSchedule:
+    return scheduled(model, ramp(GAMMA / 10, steps))
 
 
 def untouched(model: nn.Module) -> bool:
@@ -101,8 +111,7 @@ def test_the_ramp_rises_to_its_value_and_falls_to_zero(size):
 def test_units_have_channels_of_their_own(layer, shape, dim):
     """Three units, which are the channels 4, 0 and 2 of five."""
     model, x = nn.Sequential(layer, nn.ReLU()), torch.randn(shape)
-    plain, terms = layer(x), ForwardEdits()
-    terms.warm(model, "1", Outlet("0", torch.tensor([4, 0, 2]), dim), Warmth(torch.tensor([1.0, 2.0, 3.0]), 2))
+    plain, terms = layer(x), scheduled(model, offset(torch.tensor([1.0, 2.0, 3.0]), 2, channels=[4, 0, 2], dim=dim))
     terms.begin()
     out = layer(x)
     terms.end()
@@ -122,7 +131,7 @@ def test_dtypes_stay_under_autocast_and_in_double_precision():
     model = mlp().double()
     terms = warmed(model, steps=3, gamma=GAMMA.double() / 3)
     terms.advance()
-    assert torch.equal(terms.offset("1"), GAMMA.double() / 3 * (1 - 1 / 3))
+    assert torch.equal(terms.offsets["1"].value, GAMMA.double() / 3 * (1 - 1 / 3))
     terms.begin()
     assert model(x.double()).dtype == torch.float64
     assert torch.equal(model[0](x.double()) * 0, torch.zeros(3, 6, dtype=torch.float64))
@@ -135,8 +144,7 @@ def test_small_inputs_are_seen_beside_a_large_term(dtype):
     with torch.no_grad():
         model[0].weight.mul_(0.01)
         inputs = model[0].bias.zero_() + model[0](x)
-    terms, watch = ForwardEdits(), Watch(model)
-    terms.warm(model, "1", Outlet("0", torch.arange(6), -1), Warmth(torch.full((6,), 50.0), 9))
+    terms, watch = scheduled(model, offset(torch.full((6,), 50.0), 9)), Watch(model)
     with watch.probe:
         model(x)
     watch.liveness.reset()
@@ -158,12 +166,10 @@ def test_the_offset_is_what_is_added():
         model[0].weight.zero_(), model[0].bias.zero_()
     for _ in range(3):
         terms.begin()
-        assert torch.equal(model[0](torch.zeros(1, 4))[0], terms.offset("1"))
+        assert torch.equal(model[0](torch.zeros(1, 4))[0], terms.offsets["1"].value)
         terms.end()
         terms.advance()
-    assert terms.offset("1") is None
-    assert terms.offset("nowhere") is None
-    assert ramped(model).offset("1") is None
+    assert terms.offsets == ramped(model).offsets == {}
 
 
 def test_the_site_stays_the_same_and_its_input_is_seen_with_the_term():
@@ -187,8 +193,7 @@ def test_the_site_stays_the_same_and_its_input_is_seen_with_the_term():
 
 def test_outputs_that_are_no_tensor_are_left_alone():
     model = nn.Sequential(nn.LSTM(4, 6))
-    terms = ForwardEdits()
-    terms.warm(model, "1", LAST, Warmth(GAMMA, 2))
+    terms = scheduled(model, offset(GAMMA, 2))
     x = torch.randn(2, 3, 4)
     plain = model(x)[0]
     terms.begin()
@@ -222,8 +227,7 @@ def test_a_ramp_comes_and_goes(inplace):
 def test_a_ramp_keeps_mode_hooks_and_all_places():
     shared, seen = nn.ReLU(), []
     model = nn.ModuleDict({"a": nn.Sequential(nn.Linear(4, 6), shared), "b": nn.Sequential(shared)})
-    terms = ForwardEdits()
-    terms.ramp(model, "a.1", "a.1", GAMMA, (-1,), 4)
+    terms = scheduled(model, ramp(GAMMA, 4, path="a.1"))
     handle = shared.register_forward_hook(lambda *args: seen.append(1))
     shared.eval()
     terms.begin()
@@ -340,43 +344,21 @@ def test_calls_may_be_repeated(make):
         terms.end()
         assert untouched(model)
     terms.begin()
-    assert terms.drop(terms.sites) == ["1"]
+    assert [edit.site for edit in terms.drop(terms.sites)] == ["1"]
     assert untouched(model)
     assert terms.drop(terms.sites) == []
     terms.begin(), terms.end()
     assert terms.advance() == []
 
 
-def test_a_new_term_takes_the_place_of_the_old():
-    model, x = mlp(), torch.randn(5, 4)
-    terms = warmed(model)
-    terms.begin()
-    terms.ramp(model, "1", "1", GAMMA, (-1,), 4)
-    terms.end()
-    assert terms.sites == ["1"]
-    terms.warm(model, "1", LAST, Warmth(GAMMA * 2, 3))
-    terms.begin()
-    torch.testing.assert_close(model(x), by_hand_with_hooks_off(terms, model, x, GAMMA * 2))
-    terms.drop(terms.sites)
-    assert untouched(model)
-
-
-def by_hand_with_hooks_off(terms: ForwardEdits, model: nn.Sequential, x: Tensor, gamma: Tensor) -> Tensor:
-    terms.end()
-    out = by_hand(model, x, gamma)
-    terms.begin()
-    return out
-
-
 def test_two_sites_behind_one_layer():
     model = mlp()
-    terms = warmed(model)
-    terms.warm(model, "other", LAST._replace(channels=torch.tensor([0, 2])), Warmth(torch.ones(2), 2))
+    terms = scheduled(model, offset(GAMMA, 4), offset(torch.ones(2), 2, site="other", channels=[0, 2]))
     with torch.no_grad():
         model[0].weight.zero_(), model[0].bias.zero_()
     terms.begin()
     assert torch.equal(model[0](torch.zeros(4)), GAMMA + torch.tensor([1.0, 0, 1, 0, 0, 0]))
-    assert terms.drop(terms.sites) == ["1", "other"]
+    assert [edit.site for edit in terms.drop(terms.sites)] == ["1", "other"]
     assert untouched(model)
 
 
@@ -390,33 +372,32 @@ def test_the_model_is_not_kept_alive(make):
     terms.end()
     terms.drop(terms.sites)
     gone = weakref.ref(model)
-    del model
+    del model, terms
     gc.collect()
     assert gone() is None
     assert len(hooks) + isinstance(module, LeakyUnits) == 1  # what entered the model still lives, and holds it not
 
 
 def test_a_place_that_is_not_there():
-    model, terms = mlp(), ForwardEdits()
+    terms = EditSchedule(mlp())
     with pytest.raises(ValueError, match="A term of `a` goes to the module `nowhere`, which this model does not have"):
-        terms.warm(model, "a", Outlet("nowhere", torch.arange(6), -1), Warmth(GAMMA, 2))
+        terms.add(offset(GAMMA, 2, site="a", path="nowhere"))
     with pytest.raises(ValueError, match="goes to the module `nowhere`"):
-        terms.ramp(model, "a", "nowhere", GAMMA, (-1,), 2)
+        terms.add(ramp(GAMMA, 2, path="nowhere"))
     with pytest.raises(ValueError, match="goes to one of torch's rectifiers, and `0` is a `Linear`"):
-        terms.ramp(model, "a", "0", GAMMA, (-1,), 2)
+        terms.add(ramp(GAMMA, 2, path="0"))
     assert terms.sites == []
 
 
 # -- saved and resumed -----------------------------------------------------------------------------------
 
 
-def both(model: nn.Module) -> ForwardEdits:
-    terms = warmed(model, steps=7, gamma=torch.rand(6, generator=torch.Generator().manual_seed(3)))
-    terms.ramp(model, "again", "1", GAMMA / 3, (-1,), 9)
-    return terms
+def both(model: nn.Module) -> EditSchedule:
+    gamma = torch.rand(6, generator=torch.Generator().manual_seed(3))
+    return scheduled(model, offset(gamma, 7), ramp(GAMMA / 3, 9, site="again"))
 
 
-def trained(model: nn.Module, terms: ForwardEdits, steps: range) -> Tensor:
+def trained(model: nn.Module, terms: EditSchedule, steps: range) -> Tensor:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in steps:
         x = torch.randn(5, 4, generator=torch.Generator().manual_seed(step))
@@ -444,9 +425,10 @@ def test_resumed_is_uninterrupted(cut):
     terms = both(first)
     trained(first, terms, range(cut))
     saved = through_a_file({"weights": first.state_dict(), "terms": encode(terms.state)})
-    second, other = mlp(), ForwardEdits()
+    second = mlp()
     second.load_state_dict(saved["weights"])
-    other.restore(decode(ForwardEditsState, saved["terms"]), second)
+    other = EditSchedule(second)
+    other.restore(decode(ScheduleState, saved["terms"]))
     assert other.sites == terms.sites
     assert torch.equal(trained(second, other, range(cut, 12)), expected)
     assert other.sites == []
@@ -458,8 +440,8 @@ def test_what_was_saved_does_not_change_with_the_run():
     saved = encode(terms.state)
     trained(model, terms, range(3))
     assert [what["step"] for kind in saved.values() for what in kind] == [0, 0]
-    other = ForwardEdits()
-    other.restore(decode(ForwardEditsState, saved), model)
+    other = EditSchedule(model)
+    other.restore(decode(ScheduleState, saved))
     other.advance()
     assert [what["step"] for kind in saved.values() for what in kind] == [0, 0]
 
@@ -468,12 +450,12 @@ def test_a_state_replaces_what_is_in_flight():
     model = mlp()
     terms = both(model)
     terms.begin()
-    terms.restore(ForwardEditsState([], []), model)
+    terms.restore(ScheduleState())
     assert untouched(model)
     assert terms.sites == []
     state = warmed(model).state
     with pytest.raises(ValueError, match="which this model does not have"):
-        terms.restore(state, nn.Sequential(nn.Identity(), nn.ReLU())[1:])
+        EditSchedule(nn.Sequential(nn.Identity(), nn.ReLU())[1:]).restore(state)
 
 
 # -- in a Trainer ----------------------------------------------------------------------------------------
@@ -483,12 +465,12 @@ class Warms(Callback):
     """Adds terms in the first batch, and looks at the model between batches."""
 
     def __init__(self, fail_at: int | None = None, error: type[BaseException] = KeyError) -> None:
-        self.terms, self.fail_at, self.error = ForwardEdits(), fail_at, error
+        self.fail_at, self.error = fail_at, error
         self.clean: list[bool] = []
 
     def on_train_start(self, trainer, pl_module):
-        self.terms.warm(pl_module, "a", Outlet("net.0", torch.arange(8), -1), Warmth(torch.ones(8), 6))
-        self.terms.ramp(pl_module, "b", "net.3", torch.ones(6), (-1,), 6)
+        edits = offset(torch.ones(8), 6, site="a", path="net.0"), ramp(torch.ones(6), 6, site="b", path="net.3")
+        self.terms = scheduled(pl_module, *edits)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.terms.begin()
@@ -551,8 +533,7 @@ def test_a_ramp_is_noticed_by_compiled_code():
 
     compiled, x = torch.compile(model, backend=backend), torch.randn(7, 4)
     plain = compiled(x)
-    terms = ForwardEdits()
-    terms.ramp(model, "0.1", "0.1", GAMMA / 10, (-1,), 12)
+    terms = scheduled(model, ramp(GAMMA / 10, 12, path="0.1"))
     for step in range(12):
         terms.begin()
         out = compiled(x)
@@ -562,48 +543,3 @@ def test_a_ramp_is_noticed_by_compiled_code():
         assert torch.equal(compiled(x), plain)
         terms.advance()
     assert len(graphs) == 2
-
-
-class Decorated(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(2, 2)
-
-    @torch.compile(backend="eager")
-    def forward(self, x):
-        return self.fc(x)
-
-
-def test_what_is_compiled():
-    def inner() -> nn.Module:
-        return nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), nn.Linear(2, 2))
-
-    plain = inner()
-    assert not is_compiled(plain, "0.0")
-    assert is_compiled(torch.compile(plain, backend="eager"), "0.0")
-    assert not is_compiled(plain, "0.0")  # what wraps it is not seen from inside
-    part = inner()
-    part[0] = torch.compile(part[0], backend="eager")
-    assert is_compiled(part, "0.0")
-    assert not is_compiled(part, "1")
-    method = inner()
-    method[0].compile(backend="eager")
-    assert is_compiled(method, "0.0")
-    assert not is_compiled(method, "1")
-    leaf = inner()
-    leaf[1].compile(backend="eager")
-    assert is_compiled(leaf, "1")
-    assert not is_compiled(leaf, "0.0")
-    assert is_compiled(Decorated(), "fc")
-    wrapped = nn.Module()
-    wrapped.module = method  # as data parallelism does
-    assert is_compiled(wrapped, "0.0")
-    assert not is_compiled(wrapped, "1")
-    lightning = Trained()
-    assert not is_compiled(lightning, "net.0")
-
-
-def test_a_compiled_lightning_module_is_told():
-    from lightning.pytorch.utilities.compile import from_compiled
-
-    assert is_compiled(from_compiled(torch.compile(Trained(), backend="eager")), "net.0")

@@ -1,4 +1,4 @@
-"""What is repaired, and why a remedy cannot be applied to a site of it."""
+"""A model in training, as far as its repair is concerned, and why a remedy cannot be applied to a site of it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from lightning_deadrelu.observe.ranks import Ranks
 from lightning_deadrelu.observe.watch import Watch
 from lightning_deadrelu.remedies import Remedy
 from lightning_deadrelu.repair.activation_swap import no_module
-from lightning_deadrelu.repair.forward_edits import is_compiled
 from lightning_deadrelu.repair.writer import why_not
+
+_CALLED = ("forward", "training_step")
 
 
 @dataclass(frozen=True)
-class Subject:
+class TrainingContext:
     """A model in training, as far as its repair is concerned.
 
     Args:
@@ -98,3 +99,30 @@ def edited_names(remedy: Remedy, attribution: Attribution) -> list[str]:
     """Name the parameters that a remedy writes to."""
     parts = [need for need in ("incoming", "outgoing") if need in remedy.needs]
     return sorted({one.name for part in parts for one in getattr(attribution, part)})
+
+
+def is_compiled(model: nn.Module, path: str) -> bool:
+    """Tell whether a module is compiled, or part of something that is: a hook that comes late is not seen there.
+
+    Args:
+        model: What the Trainer calls, which may be a wrapper around the model.
+        path: The module's path, without prefixes of wrappers.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
+        >>> is_compiled(model, "0"), is_compiled(torch.compile(model), "0")
+        (False, True)
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    ends = [name for name in modules if clean(name) in (path, f"module.{path}")]
+    above = {".".join(name.split(".")[:depth]) for name in ends for depth in range(len(name.split(".")) + 1)}
+    return any(_is_compiled(modules[name]) for name in above)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    # torch's, then Lightning's
+    ways = getattr(module, "_compiled_call_impl", None), getattr(module, "_compiler_ctx", None)
+    functions = [getattr(module, name, None) for name in _CALLED]
+    compiled = any(hasattr(function, "_torchdynamo_orig_callable") for function in functions)
+    return compiled or type(module).__name__ == "OptimizedModule" or any(way is not None for way in ways)

@@ -28,14 +28,14 @@ from lightning_deadrelu.repair.proposals import (
     fires_now,
     generator_of,
 )
-from lightning_deadrelu.repair.subject import Subject
+from lightning_deadrelu.repair.training_context import TrainingContext
 from lightning_deadrelu.repair.writer import check_writes
 from lightning_deadrelu.statistics import LivenessReport
 from lightning_deadrelu.statistics.confirmation import MOST_ROWS, Confirmation, SilenceSample
 
 
 @dataclass(frozen=True, eq=False)
-class Question:
+class PendingEdits:
     """Which units are asked about.
 
     Args:
@@ -49,34 +49,34 @@ class Question:
     layers: dict[str, str]
 
     @classmethod
-    def of(cls, requests: list[Request], report: LivenessReport, subject: Subject) -> Question:
+    def of(cls, requests: list[Request], report: LivenessReport, context: TrainingContext) -> PendingEdits:
         """Find out which layers are to be listened to."""
-        attributions, tensors = subject.watch.attributions, tensors_of(subject.model)
+        attributions, tensors = context.watch.attributions, tensors_of(context.model)
         layers = {one.site: fed_by_linear(attributions[one.site], tensors) for one in requests}
         return cls(requests, report, {site: path for site, path in layers.items() if path})
 
 
-class SecondLook:
+class ConfirmingBatch:
     """One observed batch in which units are asked about, and what follows from it.
 
     Every rank has to come here, also one that failed: each step that can fail on one rank alone ends in an exchange.
 
     Args:
-        subject: Whose units they are.
-        question: Which.
+        context: Whose units they are.
+        pending: Which.
     """
 
-    def __init__(self, subject: Subject, question: Question) -> None:
-        self._subject, self._question = subject, question
-        asked = {subject.number(request.site): request.units for request in question.requests}
-        self._confirmation = Confirmation(asked, subject.watch.device)
+    def __init__(self, context: TrainingContext, pending: PendingEdits) -> None:
+        self._context, self._pending = context, pending
+        asked = {context.number(request.site): request.units for request in pending.requests}
+        self._confirmation = Confirmation(asked, context.watch.device)
         self._handles: list[RemovableHandle] = []
 
     def begin(self) -> None:
         """Have the next observed batch looked at."""
-        watch, number = self._subject.watch, self._subject.number
+        watch, number = self._context.watch, self._context.number
         self._handles = [watch.subscribe(self._confirmation)]
-        for site, path in self._question.layers.items():
+        for site, path in self._pending.layers.items():
             listen = partial(_listen, self._confirmation, number(site), watch)
             self._handles.append(watch.probe.router.subscribe_input(path, listen))
         watch.trace()
@@ -102,7 +102,7 @@ class SecondLook:
         Raises:
             RankFailure: On all ranks, if one has failed.
         """
-        ranks = self._subject.ranks
+        ranks = self._context.ranks
         sample = ranks.merge_sample(lambda: self._confirmation.evidence)
         known = ranks.gather(self._known)
         attributions = self._joined(known)
@@ -119,16 +119,16 @@ class SecondLook:
         return [one._replace(edits=None, reason=why) for one in proposals]
 
     def _known(self) -> _Known:
-        watch, ranks = self._subject.watch, self._subject.ranks
+        watch, ranks = self._context.watch, self._context.ranks
         own = watch.attributions
         digest = hashlib.sha256(repr([(name, plain(one)) for name, one in own.items()]).encode()).digest()
-        rows = {site: self._confirmation.rows(self._subject.number(site)) for site in self._question.layers}
+        rows = {site: self._confirmation.rows(self._context.number(site)) for site in self._pending.layers}
         few = {site: _few(kept, MOST_ROWS // ranks.size) for site, kept in rows.items() if kept is not None}
-        return _Known(self._subject.unmet, digest, few)
+        return _Known(self._context.unmet, digest, few)
 
     def _joined(self, known: Sequence[_Known]) -> Mapping[str, Attribution]:
         """Join what all ranks know of who feeds and reads whom; they may have run different layers."""
-        watch, ranks = self._subject.watch, self._subject.ranks
+        watch, ranks = self._context.watch, self._context.ranks
         if len({one.fingerprint for one in known}) == 1:
             return watch.attributions
         theirs = ranks.gather(lambda: watch.attributions)
@@ -143,30 +143,30 @@ class SecondLook:
         step: int,
     ) -> list[tuple[Request, SiteView]]:
         """Lay out all that is known of each site asked about."""
-        subject, views = self._subject, []
-        reshard_(subject.model)
-        for request in self._question.requests:
-            site, attribution = self._question.report[request.site], attributions[request.site]
-            number = subject.number(request.site)
-            hinge = subject.watch.hinges.get(number, 0.0)
+        context, views = self._context, []
+        reshard_(context.model)
+        for request in self._pending.requests:
+            site, attribution = self._pending.report[request.site], attributions[request.site]
+            number = context.number(request.site)
+            hinge = context.watch.hinges.get(number, 0.0)
             units, quantiles = confirmed(request, site, self._confirmation.of(number, sample))
             parts = (*attribution.incoming, *attribution.outgoing)
-            values = values_of(subject.model, [one.name for one in parts])
-            inputs = _rows_of(known, request.site) if fed_by_linear(attribution, tensors_of(subject.model)) else None
+            values = values_of(context.model, [one.name for one in parts])
+            inputs = _rows_of(known, request.site) if fed_by_linear(attribution, tensors_of(context.model)) else None
             above = not request.blind and site.kind not in SELECTIONS  # where to be above the hinge is to be alive
             if above and units.any() and inputs is not None:
                 units &= site.frozen | ~fires_now(inputs, attribution, values, hinge)
-            no_module = subject.no_module(request.site)
+            no_module = context.no_module(request.site)
             view = SiteView(site, units, attribution, values, init, quantiles, step, inputs, hinge, no_module)
             views.append((request, view))
         return views
 
     def _proposal(self, request: Request, view: SiteView, remedy: Remedy, batch: int, all_met: bool) -> Proposal:
         """Ask the remedy."""
-        subject, asked = self._subject, Proposal(request, view)
+        context, asked = self._context, Proposal(request, view)
         if not view.units.any() or view.attribution.no_incoming == NOT_TRACED:
             return asked
-        if reason := subject.obstacle(remedy, view.report.name, view.attribution):
+        if reason := context.obstacle(remedy, view.report.name, view.attribution):
             return asked._replace(reason=reason)
         if "outgoing" in remedy.needs and not all_met:
             return asked  # they may be readers that run in other batches
@@ -178,9 +178,9 @@ class SecondLook:
                 asked = asked._replace(view=view)
             edits = remedy.propose(view, generator_of(remedy, request.site, batch))
             rises = edits.lift.rises if edits.lift else ()
-            reason = check_writes((*edits.writes, *rises), subject.model, subject.optimizers)
+            reason = check_writes((*edits.writes, *rises), context.model, context.optimizers)
             if edits.warmth and not reason:
-                reason = subject.no_outlet(view.attribution)
+                reason = context.no_outlet(view.attribution)
         except NotApplicable as error:
             return asked._replace(reason=str(error))
         except Exception as error:
