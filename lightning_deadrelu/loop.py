@@ -119,12 +119,7 @@ class LoopHost:
 
 
 class LoopMonitor(MonitorOwner):
-    """What :func:`watch` returns: watches within a ``with`` block, and is read there and afterwards.
-
-    Args:
-        host: The loop.
-        settings: What the user asked for.
-    """
+    """What :func:`watch` returns: watches within a ``with`` block, and is read there and afterwards."""
 
     def __init__(self, host: LoopHost, settings: Settings) -> None:
         self._host, self._settings = host, settings

@@ -31,12 +31,7 @@ class Misconfiguration(Misuse, MisconfigurationException):
 
 
 class TrainerHost:
-    """A Trainer, with the properties that :class:`~lightning_deadrelu.monitor.host.Host` describes.
-
-    Args:
-        trainer: The Trainer.
-        settings: What the user asked for.
-    """
+    """A Trainer, with the properties that :class:`~lightning_deadrelu.monitor.host.Host` describes."""
 
     def __init__(self, trainer: Trainer, settings: Settings) -> None:
         self._trainer, self._name = trainer, settings.name

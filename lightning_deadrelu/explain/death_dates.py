@@ -59,11 +59,6 @@ class Momentum(NamedTuple):
 def momentum_of(optimizers: Iterable[Optimizer], parameter: Tensor, dim: int = 0) -> Momentum | None:
     """Read the momentum of a weight's units.
 
-    Args:
-        optimizers: Those that may hold it.
-        parameter: The weight.
-        dim: The dimension of its units.
-
     Returns:
         The momentum; None where it would not fade without gradients, as with weight decay inside the gradient, where
         the optimizer keeps none, and before the first step.

@@ -21,12 +21,7 @@ _SHARE = 0.1  # of the units
 
 
 def muon_rows(site: SiteReport, sizes: Tensor) -> Finding | None:
-    """Blame Muon where many units that fire are hardly updated.
-
-    Args:
-        site: The verdict on the units.
-        sizes: Of their updates, as of :func:`update_sizes`.
-    """
+    """Blame Muon where many units that fire are hardly updated."""
     starved = (sizes < STARVED) & ~site.silent
     share = float(starved.float().mean())
     if share < _SHARE:

@@ -31,12 +31,7 @@ class Announced:
 
 
 class Announcer:
-    """Say what needs an act or is worth knowing.
-
-    Args:
-        settings: What the user asked for.
-        host: The loop.
-    """
+    """Say what needs an act or is worth knowing."""
 
     def __init__(self, settings: Settings, host: Host) -> None:
         self._settings, self._host = settings, host

@@ -40,10 +40,6 @@ class Monitor:
     The loop calls :meth:`start`; for each batch :meth:`begin_batch`, :meth:`note_batch`, :meth:`before_backward`,
     :meth:`before_step` and :meth:`end_batch`; then :meth:`last_verdict` and :meth:`conclude`, or after an error
     :meth:`abort`; and :meth:`stop` whatever happened. All ranks have to do so at the same batches.
-
-    Args:
-        settings: What the user asked for.
-        host: The loop.
     """
 
     def __init__(self, settings: Settings, host: Host) -> None:

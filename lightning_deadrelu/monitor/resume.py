@@ -15,12 +15,7 @@ if TYPE_CHECKING:
 
 
 def run_state(monitor: Monitor, counted: Counted) -> RunState:
-    """Gather what a resumed run goes on from.
-
-    Args:
-        monitor: The monitor.
-        counted: The open window, over all ranks.
-    """
+    """Gather what a resumed run goes on from."""
     return RunState(
         progress=monitor.progress,
         selection=monitor.settings.selection,
@@ -39,12 +34,7 @@ def run_state(monitor: Monitor, counted: Counted) -> RunState:
 
 
 def restore(monitor: Monitor, saved: Mapping[str, Any]) -> None:
-    """Go on from a checkpoint, as far as it tells.
-
-    Args:
-        monitor: One that has not begun.
-        saved: What a monitor of any version saved.
-    """
+    """Go on from a checkpoint, as far as it tells."""
     exchange_as_in(saved, monitor.host.model)
     monitor.watch.substitutes = rectifiers(monitor.host.model)
     if saved.get("format") != FORMAT:

@@ -125,12 +125,7 @@ class MonitorState:
 
 
 def exchange_as_in(state: Mapping[str, Any], model: nn.Module) -> None:
-    """Have the activations that go with the weights of a checkpoint, and no others.
-
-    Args:
-        state: Saved by a monitor of any version.
-        model: The model, changed in place.
-    """
+    """Have the activations that go with the weights of a checkpoint, and no others."""
     saved = state.get("activations", [])
     restore(model, saved)
     reinstate_(model, keep={record["path"] for record in saved})

@@ -71,13 +71,7 @@ class Verdicts:
         self._matched = False  # whether the patterns were held against the sites
 
     def judge(self, counted: Counted, window: Window, step: int) -> Verdict:
-        """Judge a window, which may go on.
-
-        Args:
-            counted: What it comes to so far.
-            window: The window.
-            step: The last training batch, as loggers count.
-        """
+        """Judge a window, which may go on."""
         self.match_patterns()
         totals = (
             self._evidence.without_refuted(counted.totals, self._watch.layout) if self._evidence else counted.totals

@@ -10,10 +10,6 @@ from collections.abc import Sequence
 def shortened_names(names: Sequence[str], longest: int = 44) -> list[str]:
     """Leave out of long names what all have in common, then the middle.
 
-    Args:
-        names: All of them.
-        longest: Characters that a name may have.
-
     Example:
         >>> shortened_names([f"model.encoder_of_images.layers.{i}.feed_forward.activation.relu" for i in range(2)])
         ['…0…', '…1…']
@@ -32,10 +28,6 @@ def shortened_names(names: Sequence[str], longest: int = 44) -> list[str]:
 
 def cut_name(name: str, longest: int) -> str:
     """Leave out the middle of a name that is too long, and put a digest of the whole there: it is cut alike each time.
-
-    Args:
-        name: In ASCII.
-        longest: Characters that it may have.
 
     Example:
         >>> cut_name("encoder.layers.0.activation", 24)

@@ -15,11 +15,6 @@ _SHADES = ((226, 237, 243), (251, 224, 189), (244, 178, 106), (213, 94, 0), (94,
 def round_ticks(low: float, high: float, most: int = 8) -> list[float]:
     """Choose round numbers in a range: multiples of 1, 2 or 5 times a power of ten; whole ones between whole ones.
 
-    Args:
-        low: Where the range begins.
-        high: Where it ends.
-        most: So many of them, at most.
-
     Example:
         >>> round_ticks(49, 1999), round_ticks(0, 0.5, 5), round_ticks(7, 7)
         ([500, 1000, 1500], [0.0, 0.2, 0.4], [7])

@@ -164,10 +164,6 @@ def _marks(model: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
 def reinstate_(model: nn.Module, keep: Container[str] = ()) -> None:
     """Put rectifiers back in the place of what was substituted for them.
 
-    Args:
-        model: The model, changed in place.
-        keep: Paths of substitutes that stay.
-
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
         >>> _ = substitute_(model, "1", "gelu")

@@ -60,10 +60,6 @@ class ConfirmingBatch:
     """One observed batch in which units are asked about, and what follows from it.
 
     Every rank has to come here, also one that failed: each step that can fail on one rank alone ends in an exchange.
-
-    Args:
-        context: Whose units they are.
-        pending: Which.
     """
 
     def __init__(self, context: TrainingContext, pending: PendingEdits) -> None:

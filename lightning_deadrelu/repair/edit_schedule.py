@@ -37,10 +37,6 @@ class EditSchedule:
     What enters the forward is there between :meth:`begin` and :meth:`end` alone: what is copied, validated, averaged or
     exported between two training batches is the model itself.
 
-    Args:
-        model: The model.
-        unit_dims: See :class:`~lightning_deadrelu.observe.probe.Probe`.
-
     Example:
         >>> import torch
         >>> model = nn.Sequential(nn.Linear(3, 2), nn.ReLU())

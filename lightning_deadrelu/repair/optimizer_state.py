@@ -82,11 +82,6 @@ def unknown_state(optimizers: Iterable[Optimizer], tensors: Mapping[str, Tensor]
 
     What is not known is refused only once it is there: most optimizers make their state at the first step.
 
-    Args:
-        optimizers: Those that may hold the parameters.
-        tensors: Parameters by name.
-        names: Of those that would be edited.
-
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(3))
         >>> unknown_state([torch.optim.Adam([weight])], {"weight": weight}, ["weight"])
@@ -101,11 +96,6 @@ def unknown_state(optimizers: Iterable[Optimizer], tensors: Mapping[str, Tensor]
 
 def left_alone(optimizers: Iterable[Optimizer], tensors: Mapping[str, Tensor], names: Iterable[str]) -> str:
     """Say which state stays as it is although it speaks of edited entries; empty if none does.
-
-    Args:
-        optimizers: Those that may hold the parameters.
-        tensors: Parameters by name.
-        names: Of those that would be edited.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(3, 2))

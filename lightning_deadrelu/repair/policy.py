@@ -326,13 +326,7 @@ class EscalationPolicy:
 
 
 def candidates(site: SiteReport, remedy: Remedy, min_silent_samples: int) -> Tensor:
-    """Tell which units are dead beyond doubt, boolean, shape ``(units,)``.
-
-    Args:
-        site: The verdict.
-        remedy: Says for how many samples a unit has to have been silent.
-        min_silent_samples: How many, where it does not say.
-    """
+    """Tell which units are dead beyond doubt, boolean, shape ``(units,)``."""
     enough = site.age >= (min_silent_samples if remedy.evidence is None else remedy.evidence)
     if remedy.significance is None:
         return site.dead & enough

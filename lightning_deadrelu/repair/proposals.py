@@ -35,12 +35,7 @@ class Proposal(NamedTuple):
 
 
 def fed_by_linear(attribution: Attribution, tensors: Mapping[str, Tensor]) -> str:
-    """Name the linear module whose output alone is a site's input; empty where it is fed otherwise.
-
-    Args:
-        attribution: Of the site.
-        tensors: The model's parameters, by name.
-    """
+    """Name the linear module whose output alone is a site's input; empty where it is fed otherwise."""
     layers = attribution.incoming
     if attribution.no_incoming or attribution.outlet is None or [one.role for one in layers] not in _LINEAR:
         return ""

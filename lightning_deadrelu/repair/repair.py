@@ -176,12 +176,7 @@ class Repair:
     # -- the end of a window -----------------------------------------------------------------------------
 
     def decide(self, report: LivenessReport, sums: Tensor) -> None:
-        """Judge earlier edits, and ask for new ones.
-
-        Args:
-            report: The verdict on a whole window, the same on all ranks.
-            sums: As :attr:`sums`, over all ranks.
-        """
+        """Judge earlier edits, and ask for new ones."""
         places, self._measured = self._places(), {}
         self.sums = torch.zeros_like(self.sums[:3])
         if self.refusal or not self.remedies:

@@ -79,10 +79,6 @@ def restore(model: nn.Module, records: Sequence[Mapping[str, Any]]) -> nn.Module
 def apply_record(model: nn.Module, record: Mapping[str, Any]) -> None:
     """Do again what one record tells; harmless where it has been done.
 
-    Args:
-        model: The model, changed in place.
-        record: What to do.
-
     Raises:
         ValueError: If the model has another module in that place.
 

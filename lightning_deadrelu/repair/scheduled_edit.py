@@ -51,11 +51,7 @@ class ScheduledEdit:
         """Take the change out, after each training batch; harmless when it is out."""
 
     def advance(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on by one training batch, behind the optimizer step.
-
-        Args:
-            tensors: The model's parameters, by name.
-        """
+        """Go on by one training batch, behind the optimizer step."""
         self.step += 1
 
 

@@ -59,10 +59,6 @@ class TaylorShares(RectifierCallTaker):
 def useful(shares: Tensor, live: Tensor) -> Tensor:
     """Tell which units matter to the loss at least a tenth as much as the median live unit, shape ``(units,)``.
 
-    Args:
-        shares: As :class:`TaylorShares` adds them up.
-        live: Which units are compared with, boolean.
-
     Example:
         >>> useful(torch.tensor([-3.0, 0.1, 2.0, 0.5]), torch.tensor([True, False, True, False]))
         tensor([ True, False,  True,  True])

@@ -47,10 +47,6 @@ class PushProbe(RectifierCallTaker):
     forward is changed, nothing is written, and what the push does passes through the optimizer like any other
     gradient. Compiled code runs eagerly meanwhile.
 
-    Args:
-        model: The model.
-        unit_dims: See :class:`~lightning_deadrelu.observe.probe.Probe`.
-
     Example:
         >>> _ = torch.manual_seed(0)
         >>> model, site = nn.Sequential(nn.Linear(3, 2), nn.ReLU()), Site("1", False, "relu", ("0.bias", "0.weight"), 2)

@@ -68,11 +68,6 @@ def why_not(
 def check_writes(writes: Iterable[Write], model: nn.Module, optimizers: Sequence[Optimizer]) -> str:
     """Say why some writes cannot be carried out; empty if they can.
 
-    Args:
-        writes: As :func:`write_` takes them.
-        model: Whose parameters and buffers they are.
-        optimizers: All that train it.
-
     Example:
         >>> net = nn.Linear(2, 3)
         >>> row = Slice("weight", "weight", torch.tensor([1]), torch.tensor([[1]]), (0,))

@@ -40,12 +40,7 @@ class RunHistory:
         """Largest inputs of the last windows by site, shape ``(windows, units)``, the latest last."""
 
     def close(self, report: LivenessReport, edited: Mapping[str, Sequence[int]]) -> None:
-        """Take in a window that has ended.
-
-        Args:
-            report: Its verdict.
-            edited: Units edited since the window before, by site.
-        """
+        """Take in a window that has ended."""
         self.raster.add(report, edited)
         self.at_risk_fraction = at_risk_fraction(report, self.peaks.add(report))
 

@@ -57,9 +57,6 @@ def write(run: RunReport, folder: str | Path) -> tuple[Path, Path]:
 def to_html(run: RunReport) -> str:
     """Write a page that stands alone: pictures are in it, and it asks for nothing.
 
-    Args:
-        run: What to write.
-
     Example:
         >>> from lightning_deadrelu.statistics import LivenessReport
         >>> to_html(RunReport(LivenessReport(()))).startswith("<!DOCTYPE html>")

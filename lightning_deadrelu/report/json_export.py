@@ -15,9 +15,6 @@ from lightning_deadrelu.report.site_summary import SiteSummary
 def to_json(run: RunReport) -> str:
     """Write verdicts, curves, events and refusals as strict JSON; what is not finite becomes null.
 
-    Args:
-        run: What to write.
-
     Example:
         >>> from lightning_deadrelu.statistics import LivenessReport
         >>> json.loads(to_json(RunReport(LivenessReport(()))))["conclusion"]

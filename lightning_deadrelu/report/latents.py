@@ -32,10 +32,6 @@ def latent_metrics(report: LivenessReport, name: str = "dead_relu") -> dict[str,
 
     Source: SAELens, ``sae_lens/training/sae_trainer.py``.
 
-    Args:
-        report: The verdict.
-        name: Prefix of the keys, ``<name>_sae/<site>/...``.
-
     Example:
         >>> latent_metrics(LivenessReport(()))
         {}

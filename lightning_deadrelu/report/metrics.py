@@ -17,11 +17,6 @@ def headline_metrics(
 ) -> dict[str, float]:
     """Turn a report into the scalars of the whole model.
 
-    Args:
-        report: The verdict.
-        remedied_units: Units edited since the last report.
-        at_risk_fraction: Share of the units that sink towards silence.
-
     Example:
         >>> headline_metrics(LivenessReport(()), remedied_units=2)["remedied_units"]
         2.0

@@ -31,9 +31,6 @@ def units_shown(units: int) -> Tensor:
     neither: the area of a colour is the share of the units, and each row is what became of a real unit. Within
     its stretch the place varies, so that a pattern in the layer (heads, groups) is not met at one phase.
 
-    Args:
-        units: How many the site has.
-
     Example:
         >>> units_shown(4), len(units_shown(1000)), units_shown(1000)[:4]
         (tensor([0, 1, 2, 3]), 256, tensor([ 0,  6,  8, 15]))
@@ -176,12 +173,7 @@ class Raster:
         }
 
     def add(self, report: LivenessReport, edited: Mapping[str, Sequence[int]] = MappingProxyType({})) -> None:
-        """Append a closed window.
-
-        Args:
-            report: Its verdict.
-            edited: Units edited since the last window, by the site's name.
-        """
+        """Append a closed window."""
         fresh = self.windows % self.stride == 0
         if fresh and len(self._steps) == MOST_COLUMNS:
             self._halve()

@@ -71,13 +71,7 @@ class SiteSummary(NamedTuple):
 
 
 def summarize(report: LivenessReport, history: Raster, events: Iterable[Event]) -> list[SiteSummary]:
-    """Gather what became of each site, in the order of execution.
-
-    Args:
-        report: The latest verdict.
-        history: The states of all units over the run.
-        events: What was done.
-    """
+    """Gather what became of each site, in the order of execution."""
     edited: dict[str, set[int]] = {}
     for event in events:
         if event.action == "edited":
@@ -190,13 +184,7 @@ def column_of(step: int, steps: Sequence[int]) -> int:
 
 
 def conclude(report: LivenessReport, history: Raster, summaries: Iterable[SiteSummary]) -> str:
-    """Say in one sentence how a model fares, since when, and what was done.
-
-    Args:
-        report: The latest verdict.
-        history: The states of all units over the run.
-        summaries: What became of each site.
-    """
+    """Say in one sentence how a model fares, since when, and what was done."""
     summaries = list(summaries)
     since = {one.site.name: one.since for one in summaries if one.since is not None}
     return headline(report, since=since, past=_past(report, history), repaired=_repaired(summaries))

@@ -34,7 +34,7 @@ from lightning_deadrelu.monitor import merge, verdicts, window_end
 from lightning_deadrelu.monitor import monitor as monitoring
 from lightning_deadrelu.observe.watch import Watch
 from lightning_deadrelu.remedies import BiasWarming
-from lightning_deadrelu.repair import editor, lift, second_look, writer
+from lightning_deadrelu.repair import confirming_batch, editor, lift, writer
 from lightning_deadrelu.repair.edit_schedule import EditSchedule
 from lightning_deadrelu.repair.policy import EscalationPolicy
 from lightning_deadrelu.statistics import UnitLiveness
@@ -323,10 +323,10 @@ PLACES = {
     "deciding": (EscalationPolicy, "decide", "reset"),
     "looking again": (Confirmation, "__call__", "reset"),
     "rows of inputs": (Confirmation, "rows", "reset"),
-    "digest of attributions": (second_look, "plain", "reset"),
-    "joining attributions": (second_look, "joined_over_ranks", "reset"),
-    "laying out what is known": (second_look, "values_of", "reset"),
-    "fingerprints": (second_look, "fingerprint", "reset"),
+    "digest of attributions": (confirming_batch, "plain", "reset"),
+    "joining attributions": (confirming_batch, "joined_over_ranks", "reset"),
+    "laying out what is known": (confirming_batch, "values_of", "reset"),
+    "fingerprints": (confirming_batch, "fingerprint", "reset"),
     "writing, halfway": (writer, "repair_", "reset"),
     "behind writing": (EditSchedule, "add", "bias_warming"),
     "exchanging an activation": (editor, "substitute_", "gelu"),

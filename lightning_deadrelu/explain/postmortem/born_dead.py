@@ -59,12 +59,7 @@ def uncentred(dying: DyingUnits, off_centre: float) -> Cause | None:
 
 
 def narrow(dying: DyingUnits, widths: Sequence[int]) -> Cause | None:
-    """Blame few units in many layers, where the chance that some layer is silent at a given input is no small one.
-
-    Args:
-        dying: The units.
-        widths: Units of each layer of the net.
-    """
+    """Blame few units in many layers, where the chance that some layer is silent at a given input is no small one."""
     alike = [width for width in widths if width <= dying.size]
     chance = born_dead_bounds(alike)[1] if len(alike) >= _DEEP else 0.0
     if chance < _CHANCE:

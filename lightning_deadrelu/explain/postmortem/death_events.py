@@ -92,9 +92,6 @@ class DeathEvent:
 def merged(deaths: Sequence[DeathEvent]) -> list[DeathEvent]:
     """Merge events that are alike in kind and cause and follow each other without a gap.
 
-    Args:
-        deaths: In any order.
-
     Returns:
         Events in the order of their first step; of the same step, those that others follow from come first.
     """
@@ -144,12 +141,7 @@ def _one(group: Sequence[DeathEvent]) -> DeathEvent:
 
 
 def largest(deaths: Sequence[DeathEvent], most: int) -> list[DeathEvent]:
-    """Keep so many events, in their order: those of many units, and of the others the latest.
-
-    Args:
-        deaths: In the order of time.
-        most: How many.
-    """
+    """Keep so many events, in their order: those of many units, and of the others the latest."""
     order = sorted(
         range(len(deaths)), key=lambda at: (deaths[at].is_large, deaths[at].is_large * sum(deaths[at].units), at)
     )
@@ -186,10 +178,6 @@ def still_true(
 
 def described(deaths: Sequence[DeathEvent], most: int = 5) -> str:
     """Describe the largest events that have a cause, with what mends it, in the order of time, and count the others.
-
-    Args:
-        deaths: All of them.
-        most: How many to describe.
 
     Example:
         >>> described(())

@@ -44,11 +44,7 @@ class GradientSample:
         """How many entries each one that is read stands for, float32, shape ``(entries,)``."""
 
     def read(self, optimizer: Optimizer) -> Tensor | None:
-        """Return the entries before a step, shape ``(entries,)``; None if there is no gradient that can be read.
-
-        Args:
-            optimizer: The same at each call.
-        """
+        """Return the entries before a step, shape ``(entries,)``; None if there is no gradient that can be read."""
         lists = [group["params"] for group in optimizer.param_groups]
         self._steps += 1
         is_due = self._steps % _LOOK == 0 or not self._steps & (self._steps - 1)

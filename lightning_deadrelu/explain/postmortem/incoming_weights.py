@@ -86,12 +86,7 @@ class IncomingWeights:
 
     @torch.no_grad()
     def meet(self, sites: Sequence[Site], sources: Sequence[Incoming]) -> None:
-        """Note what feeds new sites, before their first step.
-
-        Args:
-            sites: All sites met so far.
-            sources: What feeds them.
-        """
+        """Note what feeds new sites, before their first step."""
         for site, source in list(zip(sites, sources, strict=True))[self._weights.shape[1] :]:
             if site not in self._first:
                 self._first[site] = _bias(source, site.units).clone(), _moments(source)
@@ -99,11 +94,6 @@ class IncomingWeights:
     @torch.no_grad()
     def read(self, sites: Sequence[Site], sources: Sequence[Incoming], device: torch.device) -> Tensor:
         """Measure the weights, and make room for new units.
-
-        Args:
-            sites: The sites in the order of the counts.
-            sources: What feeds them.
-            device: Where the counts are.
 
         Returns:
             Mean square and mean of the weights, those at the start first, shape ``(2, 2, sites)``.
@@ -126,10 +116,6 @@ class IncomingWeights:
 
     def biases(self, places: Sequence[slice], sources: Sequence[Incoming]) -> list[Tensor]:
         """Bring the biases of some sites to the host, in one transfer: at the start, when last alive, and now.
-
-        Args:
-            places: Where the sites' units are.
-            sources: What feeds them.
 
         Returns:
             For each site, shape ``(3, units)``; NaN where there is no bias.
@@ -158,15 +144,7 @@ class IncomingWeights:
     def close(
         self, fired: Tensor, places: Sequence[slice], sources: Sequence[Incoming], weights: Tensor, step: int
     ) -> None:
-        """End a window.
-
-        Args:
-            fired: Which units fired in it, bool.
-            places: Where the sites' units are.
-            sources: What feeds them.
-            weights: What :meth:`read` returned, on the host.
-            step: The last observation.
-        """
+        """End a window."""
         _, before, alive = self._biases
         torch.where(fired.to(before.device), before, alive, out=alive)
         for place, source in zip(places, sources, strict=True):
@@ -202,12 +180,7 @@ def _moments(source: Incoming) -> Tensor:
 
 
 def incoming_of(sites: Sequence[Site], model: nn.Module) -> list[Incoming]:
-    """Find the bias and the weights that feed each site; where there are several of a kind, none.
-
-    Args:
-        sites: The sites.
-        model: Their model.
-    """
+    """Find the bias and the weights that feed each site; where there are several of a kind, none."""
     named = {clean(name): p for name, p in model.named_parameters(remove_duplicate=False)}
     return [_incoming(site, named) for site in sites]
 

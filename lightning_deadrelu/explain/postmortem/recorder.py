@@ -107,13 +107,7 @@ class FlightRecorder:
     # -- at each step ------------------------------------------------------------------------------------
 
     def before_step(self, optimizer: Optimizer, model: nn.Module, sites: Sequence[Site]) -> None:
-        """Log the gradients; and for sites met for the first time, what feeds their units.
-
-        Args:
-            optimizer: Which is about to step.
-            model: The model.
-            sites: The sites met so far.
-        """
+        """Log the gradients; and for sites met for the first time, what feeds their units."""
         if self.failure is None:
             try:  # not `guarded`: this happens at each step, and it takes longer
                 if len(sites) != self._known_sites:
@@ -148,13 +142,7 @@ class FlightRecorder:
     # -- at a window's end -------------------------------------------------------------------------------
 
     def read(self, layout: Layout, model: nn.Module, device: torch.device) -> Readings:
-        """Return what lies on the device, to be copied to the host along with the counts.
-
-        Args:
-            layout: The sites in the order of the counts.
-            model: The model.
-            device: Where the counts are.
-        """
+        """Return what lies on the device, to be copied to the host along with the counts."""
         readings = Readings.unknown(len(layout))
         if self.failure is None:
             with guarded(self._fail):
@@ -267,15 +255,7 @@ class FlightRecorder:
     def close_window(
         self, totals: Totals, readings: Readings, layout: Layout, model: nn.Module, deaths: Sequence[DeathEvent]
     ) -> None:
-        """End a window.
-
-        Args:
-            totals: Its counts, on the host.
-            readings: What came to the host with them.
-            layout: The sites in the order of the counts.
-            model: The model.
-            deaths: What :meth:`explain` found in it.
-        """
+        """End a window."""
         if self.failure is None:
             with guarded(self._fail):
                 fired, incoming = totals.last_fired >= 0, incoming_of(layout.sites, model)

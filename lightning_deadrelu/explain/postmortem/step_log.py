@@ -93,9 +93,6 @@ class StepLog:
     optimizer unscales the gradients of mixed precision itself (a fused one), it is of scaled gradients, and ratios
     alone count.
 
-    Args:
-        rows: How many steps to keep.
-
     Example:
         >>> layer = torch.nn.Linear(3, 2)
         >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
@@ -153,23 +150,14 @@ class StepLog:
         return self._samples[key][1]
 
     def note_batch(self, loss: Any, batch: Any) -> None:
-        """Note the loss of a batch and its largest input; of batches that accumulate, the last loss counts.
-
-        Args:
-            loss: What the training step returned, if a tensor of one element.
-            batch: What it was given.
-        """
+        """Note the loss of a batch and its largest input; of batches that accumulate, the last loss counts."""
         with unseen_by_modes():
             sample = sample_batch(loss, batch)
         if sample is not None:
             self._now.batches.append(sample)
 
     def close_step(self, step: int) -> None:
-        """End a row.
-
-        Args:
-            step: The training batch, as loggers count.
-        """
+        """End a row."""
         done, self._now = self._now, _Step()
         if self._steps or done.gradients or done.batches:
             self._waiting.append(done)
@@ -198,11 +186,7 @@ class StepLog:
         self._held = 0
 
     def read(self, ring: Tensor) -> Rows:
-        """Put rows in order.
-
-        Args:
-            ring: :attr:`ring`, copied to the host.
-        """
+        """Put rows in order."""
         values = self._in_order(ring)
         values[:, 0] = values[:, 0].sqrt()
         return Rows(tuple(self._steps), tuple(self._rates), values)

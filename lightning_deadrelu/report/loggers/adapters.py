@@ -105,11 +105,7 @@ class Adapter:
         raise NotImplementedError  # likewise, by `takes_alerts`
 
     def names_of(self, keys: Iterable[str]) -> dict[str, str]:
-        """Map names that the tracker takes to keys: no two alike, and the key itself where it may stay.
-
-        Args:
-            keys: What is to be named.
-        """
+        """Map names that the tracker takes to keys: no two alike, and the key itself where it may stay."""
         names: dict[str, str] = {}
         for key in keys:
             name = cut_name(self.illegal.sub("_", key) if self.illegal else key, self.longest)
@@ -287,10 +283,6 @@ _ADAPTERS: Mapping[str, type[Adapter]] = {
 
 def adapter_of(logger: object, name: str = "dead_relu") -> Adapter:
     """Choose how to serve a logger, by the names of its class and of those it descends from.
-
-    Args:
-        logger: The logger.
-        name: Prefix of the keys.
 
     Example:
         >>> class WandbLogger: ...

@@ -106,11 +106,7 @@ def media_of(run: RunReport, latents: bool = False) -> Media:
 
 
 def summary_of(run: RunReport) -> dict[str, Cell]:
-    """Sum a run up: how it stands, how bad it was, and what came of it.
-
-    Args:
-        run: The run.
-    """
+    """Sum a run up: how it stands, how bad it was, and what came of it."""
     report, curves = run.report, run.history.curves
     worst = max(report.headline, key=lambda site: site.dead_fraction, default=None)
     summary: dict[str, Cell] = {"dead_fraction": report.dead_fraction, "dead_units": report.dead_units}

@@ -137,10 +137,6 @@ class Reporter:
 def alert_of(sites: Sequence[str], report: LivenessReport) -> tuple[str, str]:
     """Word an alert: the title, and the text.
 
-    Args:
-        sites: Names of the sites that crossed the threshold.
-        report: The verdict.
-
     Example:
         >>> alert_of(["net.1"], LivenessReport((), step=7))
         ('Dead ReLU units in net.1', 'At step 7: No rectifier was watched.')
