@@ -56,7 +56,6 @@ def _flush(monitor: Monitor) -> None:
 
 def _on_host(monitor: Monitor, totals: Totals, losses: Tensor) -> Counted:
     """Bring all that a verdict needs to the host, in one transfer."""
-    watch = monitor.watch
-    readings = monitor.verdicts.recorder.read(watch.layout, monitor.host.model, losses.device)
+    readings = monitor.verdicts.recorder.read(losses.device)
     totals, (losses, *rest) = totals.to_host_with(losses, *readings)
     return Counted(totals, losses, Readings(*rest))

@@ -11,7 +11,7 @@ from lightning_deadrelu.attribution import Attributions
 from lightning_deadrelu.checkpoint import encode
 from lightning_deadrelu.explain.checkup import CheckRun
 from lightning_deadrelu.explain.postmortem import still_true
-from lightning_deadrelu.guarded import Guard, unless_failed
+from lightning_deadrelu.guarded import Guard, unless_failed, why_it_ends
 from lightning_deadrelu.model.sharding import split_layer
 from lightning_deadrelu.model.trainable import Gradients
 from lightning_deadrelu.monitor import window_end
@@ -66,8 +66,8 @@ class Monitor:
         self.running = False
         """Whether training has begun, and not ended."""
 
-    def _say_failure(self, text: str) -> None:
-        warn(f"{self.settings.name}: {text}")
+    def _say_failure(self, error: Exception) -> None:
+        warn(f"{self.settings.name}: {why_it_ends(error)}")
 
     # -- from start to end -------------------------------------------------------------------------------
 
@@ -216,7 +216,7 @@ class Monitor:
         self.gradients.note(optimizer)
         if observing and self.checkup:
             self.checkup.before_step(self.host.model, optimizer)
-        self.verdicts.recorder.before_step(optimizer, self.host.model, self.watch.sites)
+        self.verdicts.recorder.before_step(optimizer)
         if self.evidence:
             begun = self.progress.window.observations + observing
             self.evidence.step(optimizer, begun, self.host.steps_once)

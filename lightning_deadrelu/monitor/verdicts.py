@@ -61,7 +61,7 @@ class Verdicts:
         self._evidence, self._gradients = evidence, gradients
         self.units = UnitHistory.empty()
         """What is known of the units from the windows before."""
-        self.recorder = FlightRecorder(3 * settings.every_n_steps * settings.window)
+        self.recorder = FlightRecorder(watch, 3 * settings.every_n_steps * settings.window)
         """Keeps what a post-mortem needs."""
         self.history = RunHistory()
         """Keeps the states of all units, window by window."""
@@ -106,7 +106,7 @@ class Verdicts:
         self._tell_unseen(counted.totals)
         self.units = verdict.after
         deaths = self._explained(verdict, counted)
-        self.recorder.close_window(counted.totals, counted.readings, self._watch.layout, self._host.model, deaths)
+        self.recorder.close_window(counted.totals, counted.readings, deaths)
         self.history.close(verdict.whole, edited)
         self.raster = self.history.raster
         return deaths
@@ -122,9 +122,8 @@ class Verdicts:
 
     def _explained(self, verdict: Verdict, counted: Counted) -> tuple[DeathEvent, ...]:
         totals, _, readings = counted
-        layout, host, peaks = self._watch.layout, self._host, self.history.peaks.of
         fed = replace(verdict.whole, sites=tuple(site for site in verdict.whole.sites if site.kind != WATCHPOINT))
-        return self.recorder.explain(fed, totals, readings, layout, peaks, host.model, host.optimizers)
+        return self.recorder.explain(fed, totals, readings, self.history.peaks.of, self._host.optimizers)
 
     def match_patterns(self) -> None:
         """Refuse patterns that match nothing, and warn about a model with nothing to watch; once."""

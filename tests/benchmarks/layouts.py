@@ -160,7 +160,7 @@ class Sized(DeadReLUMonitor):
             "counts on the device": size(list(vars(liveness).values()), pending),
             "history on the host": size(verdicts.units),
             "forecast on the host": size(dict(verdicts.history.peaks)),
-            "biases on the device": size(list(vars(verdicts.recorder._incoming).values())),
+            "biases on the device": size(list(vars(verdicts.recorder._incoming.state).values())),
             "raster on the host": size([track.columns for track in verdicts.history.raster._tracks.values()]),
             "report on the host": size(self.report),
             "checkpoint": len(saved.getvalue()),

@@ -17,7 +17,7 @@ _ROWS = 10  # of a unit's weights, taken for independent
 
 def negative_bias(dying: DyingUnits) -> Cause | None:
     """Blame biases without which most would fire, where nearly all of the site are negative."""
-    bias, now = dying.start.bias, dying.now.bias
+    bias, now = dying.first_bias, dying.bias
     fires_without = dying.peaks[-1] - now > 0
     usual = dying.fan_in**-0.5 if dying.fan_in else 0.0  # PyTorch draws biases within +- this
     if not (median(bias) < -usual and (bias < 0).float().mean() >= 0.8 and fires_without.float().mean() >= 0.5):
@@ -34,11 +34,10 @@ def negative_bias(dying: DyingUnits) -> Cause | None:
 
 def bad_init(dying: DyingUnits) -> Cause | None:
     """Blame weights whose mean is negative, or whose size is far from He's."""
-    start, read = dying.start, dying.size * min(dying.fan_in, _ROWS)
-    size = float(start.square.mean()) ** 0.5
+    read, size = dying.size * min(dying.fan_in, _ROWS), dying.first_square**0.5
     if not size or not dying.fan_in:
         return None
-    lean, times = -float(start.mean.mean()) / size, size * (dying.fan_in / 2) ** 0.5
+    lean, times = -dying.first_mean / size, size * (dying.fan_in / 2) ** 0.5
     source = "He et al. 2015, arXiv 1502.01852: standard deviation (2 / fan_in) ** 0.5, mean 0"
     if lean >= max(_LEAN, _ERRORS * read**-0.5):
         measured = f"because their weights are negative in the mean, by {lean:.1f} of their size"

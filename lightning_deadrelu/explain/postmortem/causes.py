@@ -189,7 +189,7 @@ def _step_size(dying: DyingUnits, rows: Rows, first: int, last: int) -> tuple[fl
     steps = torch.tensor(rows.steps, dtype=torch.int64)
     near = (steps >= first) & (steps < last)
     rate = median(rows.column("rate")[near])
-    weights = math.sqrt(median(dying.alive.square))
+    weights = math.sqrt(median(dying.live_square))
     if dying.adaptive:
         return rate / weights if weights else math.nan, rate
     norm = weights * (dying.fan_in * dying.size) ** 0.5

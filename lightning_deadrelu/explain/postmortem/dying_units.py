@@ -12,29 +12,6 @@ SHARE, UNITS = 0.05, 3  # of a site: what dies beside is told without a cause
 _DRIFT_WINDOWS = 4
 
 
-class WeightStats(NamedTuple):
-    """What feeds units at one time; tensors of shape ``(units,)``, NaN where it is not known.
-
-    Args:
-        bias: The bias, or BatchNorm's beta.
-        square: Mean square of the incoming weights, of a sample from the whole site.
-        mean: Mean of the incoming weights, of a sample from the whole site.
-    """
-
-    bias: Tensor
-    square: Tensor
-    mean: Tensor
-
-    @classmethod
-    def unknown(cls, units: int) -> WeightStats:
-        """Know nothing."""
-        return cls(*torch.full((3, units), math.nan))
-
-    def of(self, units: Tensor) -> WeightStats:
-        """Choose units."""
-        return WeightStats(*(values[units] for values in self))
-
-
 class DyingUnits(NamedTuple):
     """The newly dead units of one site, and what is known of them; tensors of shape ``(dying,)``.
 
@@ -48,9 +25,12 @@ class DyingUnits(NamedTuple):
         constant: Whether the input did not vary in the window.
         upstream: The nearest site before that is dead altogether; empty if none.
         peaks: Largest input by window, the latest last, shape ``(windows, dying)``.
-        alive: What fed them at the start of the window in which they fired last.
-        now: What feeds them now.
-        start: What fed all units of the site at the start, shape ``(size,)`` each.
+        first_bias: The bias, or BatchNorm's beta, of all units of the site at the start, shape ``(size,)``.
+        live_bias: Theirs at the start of the window in which they fired last.
+        bias: Theirs now.
+        first_square: Mean square of the site's incoming weights at the start, of a sample; NaN where it is not known.
+        first_mean: Mean of these weights.
+        live_square: Their mean square at the start of the window in which each unit fired last.
         units: Which units they are.
         fan_in: Weights per unit; 0 where it is not known.
         decay: Weight decay of the bias.
@@ -72,9 +52,12 @@ class DyingUnits(NamedTuple):
     constant: Tensor
     upstream: str
     peaks: Tensor
-    alive: WeightStats
-    now: WeightStats
-    start: WeightStats
+    first_bias: Tensor
+    live_bias: Tensor
+    bias: Tensor
+    live_square: Tensor
+    first_square: float = math.nan
+    first_mean: float = math.nan
     fan_in: int = 0
     decay: float = 0.0
     left: float = 1.0
@@ -89,15 +72,15 @@ class DyingUnits(NamedTuple):
         Args:
             chosen: Boolean, shape ``(dying,)``.
         """
-        names = ("units", "born", "last_fired", "silent_from", "constant")
+        names = ("units", "born", "last_fired", "silent_from", "constant", "live_bias", "live_square", "bias")
         cut: dict[str, Any] = {name: getattr(self, name)[chosen] for name in names}
         cut["died"] = None if self.died is None else self.died[chosen]
-        return self._replace(**cut, peaks=self.peaks[:, chosen], alive=self.alive.of(chosen), now=self.now.of(chosen))
+        return self._replace(**cut, peaks=self.peaks[:, chosen])
 
     @property
     def moved(self) -> float:
         """Median change of the biases since the units were alive; NaN where it is not known."""
-        return median(self.now.bias - self.alive.bias)
+        return median(self.bias - self.live_bias)
 
 
 def drifted(peaks: Tensor) -> Tensor:
@@ -139,9 +122,10 @@ def are_many(dying: DyingUnits) -> bool:
 
 def decayed(dying: DyingUnits) -> Tensor:
     """Tell who would fire with its first bias, of which decay has taken a good part."""
-    lost = dying.start.bias[dying.units] - dying.now.bias
+    first = dying.first_bias[dying.units]
+    lost = first - dying.bias
     sunk = dying.peaks.amax(0) - dying.peaks[-1]
-    shrunk = (dying.now.bias < 0.7 * dying.start.bias[dying.units]) & (dying.now.bias > -0.1 * lost)
+    shrunk = (dying.bias < 0.7 * first) & (dying.bias > -0.1 * lost)
     return shrunk & (dying.peaks[-1] + lost > 0) & (lost >= sunk / 2) & (dying.left <= 0.8)
 
 

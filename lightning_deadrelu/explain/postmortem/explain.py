@@ -81,7 +81,7 @@ def _drift(dying: DyingUnits, rows: Rows) -> DeathEvent:
 
 
 def _decay(dying: DyingUnits) -> DeathEvent:
-    start, now = median(dying.start.bias[dying.units]), median(dying.now.bias)
+    start, now = median(dying.first_bias[dying.units]), median(dying.bias)
     measured = f"while a weight decay of {dying.decay:g} took their biases from {start:.2g} to {now:.2g}"
     edit = f"AdamW(decay_groups(model, {dying.decay:g}))"
     source = "He et al. 2019, arXiv 1812.01187: no decay of biases"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -79,15 +78,14 @@ class IncomingWeights:
     """
 
     def __init__(self) -> None:
-        self._biases = torch.empty(3, 0)
-        self._weights = torch.empty(2, 0)  # mean square and mean at the start, by site
+        self.state = IncomingWeightsState()
+        """What a checkpoint has to hold."""
         self._first: dict[Site, tuple[Tensor, Tensor]] = {}  # bias and weights of sites that have no place yet
-        self._squares: deque[tuple[int, list[float]]] = deque(maxlen=_WINDOWS)  # by site, and the step of the window
 
     @torch.no_grad()
     def meet(self, sites: Sequence[Site], sources: Sequence[Incoming]) -> None:
         """Note what feeds new sites, before their first step."""
-        for site, source in list(zip(sites, sources, strict=True))[self._weights.shape[1] :]:
+        for site, source in list(zip(sites, sources, strict=True))[self.state.weights.shape[1] :]:
             if site not in self._first:
                 self._first[site] = _bias(source, site.units).clone(), _moments(source)
 
@@ -101,17 +99,18 @@ class IncomingWeights:
         self.meet(sites, sources)
         self._grow(sites, device)
         now = [_moments(source).to(device) for source in sources]
-        return torch.stack([self._weights, torch.stack(now, 1) if now else self._weights])
+        return torch.stack([self.state.weights, torch.stack(now, 1) if now else self.state.weights])
 
     @torch.inference_mode(False)  # what is changed in place later may be no inference tensor
     def _grow(self, sites: Sequence[Site], device: torch.device) -> None:
-        self._biases, self._weights = self._biases.to(device), self._weights.to(device)
-        fresh = [self._first[site] for site in sites[self._weights.shape[1] :]]
+        state = self.state
+        state.biases, state.weights = state.biases.to(device), state.weights.to(device)
+        fresh = [self._first[site] for site in sites[state.weights.shape[1] :]]
         if fresh:
             biases = torch.cat([bias.to(device) for bias, _ in fresh])
             weights = torch.stack([weights.to(device) for _, weights in fresh], 1)
-            self._biases = torch.cat([self._biases, biases.expand(3, -1)], 1)
-            self._weights = torch.cat([self._weights, weights], 1)
+            state.biases = torch.cat([state.biases, biases.expand(3, -1)], 1)
+            state.weights = torch.cat([state.weights, weights], 1)
         self._first.clear()
 
     def biases(self, places: Sequence[slice], sources: Sequence[Incoming]) -> list[Tensor]:
@@ -120,7 +119,7 @@ class IncomingWeights:
         Returns:
             For each site, shape ``(3, units)``; NaN where there is no bias.
         """
-        known = [self._biases[::2, place] for place in places]
+        known = [self.state.biases[::2, place] for place in places]
         now = [_bias(source, rows.shape[1]).to(rows.device) for source, rows in zip(sources, known, strict=True)]
         parts = [torch.cat([rows, row[None]]) for rows, row in zip(known, now, strict=True)]
         return list(torch.cat(parts, 1).cpu().split([part.shape[1] for part in parts], 1))
@@ -136,7 +135,7 @@ class IncomingWeights:
         Returns:
             Mean squares, of the same shape.
         """
-        known = [(step, squares[site]) for step, squares in self._squares if site < len(squares)]
+        known = [(step, squares[site]) for step, squares in self.state.squares if site < len(squares)]
         ends = torch.tensor([step for step, _ in known], dtype=torch.int64)
         return torch.tensor([start, *(square for _, square in known)])[torch.searchsorted(ends, steps)]
 
@@ -145,23 +144,17 @@ class IncomingWeights:
         self, fired: Tensor, places: Sequence[slice], sources: Sequence[Incoming], weights: Tensor, step: int
     ) -> None:
         """End a window."""
-        _, before, alive = self._biases
+        _, before, alive = self.state.biases
         torch.where(fired.to(before.device), before, alive, out=alive)
         for place, source in zip(places, sources, strict=True):
             if source.bias is not None:
                 before[place].copy_(source.bias.detach().flatten())
-        self._squares.append((step, weights[1, 0].tolist()))
-
-    @property
-    def state(self) -> IncomingWeightsState:
-        """What a checkpoint has to hold."""
-        return IncomingWeightsState(self._biases, self._weights, list(self._squares))
+        self.state.squares = [*self.state.squares, (step, weights[1, 0].tolist())][-_WINDOWS:]
 
     @torch.inference_mode(False)
     def restore(self, state: IncomingWeightsState) -> None:
         """Go on from a saved state."""
-        self._biases, self._weights = state.biases.clone(), state.weights.clone()
-        self._squares = deque(state.squares, maxlen=_WINDOWS)
+        self.state = IncomingWeightsState(state.biases.clone(), state.weights.clone(), list(state.squares))
 
 
 def _bias(source: Incoming, units: int) -> Tensor:

@@ -16,7 +16,7 @@ from lightning_deadrelu import DeadReLUMonitor, LivenessReport, Reset, watch
 from lightning_deadrelu.checkpoint import decode, encode
 from lightning_deadrelu.explain.finding import Finding
 from lightning_deadrelu.explain.postmortem.death_events import DeathEvent, described, largest, merged, still_true
-from lightning_deadrelu.explain.postmortem.dying_units import DyingUnits, WeightStats
+from lightning_deadrelu.explain.postmortem.dying_units import DyingUnits
 from lightning_deadrelu.explain.postmortem.explain import explain
 from lightning_deadrelu.explain.postmortem.step_log import Rows
 
@@ -241,14 +241,14 @@ def rows(steps=200, **columns):
 
 
 def dying(units=20, size=50, last=100, until=110, peaks=((3.0,), (-1.0,)), **more):
-    unknown = WeightStats(*(torch.full((units,), float("nan")) for _ in range(3)))
-    start = WeightStats(*(torch.full((size,), float("nan")) for _ in range(3)))
+    unknown = torch.full((units,), float("nan"))
     number, no = torch.arange(units), torch.zeros(units, dtype=torch.bool)
-    plain = {"first": False, "born": no, "constant": no, "upstream": "", "alive": unknown, "now": unknown}
+    plain = {"first": False, "born": no, "constant": no, "upstream": "", "live_bias": unknown, "live_square": unknown}
     plain |= {
         "last_fired": torch.full_like(number, last),
         "silent_from": torch.full_like(number, until),
-        "start": start,
+        "first_bias": torch.full((size,), float("nan")),
+        "bias": unknown,
     }
     peaks = torch.tensor(peaks).expand(-1, units)
     return DyingUnits("fc", size, units=number, peaks=peaks, **{**plain, **more})
@@ -300,17 +300,17 @@ def test_a_few_of_one_layer_share_the_cause_of_many_of_another():
 
 
 def test_steps_as_large_as_the_weights():
-    small = WeightStats(torch.zeros(20), torch.full((20,), 0.01), torch.zeros(20))
-    (event,) = explain([dying(alive=small, adaptive=True)], rows(rates=[0.1] * 200))
+    small = torch.full((20,), 0.01)
+    (event,) = explain([dying(live_square=small, adaptive=True)], rows(rates=[0.1] * 200))
     assert event.cause == "high_learning_rate"
     assert event.measured == "after steps of 100% of the weights' size at a learning rate of 0.1"
-    (calm,) = explain([dying(alive=small, adaptive=True)], rows(rates=[1e-3] * 200))
+    (calm,) = explain([dying(live_square=small, adaptive=True)], rows(rates=[1e-3] * 200))
     assert calm.cause == "unknown"
 
 
 def test_a_gradient_that_spikes_after_too_large_steps_is_no_cause_of_its_own():
     square = torch.full((20,), 0.01)  # 20 x 50 weights of size 0.1: a norm of 3.2
-    layer = {"alive": WeightStats(torch.zeros(20), square, torch.zeros(20)), "fan_in": 20}
+    layer = {"live_square": square, "fan_in": 20}
     row = {"gradient": spiked(97, 80.0)}
     (event,) = explain([dying(**layer)], rows(**row, rates=[0.5] * 200))
     assert (event.cause, event.finding.edit) == ("high_learning_rate", "lr=0.05")
@@ -361,9 +361,9 @@ def test_an_outlier_among_the_inputs_comes_before_a_spike_of_adam():
 
 def test_units_that_sink_after_a_new_task_began_died_of_it():
     sinking = ((8.0,), (6.0,), (5.0,), (3.0,), (1.0,), (-0.5,))
-    small = WeightStats(torch.zeros(20), torch.full((20,), 0.01), torch.zeros(20))
+    small = torch.full((20,), 0.01)
     losses = [3.0] * 10 + [0.1] * 40 + [3.0] * 8 + [0.5] * 142
-    (event,) = explain([dying(peaks=sinking, alive=small, adaptive=True)], rows(loss=losses, rates=[0.1] * 200))
+    (event,) = explain([dying(peaks=sinking, live_square=small, adaptive=True)], rows(loss=losses, rates=[0.1] * 200))
     assert (event.kind, event.cause, event.finding.confidence) == ("drift", "distribution_shift", "likely")
     assert event.measured == "after the loss rose from 0.1 to 3 at step 50, and stayed high"
 

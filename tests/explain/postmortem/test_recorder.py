@@ -8,8 +8,7 @@ from lightning_deadrelu import DeadReLUMonitor
 from lightning_deadrelu.checkpoint import decode, encode
 from lightning_deadrelu.explain.postmortem.death_events import DeathEvent
 from lightning_deadrelu.explain.postmortem.recorder import FlightRecorder, Readings, RecorderState
-from lightning_deadrelu.model.layout import Layout
-from lightning_deadrelu.model.sites import Site
+from lightning_deadrelu.observe.watch import Watch
 
 PLACES = (
     "recorder.off_centre",
@@ -42,20 +41,24 @@ def test_a_failure_costs_the_record_alone(place, monkeypatch):
 
 
 def test_a_record_that_has_ended_saves_its_deaths_and_nothing_else():
-    recorder = FlightRecorder()
+    recorder = FlightRecorder(Watch(torch.nn.ReLU()))
     death = DeathEvent("shock", "unknown", ("fc",), (3,), 10, 20, "as seen")
     recorder.restore(RecorderState(deaths=[death], observed=[3]))
     assert encode(recorder.state)["observed"] == [3]
-    recorder.failure = RuntimeError("a bug of ours")
+    with pytest.warns(UserWarning, match="explained no longer"):
+        recorder.guard.fail(RuntimeError("a bug of ours"))
     state = decode(RecorderState, encode(recorder.state))
     assert state.deaths == [death]
     assert state.observed == []
 
 
 def test_what_is_read_after_a_failure_has_the_form_of_what_is_known():
-    layout = Layout([Site("relu", False, "relu", (), 2)])
-    recorder = FlightRecorder()
-    known = recorder.read(layout, torch.nn.ReLU(), torch.device("cpu"))
-    recorder.failure = RuntimeError("a bug of ours")
-    unknown = recorder.read(layout, torch.nn.ReLU(), torch.device("cpu"))
+    watch = Watch(torch.nn.ReLU())
+    with watch.probe:
+        watch.probe.model(torch.randn(3, 2))
+    recorder = FlightRecorder(watch)
+    known = recorder.read(torch.device("cpu"))
+    with pytest.warns(UserWarning, match="explained no longer"):
+        recorder.guard.fail(RuntimeError("a bug of ours"))
+    unknown = recorder.read(torch.device("cpu"))
     assert [x.shape for x in known] == [x.shape for x in unknown] == [x.shape for x in Readings.unknown(1)]

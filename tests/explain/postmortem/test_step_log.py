@@ -224,7 +224,7 @@ def test_odd_inputs_are_passed_over(kind):
     monitor = DeadReLUMonitor(**EVERYTHING)
     fit(Beside(), Loader([{"a": beside, "x": x} for x in tensors(8)]), monitor)
     assert monitor.report["net.1"].samples == 20
-    assert inner(monitor).verdicts.recorder.failure is None
+    assert inner(monitor).verdicts.recorder.guard.failure is None
 
 
 @quiet
@@ -233,7 +233,7 @@ def test_gradients_that_change_their_form(model):
     monitor = DeadReLUMonitor(**EVERYTHING)
     fit(model(optimizer=torch.optim.SGD), Loader(tensors(8)), monitor)
     assert monitor.report["net.1"].samples == 20
-    assert inner(monitor).verdicts.recorder.failure is None
+    assert inner(monitor).verdicts.recorder.guard.failure is None
     rows = inner(monitor).verdicts.recorder.steps.read(inner(monitor).verdicts.recorder.steps.ring)
     assert rows.column("gradient").isfinite().all()
 
