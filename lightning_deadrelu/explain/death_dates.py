@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_deadrelu.model.optimizer_groups import ParameterGroup, holder_of
+
 _ENTRIES = 256  # of each unit's weights
 _ALIKE = 25.0  # steps; live units scatter by 2 to 5
 _GONE = 100.0  # steps below what gradients of mere noise leave: no unit of the layer lives
@@ -71,18 +73,14 @@ def momentum_of(optimizers: Iterable[Optimizer], parameter: Tensor, dim: int = 0
         >>> momentum_of([optimizer], layer.weight).sizes.exp()
         tensor([1., 1., 1.], dtype=torch.float64)
     """
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            if any(parameter is one for one in group["params"]):
-                state = optimizer.state.get(parameter, {})
-                return None if _is_coupled(optimizer, group) else _momentum(state, group, parameter, dim)
-    return None
-
-
-def _is_coupled(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
-    """Whether weight decay is added to the gradients."""
-    apart = type(optimizer).__name__.endswith("W") or "ns_steps" in group  # Muon's
-    return bool(group.get("weight_decay")) and not group.get("decoupled_weight_decay", apart)
+    held = holder_of(optimizers, parameter)
+    if held is None:
+        return None
+    optimizer, group = held
+    how = ParameterGroup.of(optimizer, group)
+    if how.weight_decay and not how.decoupled:
+        return None
+    return _momentum(optimizer.state.get(parameter, {}), group, parameter, dim)
 
 
 def _momentum(state: Mapping[str, Any], group: Mapping[str, Any], parameter: Tensor, dim: int) -> Momentum | None:

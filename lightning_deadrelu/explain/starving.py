@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_deadrelu.explain.finding import Finding
+from lightning_deadrelu.model.optimizer_groups import holder_of
 from lightning_deadrelu.statistics import LivenessReport, SiteReport
 
 STARVED = 0.1  # of the median row
@@ -60,13 +61,15 @@ def update_sizes(optimizers: Iterable[Optimizer], weight: Tensor) -> Tensor | No
     """
     if weight.ndim != 2 or weight.shape[0] <= weight.shape[1]:
         return None
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            momentum = optimizer.state.get(weight, {}).get("momentum_buffer")
-            if "ns_steps" in group and momentum is not None and any(weight is one for one in group["params"]):
-                sizes: Tensor = torch.linalg.vector_norm(_orthogonal(momentum.float(), group), dim=1).cpu()
-                return sizes / sizes.median().clamp(min=torch.finfo(sizes.dtype).tiny)
-    return None
+    held = holder_of(optimizers, weight)
+    if held is None:
+        return None
+    optimizer, group = held
+    momentum = optimizer.state.get(weight, {}).get("momentum_buffer")
+    if "ns_steps" not in group or momentum is None:
+        return None
+    sizes: Tensor = torch.linalg.vector_norm(_orthogonal(momentum.float(), group), dim=1).cpu()
+    return sizes / sizes.median().clamp(min=torch.finfo(sizes.dtype).tiny)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from collections.abc import Set as AbstractSet
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_deadrelu.model.optimizer_groups import parameters_of
 from lightning_deadrelu.model.sharding import reshard_
 from lightning_deadrelu.model.sites import Site, clean, plain_parameter
 
@@ -31,7 +32,7 @@ class Gradients:
 
     def note(self, optimizer: Optimizer) -> None:
         """Look who has a gradient, before a step; after the first only those are asked that had none."""
-        waiting = self._waiting.setdefault(id(optimizer), _held(optimizer))
+        waiting = self._waiting.setdefault(id(optimizer), list(parameters_of(optimizer)))
         if waiting:
             self._waiting[id(optimizer)] = [p for p in waiting if p.grad is None and p.numel()]
 
@@ -51,7 +52,7 @@ class Gradients:
         if names is not None:
             reshard_(model)
             never = {id(p) for name, p in model.named_parameters() if name in names}
-            self._waiting = {id(one): [p for p in _held(one) if id(p) in never] for one in optimizers}
+            self._waiting = {id(one): [p for p in parameters_of(one) if id(p) in never] for one in optimizers}
 
 
 def trainable_sites(
@@ -69,17 +70,13 @@ def trainable_sites(
             elsewhere, and it says nothing.
     """
     reshard_(model)
-    held = {id(p) for optimizer in optimizers for p in _held(optimizer)}
+    held = set(map(id, parameters_of(*optimizers)))
     trained = (held - never) or held
     learns: dict[str, bool] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         plain = plain_parameter(clean(name))
         learns[plain] = learns.get(plain, False) or (p.requires_grad and (not trained or id(p) in trained))
     return [_learns(site, learns) for site in sites]
-
-
-def _held(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _learns(site: Site, learns: Mapping[str, bool]) -> bool:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
+from lightning_deadrelu.model.optimizer_groups import holder_of
 from lightning_deadrelu.model.sharding import gathered, is_plain_inside, whole
 from lightning_deadrelu.model.slices import Slice
 
@@ -183,12 +184,8 @@ def _unwrapped(optimizers: Iterable[Optimizer]) -> Iterator[Optimizer]:
             yield from _unwrapped([inner])
 
 
-def _holds(optimizer: Optimizer, parameter: Tensor) -> bool:
-    return any(one is parameter for group in optimizer.param_groups for one in group["params"])
-
-
 def _why_not(optimizer: Optimizer, name: str, parameter: Tensor) -> str:
-    if isinstance(optimizer, LBFGS) and _holds(optimizer, parameter):
+    if isinstance(optimizer, LBFGS) and holder_of([optimizer], parameter):
         return "`LBFGS` keeps one flat history of all parameters, which cannot be repaired unit by unit"
     for key, value in optimizer.state.get(parameter, {}).items():
         if why := _why_unknown(key, value, parameter):

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_deadrelu.attribution.result import Attribution
+from lightning_deadrelu.model.optimizer_groups import parameters_of
 from lightning_deadrelu.model.parameters import tensors_of
 from lightning_deadrelu.model.sites import Site, clean
 from lightning_deadrelu.model.trainable import Gradients
@@ -44,7 +45,7 @@ class TrainingContext:
     @property
     def trained(self) -> set[int]:
         """The ``id`` of each parameter that is trained."""
-        held = {id(p) for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
+        held = set(map(id, parameters_of(*self.optimizers)))
         return (held - self.gradients.never) or held
 
     @property

@@ -6,12 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_deadrelu.attribution.result import Attribution
+from lightning_deadrelu.model.optimizer_groups import ParameterGroup
 from lightning_deadrelu.model.rectifiers import SELECTIONS
 from lightning_deadrelu.model.sites import clean
 from lightning_deadrelu.statistics import LivenessReport, SiteReport
@@ -31,35 +32,6 @@ class ParameterStats(NamedTuple):
     rms: float
     negative: float
     gradient: float = math.nan
-
-
-class Group(NamedTuple):
-    """How a parameter is trained.
-
-    Args:
-        optimizer: The optimizer's class, by name.
-        kind: ``"adam"``, ``"sgd"``, or empty for others.
-        place: The number of the optimizer, and of the group in it.
-        lr: At the first step.
-        peak: The learning rate before any schedule.
-        momentum: Of SGD.
-        weight_decay: As given.
-        decoupled: Whether the decay is apart from the gradient.
-    """
-
-    optimizer: str
-    kind: str
-    place: tuple[int, int]
-    lr: float
-    peak: float
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    decoupled: bool = False
-
-    @property
-    def memory(self) -> float:
-        """Steps for which a gradient is felt, 1 / (1 - momentum); at most 1,000, as for a momentum of 1."""
-        return 1 / (1 - min(self.momentum, 0.999))
 
 
 class FirstLayerInput(NamedTuple):
@@ -103,7 +75,7 @@ class CheckContext:
     attributions: Mapping[str, Attribution]
     modules: Mapping[str, nn.Module] = field(repr=False)
     shapes: Mapping[str, tuple[int, ...]]
-    groups: Mapping[str, Group]
+    groups: Mapping[str, ParameterGroup]
     stats: Mapping[str, ParameterStats]
     order: Sequence[str] = ()
     readers: Mapping[str, frozenset[str]] = field(default_factory=dict)
@@ -187,41 +159,25 @@ def _row(head: SiteReport, following: Mapping[str, SiteReport | None]) -> list[S
     return row
 
 
-def groups_of(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Group]:
+def groups_of(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, ParameterGroup]:
     """Tell how each parameter is trained, by name.
 
     Example:
         >>> import torch
         >>> layer = nn.Linear(2, 1)
-        >>> groups_of(layer, [torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)])["bias"].momentum
-        0.9
+        >>> groups_of(layer, [torch.optim.SGD(layer.parameters(), lr=0.1)])["bias"].lr
+        0.1
     """
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(clean(name))
     return {
-        name: _group(optimizer, group, (place, number))
-        for place, optimizer in enumerate(optimizers)
-        for number, group in enumerate(optimizer.param_groups)
+        name: ParameterGroup.of(optimizer, group, number)
+        for number, optimizer in enumerate(optimizers)
+        for group in optimizer.param_groups
         for parameter in group["params"]
         for name in names.get(id(parameter), [])
     }
-
-
-def _group(optimizer: Optimizer, group: Mapping[str, Any], place: tuple[int, int]) -> Group:
-    kinds = {kind.__name__ for kind in type(optimizer).__mro__}
-    adam = bool(kinds & {"Adam", "AdamW", "NAdam", "RAdam", "Adamax"})
-    lr = float(group.get("lr", 0.0))
-    return Group(
-        type(optimizer).__name__,
-        "adam" if adam else "sgd" if "SGD" in kinds else "",
-        place,
-        lr,
-        max(lr, float(group.get("initial_lr", 0.0))),
-        float(group.get("momentum", 0.0)),
-        float(group.get("weight_decay", 0.0)),
-        "AdamW" in kinds or bool(group.get("decoupled_weight_decay")),
-    )
 
 
 def code(path: str) -> str:

@@ -19,6 +19,7 @@ from lightning_deadrelu.explain.checkup.optimization import bias_decay, high_lea
 from lightning_deadrelu.explain.checkup.structure import attention_relu, batchnorm_order, generator_relu, relu_output
 from lightning_deadrelu.explain.finding import Finding, ranked
 from lightning_deadrelu.guarded import guarded
+from lightning_deadrelu.model.optimizer_groups import parameters_of
 from lightning_deadrelu.model.sites import clean
 from lightning_deadrelu.model.trainable import trainable_sites
 from lightning_deadrelu.observe.torch_modes import unseen_by_modes
@@ -116,7 +117,7 @@ class CheckRun:
     def before_step(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Measure what an optimizer is about to change."""
         self._fresh = self._fresh and not optimizer.state
-        self.measure(model, (parameter for group in optimizer.param_groups for parameter in group["params"]))
+        self.measure(model, parameters_of(optimizer))
 
     def conclude(
         self,
@@ -140,7 +141,7 @@ class CheckRun:
         """
         for handle in self._handles:
             handle.remove()
-        held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+        held = set(map(id, parameters_of(*optimizers)))
         self.measure(model, (parameter for parameter in model.parameters() if id(parameter) not in held))
         found: list[Finding] = []
         with self._guarded():

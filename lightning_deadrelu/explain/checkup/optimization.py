@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
-from lightning_deadrelu.explain.checkup.context import CheckContext, Group, listed
+from lightning_deadrelu.explain.checkup.context import CheckContext, listed
 from lightning_deadrelu.explain.finding import Finding
+from lightning_deadrelu.model.optimizer_groups import ParameterGroup
 
 _HALF_LIFE = 1000  # steps; SGD at 0.1 with momentum 0.9 and decay 5e-4 has 1,386
 _L2_OF_ADAM = 0.01
@@ -40,15 +41,15 @@ def bias_decay(context: CheckContext) -> list[Finding]:
     ]
 
 
-def _decays(group: Group) -> bool:
+def _decays(group: ParameterGroup) -> bool:
     if group.kind == "adam" and not group.decoupled:
         return group.weight_decay >= _L2_OF_ADAM
     return _half_life(group) < _HALF_LIFE
 
 
-def _half_life(group: Group) -> float:
+def _half_life(group: ParameterGroup) -> float:
     """Count the steps in which a parameter without other gradients halves; unknown for Adam's L2."""
-    rate = group.peak * group.weight_decay * group.memory
+    rate = group.peak * group.shrinking
     unknown = rate == 0 or not (group.decoupled or group.kind == "sgd")
     return math.inf if unknown else math.log(2) / rate
 
@@ -125,10 +126,10 @@ def _is_high(context: CheckContext, name: str, step: float) -> bool:
     return group.lr >= _FROM[group.kind] and step > _STEP[group.kind]
 
 
-def _said(group: Group) -> str:
+def _said(group: ParameterGroup) -> str:
     momentum = f" and momentum={group.momentum:g}" if group.momentum else ""
     return f"{group.optimizer} with lr={group.lr:g}{momentum}"
 
 
-def _after(group: Group) -> str:
+def _after(group: ParameterGroup) -> str:
     return f"after {group.memory:.0f} such steps" if group.momentum else "after one step"

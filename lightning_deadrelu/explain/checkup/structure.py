@@ -135,7 +135,7 @@ def generator_relu(context: CheckContext) -> list[Finding]:
 
 
 def _optimizer(context: CheckContext, site: SiteReport) -> int | None:
-    places = {context.groups[name].place[0] for name in context.weights(site) if name in context.groups}
+    places = {context.groups[name].number for name in context.weights(site) if name in context.groups}
     return places.pop() if len(places) == 1 else None
 
 
@@ -144,7 +144,7 @@ def _generator(context: CheckContext) -> int | None:
     nets: dict[int, list[str]] = {}
     for name in context.order:
         if name in context.groups and len(context.shapes.get(name, ())) > 1:
-            nets.setdefault(context.groups[name].place[0], []).append(name)
+            nets.setdefault(context.groups[name].number, []).append(name)
     if len(nets) != 2:
         return None
     (first, a), (second, b) = nets.items()

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_deadrelu.explain.postmortem.subsample import subsample
+from lightning_deadrelu.model.optimizer_groups import ParameterGroup, holder_of
 from lightning_deadrelu.model.sites import Site, clean
 
 _WEIGHTS = 1024  # of a layer, which tell their size: each takes a line of the cache
 _WINDOWS = 100
 _SHIFTS = frozenset({"bias", "beta", "shift", "b"})
 _SCALES = frozenset({"weight", "scale", "gamma", "g"})  # a vector of this name is a norm's
-_ADAPTIVE = frozenset({"betas", "alpha", "lr_decay", "rho", "beta2_decay"})
 
 
 class Incoming(NamedTuple):
@@ -207,18 +207,11 @@ def _weights_of(units: int, candidates: Sequence[Tensor]) -> list[Tensor]:
 
 def trained(source: Incoming, optimizers: Sequence[Optimizer], travelled: float) -> dict[str, Any]:
     """Tell how the parameters of a site are optimized."""
-    held = source.weight if source.bias is None else source.bias
-    groups = ((group, one) for one in optimizers for group in one.param_groups)
-    none: tuple[dict[str, Any], Any] = ({}, None)
-    group, optimizer = next((pair for pair in groups if any(p is held for p in pair[0]["params"])), none)
-    decay, momentum = (_number(group.get(key)) for key in ("weight_decay", "momentum"))
-    adaptive = bool(_ADAPTIVE & group.keys())
-    decoupled = group.get("decoupled_weight_decay", type(optimizer).__name__.endswith("W"))
-    left = math.exp(-decay * travelled / (1 - min(momentum, 0.99)))
-    if adaptive and decay and not decoupled:  # Adam divides it by the gradients' size
+    tensor = source.weight if source.bias is None else source.bias
+    held = None if tensor is None else holder_of(optimizers, tensor)
+    how = ParameterGroup.of(*held) if held else ParameterGroup()
+    left = math.exp(-how.shrinking * travelled)
+    if how.adaptive and how.weight_decay and not how.decoupled:  # Adam divides it by the gradients' size
         left = 0.0
-    return {"fan_in": source.fan_in, "adaptive": adaptive, "momentum": momentum, "decay": decay, "left": left}
-
-
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, (int, float)) else 0.0
+    known = {"adaptive": how.adaptive, "momentum": how.momentum, "decay": how.weight_decay}
+    return {"fan_in": source.fan_in, "left": left, **known}

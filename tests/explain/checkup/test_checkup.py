@@ -534,3 +534,11 @@ def test_findings_outlast_a_checkpoint_and_are_not_looked_for_again(tmp_path):
     first = trained(4)
     assert "negative_bias" in [finding.cause for finding in first]
     assert trained(8, ckpt=tmp_path / "last.ckpt") == first
+
+
+def test_an_optimizer_that_sets_its_own_rate_is_no_failure():
+    """As Adafactor of transformers, whose groups hold None."""
+    model = deep()
+    optimizer = sgd(model)
+    optimizer.param_groups[0].update(lr=None, weight_decay=None)
+    assert causes(model, optimizer) == []
