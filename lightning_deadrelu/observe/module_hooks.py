@@ -86,7 +86,7 @@ class ModuleHooks:
             self._pass(module)
             return
         if (self._router.wants_input_of(path) or path in self.substitutes.rectifiers) and not recomputes():
-            with guarded(self._fail):
+            with guarded(self._fail), unseen_by_modes():
                 self._take_input(path, module, args)
         if self._keep_fused and may_be_fused(module):
             if not isinstance(module, nn.MultiheadAttention):  # which has no rectifier inside

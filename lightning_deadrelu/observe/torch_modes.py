@@ -177,7 +177,9 @@ def remove_mode(mode: TorchFunctionMode) -> None:
 
 def holds_another(kind: type[TorchFunctionMode]) -> bool:
     """Tell within a mode whether one of a kind is still to see the call that is being made."""
-    return any(isinstance(mode, kind) for mode in _get_current_function_mode_stack())
+    return bool(torch._C._len_torch_function_stack()) and any(
+        isinstance(mode, kind) for mode in _get_current_function_mode_stack()
+    )
 
 
 def innermost_backend(callback: Any) -> Any:

@@ -249,6 +249,45 @@ def test_two_probes_see_the_same() -> None:
     assert one.equals(two)
 
 
+class Calls:
+    """Notes the names of all calls that a probe hands on."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def begin(self) -> None:
+        self.names.clear()
+
+    def see(self, name: str, *call: Any) -> None:
+        self.names.append(name)
+
+    def end(self) -> None:
+        """Keep what was noted."""
+
+
+@pytest.mark.parametrize("counting", ["by another probe, before", "by another probe, behind", "in a module's hook"])
+def test_what_is_counted_is_not_taken_for_the_models(counting: str) -> None:
+    def sink(site: Any, rectifier: Any, x: Tensor, out: Tensor, dims: Any) -> None:
+        x.amin()
+
+    model, x, calls = mlp(), torch.randn(3, 4), Calls()
+    probe, other = Probe(model, nowhere), Probe(model, sink)
+    probe.router.subscribe_calls(calls)
+    with probe:
+        model(x)
+    alone = list(calls.names)
+    probe.router.subscribe_calls(calls)
+    if counting == "in a module's hook":
+        other.router.subscribe_input("0", lambda x: None)
+        probe.router.subscribe_input("0", lambda x: x.amin())
+    first, second = (other, probe) if counting.endswith("before") else (probe, other)
+    with first, second:
+        model(x)
+    assert calls.names == alone
+    assert {"linear", "relu"} <= set(alone)
+    assert probe.failure is other.failure is None
+
+
 def test_nothing_is_kept_alive() -> None:
     kept: list[weakref.ref[Tensor]] = []
 
