@@ -83,7 +83,7 @@ class Connectivity:
                 part = f"only a part of each unit of `{self._name_of(site)}`"
                 self.note_unaccounted([UnaccountedRead(origin, labels, part)])
             fed[origin] = distinct(torch.cat([fed[origin], new])) if origin in fed else new
-        why = flow.why or ("" if flow.before else _UNFED)
+        why = flow.why or flow.indirect or ("" if flow.before else _UNFED)
         if flow.behind:
             other = flow.behind[0].origin
             assert isinstance(other, Site)

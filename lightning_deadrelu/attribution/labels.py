@@ -7,7 +7,7 @@ dimension has size 1, all along it is alike. They hold the number of a unit, or 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -96,20 +96,24 @@ class Flow(NamedTuple):
     Args:
         streams: What its elements depend on, in the order of execution.
         why: Why this is not all; empty if it is.
+        indirect: Why a constant added to what it depends on is another one here, or none; empty if it is the same.
         pending: Leaks that count as soon as something trainable depends on the tensor: until then it is logging.
         constant: True for what depends on no input.
         derived: Parameters from which alone it was computed.
         weight: The parameter that it is.
+        row: The parameter that it is but for dimensions of size 1.
         buffer: The name of the buffer that it is.
         zero: True for what holds nothing but zeros, so that reading it is reading nothing.
     """
 
     streams: tuple[Stream, ...] = ()
     why: str = ""
+    indirect: str = ""
     pending: tuple[UnaccountedRead, ...] = ()
     constant: bool = False
     derived: frozenset[str] = frozenset()
     weight: Weight | None = None
+    row: Weight | None = None
     buffer: str = ""
     zero: bool = False
 
@@ -182,6 +186,16 @@ def unaccounted_reads(flow: Flow, before: str, behind: str) -> tuple[Unaccounted
         for origin, labels in flow.streams
     ]
     return (*names, *rows)
+
+
+def first_reason(flows: Iterable[Flow]) -> str:
+    """Say why not all is known of some flows; empty if it is."""
+    return next((flow.why for flow in flows if flow.why), "")
+
+
+def first_indirect(flows: Iterable[Flow]) -> str:
+    """Say why a constant added to what some flows depend on is another one there; empty if it is the same."""
+    return next((flow.indirect for flow in flows if flow.indirect), "")
 
 
 def along(count: int, ndim: int, dim: int) -> Tensor:

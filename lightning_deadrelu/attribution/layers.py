@@ -227,7 +227,9 @@ def normalise(call: TracedCall) -> Outcome:
     place = 1 - call.output.ndim if channels else -1
     flat = channels or all(len(origin.sizes) == 1 for origin in _origins(own))
     outlet = _outlet(call, call.output.shape[place], place) if flat else []
-    return Outcome((Flow((*kept, *own, *outlet), why),), tuple(unaccounted), (), tuple(_origins(own)))
+    shifted = any(origin.role == "shift" for origin in _origins(own))
+    normed = Flow((*kept, *own, *outlet), why, "" if shifted else flow.indirect)
+    return Outcome((normed,), tuple(unaccounted), (), tuple(_origins(own)))
 
 
 def _origins(streams: list[Stream]) -> list[Origin]:

@@ -15,6 +15,8 @@ from lightning_deadrelu.attribution.labels import (
     Outcome,
     Stream,
     TracedCall,
+    first_indirect,
+    first_reason,
     grown,
     shrunk,
     unaccounted_reads,
@@ -47,14 +49,14 @@ def multiply(call: TracedCall) -> Outcome:
                 gone.append(stream)
             else:
                 kept.append(stream._replace(labels=labels))
-    why = next((flow.why for flow in flows if flow.why), "")
+    why = first_reason(flows)
     if not why and len(kept) < sum(not stream.is_outlet for flow in flows for stream in flow.streams):
         why = f"what feeds it passes through `{call.name}`"
     unaccounted = unaccounted_reads(
         Flow(tuple(gone)), f"`{call.name}`", f"`{call.name}` reads it, and not unit by unit"
     )
     scored = [s.origin for s in kept if isinstance(s.origin, Site)] if len(call.operands) > 1 else []
-    flow = Flow(tuple(kept), why, constant=all(flow.constant for flow in flows))
+    flow = Flow(tuple(kept), why, first_indirect(flows), constant=all(flow.constant for flow in flows))
     return Outcome((flow,), unaccounted, multiplied=tuple(scored))
 
 
@@ -96,7 +98,7 @@ def scatter(call: TracedCall) -> Outcome:
     others = [call.look(tensor) for tensor in call.operands if tensor is not source]
     lost = [Flow(tuple(gone)), *others]
     unaccounted = [leak for one in lost for leak in unaccounted_reads(one, f"`{call.name}`", f"`{call.name}` reads it")]
-    return Outcome((Flow(tuple(kept), flow.why, constant=flow.constant),), tuple(unaccounted))
+    return Outcome((Flow(tuple(kept), flow.why, flow.indirect, constant=flow.constant),), tuple(unaccounted))
 
 
 def _averages(call: TracedCall) -> bool:

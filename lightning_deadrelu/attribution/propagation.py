@@ -8,26 +8,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_deadrelu.attribution import layers, products, reshaping
+from lightning_deadrelu.attribution import arithmetic, layers, products, reshaping
 from lightning_deadrelu.attribution.labels import (
     Flow,
     NotFollowable,
-    Origin,
     Outcome,
     Stream,
     TracedCall,
-    UnaccountedRead,
-    grown,
-    over,
+    Weight,
+    first_indirect,
+    first_reason,
     unaccounted_reads,
 )
-from lightning_deadrelu.model.torch_calls import ACTIVATION_PRODUCTS, JOINS, NORMS, SCATTERS, SUMS, ZERO_TO_ZERO
-
-NEGATED = "its input is negated on the way"
+from lightning_deadrelu.model.torch_calls import (
+    ACTIVATION_PRODUCTS,
+    ELEMENTWISE,
+    JOINS,
+    MOULDS,
+    NORMS,
+    RESHAPES,
+    SCATTERS,
+    SPREADS,
+    SUMS,
+)
 
 
 def follow(call: TracedCall) -> Outcome:
-    """Follow a call; what is not understood reads all of its inputs."""
+    """Follow a call; what is not understood reads all of its inputs, and so does what makes a single number of them."""
+    outcome = _followed(call)
+    numbers = [not out.ndim and bool(flow.streams) for out, flow in zip(call.outputs, outcome.flows, strict=True)]
+    return _as_numbers(outcome, numbers, f"`{call.name}`") if any(numbers) else outcome
+
+
+def _as_numbers(outcome: Outcome, numbers: list[bool], reader: str) -> Outcome:
+    """Follow no further what has become a single number: a loss may be the next to hear of it."""
+    lost = [Flow(flow.streams) for flow, is_number in zip(outcome.flows, numbers, strict=True) if is_number]
+    unaccounted = [read for flow in lost for read in unaccounted_reads(flow, reader, f"{reader} reads it")]
+    found = Flow(why=f"what feeds it passes through {reader}")
+    flows = (found if is_number else flow for flow, is_number in zip(outcome.flows, numbers, strict=True))
+    return outcome._replace(flows=tuple(flows), unaccounted=(*outcome.unaccounted, *unaccounted))
+
+
+def _followed(call: TracedCall) -> Outcome:
     if _is_update(call):
         return Outcome((Flow(),) * len(call.outputs))
     if not layers.is_layer(call.name) and (derived := _derived(call)) is not None:
@@ -49,21 +71,9 @@ def _rule(call: TracedCall) -> Callable[[TracedCall], Outcome] | None:
         return products.multiply
     if layers.is_layer(name):
         return layers.apply
-    if name in SCATTERS:
-        return products.scatter
-    if name in NORMS:
-        return layers.normalise
-    if name in SUMS:
-        return _add
-    if name in ("mul", "div"):
-        return _multiply
-    if name in JOINS:
-        return _join
-    if name == "neg":
-        return _negate
-    if reshaping.mover(name) is not None:
-        return _move
-    return _silent if name in {*ZERO_TO_ZERO, "pow", "clamp", "hardtanh", "masked_fill"} else None
+    if name in _RULES:
+        return _RULES[name]
+    return _move if reshaping.mover(name) is not None else None
 
 
 def _is_update(call: TracedCall) -> bool:
@@ -86,7 +96,9 @@ def _derived(call: TracedCall) -> Flow | None:
     ):
         return None
     weight = _same_weight(call, flows[0]) if len(flows) == 1 else None
-    return Flow(constant=True, weight=weight) if weight else Flow(constant=True, derived=learned)
+    if weight:
+        return Flow(constant=True, weight=weight)
+    return Flow(constant=True, derived=learned, row=_viewed(call, flows[0]) if len(flows) == 1 else None)
 
 
 def _same_weight(call: TracedCall, flow: Flow) -> Any:
@@ -102,17 +114,22 @@ def _same_weight(call: TracedCall, flow: Flow) -> Any:
     return None
 
 
+def _viewed(call: TracedCall, flow: Flow) -> Weight | None:
+    """Recognise a parameter whose dimensions of size 1 were changed, as a norm per channel does."""
+    if call.name not in RESHAPES and not (call.name == "getitem" and reshaping.is_plain_index(call)):
+        return None
+    main, out = ([size for size in one.shape if size != 1] for one in (call.operands[0], call.output))
+    return (flow.weight or flow.row) if main == out else None
+
+
 def _unknown(call: TracedCall, reader: str) -> Outcome:
     flows = [call.look(tensor) for tensor in call.operands]
     unaccounted = [read for flow in flows for read in unaccounted_reads(flow, reader, f"{reader} reads it")]
-    why = next((flow.why for flow in flows if flow.why), "")
+    why = first_reason(flows)
     if any(flow.streams or flow.learned for flow in flows):
         why = f"what feeds it passes through {reader}"
     constant = all(flow.constant for flow in flows)
     return Outcome((Flow(why=why, constant=constant),) * len(call.outputs), tuple(unaccounted))
-
-
-# -- one input -------------------------------------------------------------------------------------------
 
 
 def _move(call: TracedCall) -> Outcome:
@@ -129,63 +146,21 @@ def _move(call: TracedCall) -> Outcome:
         unaccounted += unaccounted_reads(Flow(tuple(flow.behind)), "", "`pad` puts something in the place of nothing")
         flow = flow._replace(streams=tuple(flow.before))
     moved: list[list[Stream]] = [[] for _ in call.outputs]
-    passing, lost = _passing(call, flow)
-    for stream in passing:
+    kept, lost = reshaping.passing(call, flow)
+    for stream in kept:
         for place, labels in zip(moved, mover(call, main, stream.labels), strict=True):
             place.append(stream._replace(labels=labels))
-    flows = (flow._replace(streams=tuple(streams), weight=None, derived=flow.learned) for streams in moved)
+    indirect = f"what feeds it passes through `{call.name}`" if call.name in SPREADS else flow.indirect
+    flow = flow._replace(indirect=indirect, weight=None, derived=flow.learned)
+    flows = (flow._replace(streams=tuple(streams)) for streams in moved)
     return Outcome(tuple(flows), (*unaccounted, *lost))
 
 
-def _passing(call: TracedCall, flow: Flow) -> tuple[list[Stream], list[UnaccountedRead]]:
-    """Give up the outlets where a constant added before the call is another one behind it."""
-    if reshaping.keeps_sums(call):
-        return list(flow.streams), []
-    lost = tuple(stream for stream in flow.streams if stream.is_outlet)
-    kept = [stream for stream in flow.streams if not stream.is_outlet]
-    return kept, list(unaccounted_reads(Flow(lost), f"`{call.name}`", ""))
-
-
-def _negate(call: TracedCall) -> Outcome:
-    flow = call.look(call.operands[0])
-    passing, lost = _passing(call, flow)
-    return Outcome((flow._replace(why=flow.why or NEGATED, streams=tuple(passing)),), tuple(lost))
-
-
-def _silent(call: TracedCall) -> Outcome:
-    """Follow a function of each element: from a site to its readers only if zero stays zero."""
-    flow = call.look(call.operands[0])
-    others = [call.look(tensor) for tensor in call.operands[1:]]
-    reader = f"`{call.name}`"
-    unaccounted = [read for other in others for read in unaccounted_reads(other, reader, f"{reader} reads it")]
-    if not _keeps_zero(call):
-        raise NotFollowable("it makes something of nothing")
-    kept = flow.behind
-    if call.name == "masked_fill":
-        kept, lost = _passing(call, flow)
-        unaccounted += [*lost, *unaccounted_reads(flow._replace(streams=()), reader, "")]
-    else:
-        unaccounted += unaccounted_reads(flow._replace(streams=tuple(flow.before)), reader, "")
-    why = flow.why or ("" if len(kept) == len(flow.streams) else f"what feeds it passes through {reader}")
-    return Outcome((Flow(tuple(kept), why, constant=flow.constant),), tuple(unaccounted))
-
-
-def _keeps_zero(call: TracedCall) -> bool:
-    if call.name == "pow":
-        exponent = call.argument(1, "exponent")
-        return isinstance(exponent, (int, float)) and exponent > 0
-    if call.name == "masked_fill":
-        value = call.argument(2, "value")
-        return (isinstance(value, (int, float)) and value == 0) or not call.look(call.operands[0]).behind
-    if call.name in ("clamp", "hardtanh"):
-        words, free = (("min", "max"), None) if call.name == "clamp" else (("min_val", "max_val"), -1.0)
-        low, high = call.argument(1, words[0], free), call.argument(2, words[1], None if free is None else 1.0)
-        plain_numbers = not isinstance(low, Tensor) and not isinstance(high, Tensor)
-        return plain_numbers and (low is None or low <= 0) and (high is None or high >= 0)
-    return True
-
-
-# -- several inputs --------------------------------------------------------------------------------------
+def _made(call: TracedCall) -> Outcome:
+    """Follow what is made in another tensor's form, and holds nothing of it."""
+    if len(call.operands) > 1:
+        raise NotFollowable("it is filled with a tensor")
+    return Outcome((Flow(constant=True),) * len(call.outputs))
 
 
 def _join(call: TracedCall) -> Outcome:
@@ -198,8 +173,8 @@ def _join(call: TracedCall) -> Outcome:
         )
         for origin, place in _numbered(flows)
     ]
-    why = next((flow.why for flow in flows if flow.why), "")
-    return Outcome((Flow(tuple(streams), why, constant=all(flow.constant for flow in flows)),), tuple(names))
+    constant = all(flow.constant for flow in flows)
+    return Outcome((Flow(tuple(streams), first_reason(flows), first_indirect(flows), constant=constant),), tuple(names))
 
 
 def _zip(call: TracedCall, flows: list[Flow]) -> list[tuple[Tensor, Flow]]:
@@ -221,82 +196,13 @@ def _labels(flow: Flow, origin: Any, place: int) -> Tensor | None:
     return mine[place] if place < len(mine) else None
 
 
-def _add(call: TracedCall) -> Outcome:
-    """Add layers up; a site's output must not be added to anything."""
-    if call.kwargs.get("alpha", 1) != 1:
-        raise NotFollowable("it is weighted")
-    streams: list[Stream] = []
-    unaccounted: list[UnaccountedRead] = []
-    why = ""
-    negated = _subtracted(call)
-    reader = f"`{call.name}`"
-    rows = [_as_row(call, tensor, "bias") for tensor in call.operands]
-    outlets = [stream.origin for row in rows for stream in row.streams if stream.is_outlet]
-    for tensor, flow in zip(call.operands, rows, strict=True):
-        ndim = call.output.ndim
-        lost = [one for one in flow.streams if one.is_outlet and (tensor is negated or outlets.count(one.origin) > 1)]
-        kept = [stream for stream in flow.before if not any(stream is other for other in lost)]
-        streams += [stream._replace(labels=grown(stream.labels, ndim)) for stream in kept]
-        rest = flow._replace(streams=(*flow.behind, *lost))
-        unaccounted += unaccounted_reads(rest, reader, f"{reader} reads it (an identity path)")
-        foreign = not flow.before and not flow.constant and _may_be_activation(tensor, call.output)
-        why = why or flow.why or (layers.JOINED if foreign or flow.behind else "")
-        why = why or (NEGATED if tensor is negated and flow.streams else "")
-    constant = all(call.look(tensor).constant for tensor in call.operands)
-    return Outcome((Flow(tuple(streams), why, constant=constant),), tuple(unaccounted))
-
-
-def _may_be_activation(tensor: Tensor, out: Tensor) -> bool:
-    """Whether a tensor may differ between samples; what is the same for all is a constant term."""
-    return tensor.ndim == out.ndim and tensor.shape[:1] == out.shape[:1]
-
-
-def _subtracted(call: TracedCall) -> Any:
-    """Find what changes its sign."""
-    places = {"sub": 1, "rsub": 0}
-    return call.argument(places[call.name], "other") if call.name in places else None
-
-
-def _as_row(call: TracedCall, tensor: Tensor, role: str) -> Flow:
-    """Take a named parameter for a layer of its own: each of its entries feeds what it is added to."""
-    flow = call.look(tensor)
-    weight = flow.weight
-    if weight is None:
-        return flow._replace(derived=frozenset()) if call.output.numel() == 1 else flow
-    if weight.flipped or tensor.numel() == 1:
-        return Flow(constant=True, derived=flow.learned if tensor.numel() > 1 else frozenset())
-    origin = Origin(weight.name, role, tuple(range(tensor.ndim)), weight.shape)
-    return Flow((Stream(origin, over(weight.shape, call.output.ndim)),))
-
-
-def _multiply(call: TracedCall) -> Outcome:
-    """Scale: what is silent stays so, whatever it is multiplied by."""
-    flows = [_as_row(call, tensor, "scale") for tensor in call.operands]
-    reader, ndim = f"`{call.name}`", call.output.ndim
-    divisor = call.argument(1, "other")
-    gated = sum(bool(_layers_in(call, tensor)) for tensor in call.operands) > 1
-    gated = gated or any(flow.behind for flow in flows)
-    streams: list[Stream] = []
-    unaccounted: list[UnaccountedRead] = []
-    for tensor, flow in zip(call.operands, flows, strict=True):
-        lost = call.name == "div" and tensor is divisor
-        row = call.look(tensor).weight is not None
-        before = [] if lost or (gated and not row) else flow.before
-        kept = [stream for stream in (*before, *([] if lost else flow.behind)) if not stream.is_outlet]
-        gone = [stream for stream in flow.streams if not any(stream is other for other in kept)]
-        unaccounted += unaccounted_reads(flow._replace(streams=tuple(gone)), reader, f"{reader} reads it")
-        streams += [stream._replace(labels=grown(stream.labels, ndim)) for stream in kept]
-    why = next((flow.why for flow in flows if flow.why), "") or _sign(call)
-    if gated and not any(isinstance(stream.origin, Origin) for stream in streams):
-        why = why or f"what feeds it passes through {reader}"
-    constant = all(call.look(tensor).constant for tensor in call.operands)
-    return Outcome((Flow(tuple(streams), why, constant=constant),), tuple(unaccounted))
-
-
-def _layers_in(call: TracedCall, tensor: Tensor) -> list[Stream]:
-    return call.look(tensor).before
-
-
-def _sign(call: TracedCall) -> str:
-    numbers = [value for value in (*call.args, *call.kwargs.values()) if isinstance(value, (int, float))]
-    return NEGATED if any(number < 0 for number in numbers) else ""
+_RULES: dict[str, Callable[[TracedCall], Outcome]] = {
+    **dict.fromkeys(ELEMENTWISE, arithmetic.elementwise),
+    **dict.fromkeys(SCATTERS, products.scatter),
+    **dict.fromkeys(NORMS, layers.normalise),
+    **dict.fromkeys(SUMS, arithmetic.add),
+    **dict.fromkeys(("mul", "div"), arithmetic.multiply),
+    **dict.fromkeys(JOINS, _join),
+    **dict.fromkeys(MOULDS, _made),
+    "neg": arithmetic.negate,
+}

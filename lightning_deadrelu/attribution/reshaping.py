@@ -9,7 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_deadrelu.attribution.labels import NONE, NotFollowable, TracedCall, filled, grown, shrunk
+from lightning_deadrelu.attribution.labels import (
+    NONE,
+    Flow,
+    NotFollowable,
+    Stream,
+    TracedCall,
+    UnaccountedRead,
+    filled,
+    grown,
+    shrunk,
+    unaccounted_reads,
+)
 from lightning_deadrelu.model.torch_calls import (
     ALONG,
     DROPOUTS,
@@ -23,6 +34,7 @@ from lightning_deadrelu.model.torch_calls import (
     RESIZES,
     SHUFFLES,
     SPLITS,
+    SPREADS,
     dimension_runs,
     quietly,
 )
@@ -40,6 +52,15 @@ def keeps_sums(call: TracedCall) -> bool:
         widths = padding if isinstance(padding, (list, tuple)) else [padding]
         return not any(widths) and not call.argument(6, "divisor_override")
     return call.name in _KEEP_SUMS or (bool(found) and "lp" not in call.name)
+
+
+def passing(call: TracedCall, flow: Flow) -> tuple[list[Stream], list[UnaccountedRead]]:
+    """Give up the outlets where a constant added before the call is another one behind it."""
+    if keeps_sums(call):
+        return list(flow.streams), []
+    lost = tuple(stream for stream in flow.streams if stream.is_outlet)
+    kept = [stream for stream in flow.streams if not stream.is_outlet]
+    return kept, list(unaccounted_reads(Flow(lost), f"`{call.name}`", ""))
 
 
 def mover(name: str) -> Callable[[TracedCall, Tensor, Tensor], list[Tensor]] | None:
@@ -107,10 +128,19 @@ def _selected(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
     return [labels.squeeze(dim)] if labels.shape[dim] == 1 else _replayed(call, main, labels)
 
 
+def _index(call: TracedCall) -> tuple[Any, ...]:
+    return call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
+
+
+def is_plain_index(call: TracedCall) -> bool:
+    """Whether no elements are picked by number one by one."""
+    return all(item is None or item is Ellipsis or isinstance(item, (int, slice)) for item in _index(call))
+
+
 def _got(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
     """Index, without a look at index tensors, which would wait for the device."""
-    index = call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
-    if any(isinstance(item, (Tensor, list)) for item in index):
+    index = _index(call)
+    if not is_plain_index(call):
         return [_gathered(call, index, labels)]
     taken = sum(item is not None and item is not Ellipsis for item in index)
     place, own = 0, []
@@ -267,7 +297,7 @@ _MOVERS: dict[str, Callable[[TracedCall, Tensor, Tensor], list[Tensor]]] = {
     **dict.fromkeys(SPLITS, _split),
     **dict.fromkeys(EXPANDS, _expanded),
     **dict.fromkeys(SHUFFLES, _shuffled),
-    **dict.fromkeys(REDUCTIONS, _reduced),
+    **dict.fromkeys(REDUCTIONS | SPREADS, _reduced),
     **dict.fromkeys(ALONG, _taken_along),
     **dict.fromkeys(RESIZES, _resized),
     "gather": _picked,

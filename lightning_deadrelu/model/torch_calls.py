@@ -87,7 +87,8 @@ EXPANDS = frozenset({"expand", "expand_as", "broadcast_to"})
 SHUFFLES = frozenset({"pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle"})
 JOINS = frozenset({"cat", "concat", "concatenate", "stack"})
 RESIZES = frozenset({"interpolate", "upsample", "upsample_nearest", "upsample_bilinear"})
-REDUCTIONS = frozenset({"mean", "sum", "amax", "amin", "max", "min", "median", "nanmean", "nansum", "std", "var"})
+REDUCTIONS = frozenset({"mean", "sum", "amax", "amin", "max", "min", "median", "nanmean", "nansum"})
+SPREADS = frozenset({"std", "var", "std_mean", "var_mean"})
 ALONG = frozenset({"index_select", "cumsum", "sort", "cummax", "topk"})
 """Functions that take or order elements along one dimension."""
 ABOVE = frozenset({"gt", "ge", "greater", "greater_equal"})
@@ -123,6 +124,12 @@ NEGATIONS = frozenset({"neg", "rsub"})
 ZERO_TO_ZERO = frozenset({"relu", "relu6", "leaky_relu", "hardswish", "gelu", "silu", "mish", "elu", "celu", "selu"})
 ZERO_TO_ZERO |= {"abs", "square", "sqrt", "tanh", "sin", "expm1", "log1p", "erf", "softsign", "sign"}
 """Functions of each element that leave zero alone."""
+ZERO_TO_SOMETHING = frozenset({"rsqrt", "reciprocal", "exp", "sigmoid", "log", "softplus", "cos", "erfc", "logsigmoid"})
+ELEMENTWISE = ZERO_TO_ZERO | ZERO_TO_SOMETHING | {"pow", "clamp", "hardtanh", "masked_fill"}
+"""Functions of which each element depends on one of the first argument's."""
+MOULDS = frozenset({"ones_like", "full_like", "empty_like", "rand_like", "randn_like"})
+MOULDS |= {"new_ones", "new_full", "new_empty"}
+"""Functions that take of a tensor its form alone."""
 _ZEROS = frozenset({"zeros", "zeros_like", "new_zeros"})
 
 

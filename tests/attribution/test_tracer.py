@@ -383,7 +383,7 @@ EXPECTED: dict[str, tuple[Callable[[], nn.Module], list[Any], list[tuple[str, st
     "norm on the side": (
         net(norm_on_the_side, a=linear(), bn=lambda: nn.BatchNorm1d(6, affine=False), b=linear(12, 2)),
         [(5, 4)],
-        [("!`a.weight` also feeds `sigmoid`", "b.weight")],
+        [("!`a.weight` also feeds `linear`", "b.weight")],
     ),
     "U-Net": (
         net(
