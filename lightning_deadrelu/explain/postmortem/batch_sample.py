@@ -47,11 +47,11 @@ def sample_batch(loss: Any, batch: Any) -> BatchSample | None:
     with WithoutGradients():
         known = type(loss) is Tensor and loss.numel() == 1 and not loss.is_complex() and not loss.is_meta
         parts = [loss.reshape(1)] if known else []
-        inputs = floats_of(batch)
-        device = parts[0].device if parts else inputs[0].device if inputs else None
-        parts += [subsample(x, _ENTRIES) for x in inputs if x.device == device]
-        sizes = (*((0,) if not known else ()), *(part.shape[0] for part in parts))
-        return BatchSample(torch.cat(parts), sizes) if parts else None
+        for x in floats_of(batch):
+            if not parts or x.device == parts[0].device:
+                parts.append(subsample(x, _ENTRIES))
+        sizes = [part.shape[0] for part in parts]
+        return BatchSample(torch.cat(parts), (*sizes,) if known else (0, *sizes)) if parts else None
 
 
 @torch.no_grad()
@@ -73,14 +73,15 @@ def reduced(samples: Sequence[BatchSample]) -> list[Tensor]:
 
 def floats_of(batch: Any) -> list[Tensor]:
     """Find the first float tensors of a batch."""
-    leaves = [batch] if type(batch) is Tensor else _leaves(batch)
-    floats = (x for x in leaves if type(x) is Tensor and x.is_floating_point() and x.numel())
-    return [x for x in islice(floats, INPUTS) if _has_values(x)]
+    if type(batch) is Tensor:
+        return [batch] if _has_values(batch) else []
+    return list(islice(filter(_has_values, _leaves(batch)), INPUTS))
 
 
-def _has_values(x: Tensor) -> bool:
-    """Whether it can be computed with; numbers of 8 bits cannot."""
-    return x.layout == torch.strided and not x.is_nested and not x.is_meta and x.element_size() > 1
+def _has_values(x: Any) -> bool:
+    """Whether this is a float tensor that can be computed with; numbers of 8 bits cannot."""
+    dense = type(x) is Tensor and x.is_floating_point() and x.layout is torch.strided and not x.is_nested
+    return dense and not x.is_meta and x.element_size() > 1 and x.numel() > 0
 
 
 def _leaves(batch: Any, depth: int = 3) -> Iterator[Any]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import operator
+from bisect import bisect
+from collections import Counter
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -13,17 +16,18 @@ from torch.optim import Optimizer
 from lightning_deadrelu.explain.postmortem.subsample import Stride, entries_of, stride_of
 
 # PyTorch parts work on 32,768 entries or more among the threads of a CPU, which costs more than the work
-_ENTRIES, _READ = 256, 4_096  # of one gradient and of all: to read 10 million takes 4 % of a step on a CPU
-_PARAMETERS = 16  # each takes about 2 microseconds of Python at every step
+_SMALL, _ALL = 4_096, 16  # entries and number of parameters that are read whole
+_READ, _FEW = 1_024, 4  # of others; far apart, each entry is out of all caches, and so is each parameter
 _LOOK = 64  # steps, after which it is looked again which parameters have gradients; and at the 1st, 2nd, 4th, ...
 
 
 class GradientSample:
     """Read the same entries of an optimizer's gradients at each step, whatever the number of its parameters.
 
-    Which parameters are read is settled at the first steps, and looked into again at every 64th: an even choice of at
-    most 16 of those that ever had a gradient. Of each, at most 256 evenly strided entries are read; each stands for
-    its neighbours. A gradient that is missing at a step, or sparse, counts as zero. Under FSDP it is the local shard's.
+    Which parameters are read is settled at the first steps, and looked into again at every 64th: of those that ever had
+    a gradient all, if they have no more than 4,096 entries, or else at most four, large ones rather than small ones. Of
+    these, 1,024 evenly strided entries are read; each stands for its neighbours. A gradient that is missing at
+    a step, or sparse, counts as zero. Under FSDP it is the local shard's.
 
     Example:
         >>> layer = torch.nn.Linear(3, 2)
@@ -65,22 +69,38 @@ class GradientSample:
             self._choose([p for p, _ in seen.values()])
 
     def _choose(self, seen: Sequence[Tensor]) -> None:
-        """Choose what is read, of very many parameters an even choice; all on one device."""
+        """Choose what is read; all on one device."""
         here = [p for p in seen if p.device == seen[0].device]
-        self._chosen = here[:: -(-len(here) // _PARAMETERS) or 1]
+        shares = _shares([_local(p).numel() for p in here])
+        self._chosen = [here[place] for place in shares]
         parts = [_local(p) for p in self._chosen]
-        self._strides = [stride_of(tuple(part.shape), min(_ENTRIES, _READ // len(parts))) for part in parts]
-        pairs = list(zip(parts, self._strides, strict=True))
-        self._absent = [part.new_zeros(stride.entries) for part, stride in pairs]
-        shares = [part.new_full((s.entries,), s.size / s.entries, dtype=torch.float32) for part, s in pairs]
-        self.weights = torch.cat(shares) if shares else torch.empty(0)
+        most = _SMALL if sum(part.numel() for part in parts) <= _SMALL else _READ // len(parts)
+        self._strides = [stride_of(tuple(part.shape), most) for part in parts]
+        self._absent = [part.new_zeros(s.entries) for part, s in zip(parts, self._strides, strict=True)]
+        stands_for = zip(self._absent, shares.values(), strict=True)
+        weights = [torch.full_like(one, share / len(one), dtype=torch.float32) for one, share in stands_for]
+        self.weights = torch.cat(weights) if weights else torch.empty(0)
+
+
+def _shares(sizes: Sequence[int]) -> dict[int, float]:
+    """Choose among tensors, by their numbers of entries, and say how many entries each stands for, by its place.
+
+    Example:
+        >>> _shares([3, 4]), _shares([10_000, 10, 30_000, 10])
+        ({0: 3, 1: 4}, {0: 10005.0, 2: 30015.0})
+    """
+    if len(sizes) <= _ALL and sum(sizes) <= _SMALL:
+        return dict(enumerate(sizes))
+    *_, whole = ends = list(accumulate(sizes))
+    chosen = Counter(bisect(ends, whole * (place + 0.5) / _FEW) for place in range(_FEW))
+    return {place: whole * times / _FEW for place, times in chosen.items()}
 
 
 def _entries_or(gradient: Tensor | None, stride: Stride, absent: Tensor) -> Tensor:
     """Read a gradient; zeros where it is missing, sparse, or of another form than its parameter."""
-    if gradient is None or gradient.layout != torch.strided:
+    if gradient is None or gradient.layout is not torch.strided:
         return absent
-    part = _local(gradient)
+    part = gradient if type(gradient) is Tensor else _local(gradient)
     return entries_of(part, stride) if part.numel() == stride.size and part.device == absent.device else absent
 
 

@@ -138,9 +138,10 @@ class StepLog:
             sample = self._sample_of(optimizer)
             if (entries := sample.read(optimizer)) is not None:
                 self._now.gradients[id(optimizer)] = sample.weights, entries
-        rates = [group.get("lr") for group in optimizer.param_groups]
-        known = [rate for rate in rates if isinstance(rate, (int, float))]
-        self._now.rate = max([*known, self._now.rate], key=_or_lowest)
+        for group in optimizer.param_groups:
+            rate = group.get("lr")
+            if isinstance(rate, (int, float)) and not rate <= self._now.rate:  # which is NaN at first
+                self._now.rate = rate
 
     def _sample_of(self, optimizer: Optimizer) -> GradientSample:
         key = id(optimizer)
@@ -207,10 +208,6 @@ class StepLog:
         self._written = len(values)
         self._ring = torch.full((self._size if len(values) else 0, len(_COLUMNS)), math.nan, device=values.device)
         self._ring[: len(values)] = values
-
-
-def _or_lowest(number: float) -> float:
-    return -math.inf if math.isnan(number) else number
 
 
 def _rows(steps: Sequence[_Step]) -> Tensor:

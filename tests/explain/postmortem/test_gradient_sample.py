@@ -70,12 +70,24 @@ def test_a_parameter_that_grows_in_place_is_met_at_the_next_look():
     assert found > 0
 
 
-def test_of_very_many_parameters_an_even_choice_is_read():
+def test_of_very_many_parameters_four_stand_for_all():
     net, sample = layers(100), GradientSample()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     backward(*net)
-    assert len(sample.read(optimizer)) <= 16 * 20
-    assert 0.05 < estimate(sample, optimizer) / norm(net.parameters()) < 1
+    assert len(sample.read(optimizer)) == 4 * 20
+    assert float(sample.weights.sum()) == pytest.approx(100 * 24)
+    assert 0.5 < estimate(sample, optimizer) / norm(net.parameters()) < 2
+
+
+def test_of_large_parameters_each_stands_for_what_lies_around_it():
+    net, sample = nn.Sequential(nn.Linear(300, 300), nn.Linear(300, 100), nn.Linear(100, 10)), GradientSample()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for scale, weight in zip((1.0, 3.0, 100.0), net, strict=True):
+        weight.weight.grad = torch.full_like(weight.weight, scale)
+        weight.bias.grad = torch.zeros_like(weight.bias)
+    assert len(sample.read(optimizer)) == 1_024  # of the two large ones, as many as they stand for
+    whole = sum(p.numel() for p in net.parameters())
+    assert estimate(sample, optimizer) == pytest.approx((whole * (0.75 + 0.25 * 9)) ** 0.5)
 
 
 def test_in_evaluation_of_other_layouts():
