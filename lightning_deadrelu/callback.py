@@ -175,7 +175,8 @@ class DeadReLUMonitor(MonitorOwner, Callback):
         if self._monitor:
             first = batch_idx % trainer.accumulate_grad_batches == 0
             self._monitor.begin_batch(first=first, trains=trains(trainer))
-            self._monitor.note_batch(batch)
+            if self._settings.mask:
+                self._monitor.note_batch(batch)
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:

@@ -147,7 +147,8 @@ def _known(value: object, names: AbstractSet[str]) -> str:
 
 def logging_step(trainer: Trainer) -> int:
     """Count steps as Lightning's own monitors do, so that the curves share an x-axis."""
-    return read_private(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step)
+    step = read_private(trainer.fit_loop.epoch_loop, "_batches_that_stepped", None)
+    return trainer.global_step if step is None else step
 
 
 def trains(trainer: Trainer) -> bool:

@@ -32,9 +32,11 @@ class Gradients:
 
     def note(self, optimizer: Optimizer) -> None:
         """Look who has a gradient, before a step; after the first only those are asked that had none."""
-        waiting = self._waiting.setdefault(id(optimizer), list(parameters_of(optimizer)))
-        if waiting:
-            self._waiting[id(optimizer)] = [p for p in waiting if p.grad is None and p.numel()]
+        key = id(optimizer)
+        if key not in self._waiting:
+            self._waiting[key] = list(parameters_of(optimizer))
+        if waiting := self._waiting[key]:
+            self._waiting[key] = [p for p in waiting if p.grad is None and p.numel()]
 
     @property
     def never(self) -> set[int]:

@@ -65,6 +65,7 @@ class Monitor:
         """The latest verdict; None before the first."""
         self.running = False
         """Whether training has begun, and not ended."""
+        self._acts = False  # in the present batch: most are neither observed nor have edits under way
 
     def _say_failure(self, error: Exception) -> None:
         warn(f"{self.settings.name}: {why_it_ends(error)}")
@@ -170,10 +171,13 @@ class Monitor:
             first: Whether it starts anew; False where it adds to the gradients of the batch before.
             trains: Whether weights are going to change by it.
         """
-        self.pause()
+        if self._acts:  # in a batch that was skipped
+            self.pause()
         if first:
             self.progress.observing = trains and self.settings.is_due(self.progress.batches)
-        self._begin_batch(first)
+        self._acts = bool(self.progress.observing or self.evidence or self.repair.is_busy)
+        if self._acts:
+            self._begin_batch(first)
 
     @unless_failed
     def _begin_batch(self, first: bool) -> None:
@@ -200,9 +204,13 @@ class Monitor:
             said = error if isinstance(error, TypeError) else repr(error)
             raise self.host.refusal(f"`{self.settings.call}(mask=...)`: {said}") from error
 
-    @unless_failed
     def before_backward(self) -> None:
         """Note that the forward is done; to be called before each backward."""
+        if self._acts:
+            self._before_backward()
+
+    @unless_failed
+    def _before_backward(self) -> None:
         if self.host.steps_once:  # later closures see the batch at other weights
             self.watch.probe.pause()
             self.repair.before_backward()
@@ -235,12 +243,14 @@ class Monitor:
         """
         progress = self.progress
         progress.batches += last
-        window_end.check_mask(self)
-        self.pause()
-        self.watch.liveness.end_batch()
         progress.step = step
-        with self.guard():
-            self.repair.end(last)  # also after a failure: terms in flight go on
+        if self._acts:
+            self._acts = False
+            window_end.check_mask(self)
+            self.pause()
+            self.watch.liveness.end_batch()
+            with self.guard():
+                self.repair.end(last)  # also after a failure: terms in flight go on
         self._note_done(loss, batch, last)
         if not last or not progress.observing:
             return None

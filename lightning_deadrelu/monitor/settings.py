@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from os import PathLike
 from typing import Any, ClassVar
 
@@ -104,7 +105,7 @@ class Settings:
         """
         return _changed_fields(self)
 
-    @property
+    @cached_property
     def remedies(self) -> tuple[Remedy, ...]:
         """The remedies, in the order in which they are tried; none if the monitor only watches."""
         return ladder_of(self.remedy)

@@ -114,6 +114,11 @@ class Repair:
         return self._context
 
     @property
+    def is_busy(self) -> bool:
+        """Whether edits are under way that go on with each batch."""
+        return self._context is not None and bool(self._editor.schedule.sites)
+
+    @property
     def is_pending(self) -> bool:
         """Whether edits wait for the next observed batch to confirm them."""
         return self._pending is not None

@@ -234,7 +234,7 @@ def test_an_unobserved_batch_takes_no_more_python_calls_than_it_did(monkeypatch)
     for name in turns.HOOKS:
         monkeypatch.setattr(monitor, name, counted(getattr(monitor, name)))
     fit(Net(MODELS["MLP"][0]()), Loader([torch.randn(5, 4)] * 30), monitor)
-    assert 100 < made["call"] / 10 <= 160
+    assert 50 < made["call"] / 10 <= 72
 
 
 def test_the_script_for_gpus_is_a_script_and_names_files_that_exist():
