@@ -12,10 +12,6 @@ from toys import EVERYTHING, KEY, Log, Net, bare, batches, fit, mlp
 
 from lightning_deadrelu import DeadReLUMonitor
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*the Trainer has no logger", "ignore:.*get no gradient", "ignore:.*no rectifier ran"
-)
-
 
 @pytest.mark.parametrize("val", [None, 2], ids=["without validation", "with validation"])
 @pytest.mark.parametrize("first", [True, False], ids=["monitor first", "monitor last"])

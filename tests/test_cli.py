@@ -28,7 +28,6 @@ FEW = [
 ]
 MONITOR = "--trainer.callbacks+=lightning_deadrelu.DeadReLUMonitor"
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*has no logger"),
     pytest.mark.filterwarnings("ignore:LightningCLI's args parameter is intended"),
     pytest.mark.filterwarnings("ignore:dead_relu. more than 10% dead"),
 ]

@@ -18,7 +18,6 @@ from two_ranks import on_two_ranks
 from lightning_deadrelu import find_dead_units, watch
 from lightning_deadrelu.repair.repair import Repair
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*has no logger", "ignore:.*get no gradient", "ignore:.*use of fork")
 OFTEN = {"every_n_steps": 1, "window": 4, "min_samples": 1}
 BATCHES = list(torch.randn(24, 6, 4, generator=torch.Generator().manual_seed(3)))
 

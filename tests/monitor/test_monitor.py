@@ -12,7 +12,6 @@ from lightning_deadrelu.monitor.host import Misuse
 from lightning_deadrelu.monitor.state import MonitorState
 from lightning_deadrelu.report.raster import State
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*has no logger", "ignore:.*get no gradient")
 BATCHES = list(torch.randn(30, 6, 4, generator=torch.Generator().manual_seed(3)))
 
 

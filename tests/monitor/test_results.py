@@ -10,8 +10,6 @@ from toys import EVERYTHING, Net, batches, fit
 
 from lightning_deadrelu import DeadReLUMonitor
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*the Trainer has no logger", "ignore:.*get no gradient")
-
 COPIES = {
     "deep": copy.deepcopy,
     "shallow": copy.copy,

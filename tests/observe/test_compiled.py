@@ -23,8 +23,6 @@ from lightning_deadrelu.observe.compiled_limits import Room
 from lightning_deadrelu.observe.watch import Watch
 from lightning_deadrelu.statistics import Rules, UnitHistory, judge
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*the Trainer has no logger", "ignore:.*get no gradient")
-
 
 @pytest.fixture(autouse=True)
 def _afresh():

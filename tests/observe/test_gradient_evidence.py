@@ -16,13 +16,6 @@ from lightning_deadrelu.observe.gradient_evidence import GradientEvidence, Gradi
 from lightning_deadrelu.observe.watch import Watch
 from lightning_deadrelu.statistics.counts import RELU
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*the Trainer has no logger",
-    "ignore:.*get no gradient",
-    "ignore:.*use of fork",
-    "ignore:You're resuming from a checkpoint that ended before the epoch ended",
-    "ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",
-)
 SETTINGS = {"every_n_steps": 4, "window": 3, "min_samples": 30}
 EVIDENCE = {**SETTINGS, "gradient_evidence": True}
 

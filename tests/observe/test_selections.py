@@ -13,13 +13,7 @@ from two_ranks import ddp_trainer, on_two_ranks
 from lightning_deadrelu import DeadReLUMonitor, find_dead_units, watch
 from lightning_deadrelu.observe.watch import Watch
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*has no logger",
-    "ignore:.*get no gradient",
-    "ignore:.*use of fork",
-    "ignore:.*% dead",
-    "ignore:.* refused `",
-)
+pytestmark = pytest.mark.filterwarnings("ignore:.*% dead", "ignore:.* refused `")
 OFTEN = {"every_n_steps": 1, "window": 4, "min_samples": 1}
 UNITS, K = 10, 2
 

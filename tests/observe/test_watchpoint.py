@@ -16,7 +16,6 @@ from two_ranks import ddp_trainer, on_two_ranks
 
 from lightning_deadrelu import DeadReLUMonitor, Watchpoint, find_dead_units, watch
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*has no logger", "ignore:.*get no gradient", "ignore:.*use of fork")
 OFTEN = {"every_n_steps": 1, "window": 4, "min_samples": 1}
 
 

@@ -15,11 +15,7 @@ from lightning_deadrelu.remedies import BiasWarming, LeakySlope
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:dead_relu", "ignore:.*the Trainer has no logger", "ignore:.*get no gradient"),
-    pytest.mark.filterwarnings("ignore:`.fit.ckpt_path=None.` was called without a model"),
-    pytest.mark.filterwarnings("ignore:.fit.ckpt_path=.last.. is set, but there is no last checkpoint"),
-    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint"),
-    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
+    pytest.mark.filterwarnings("ignore:dead_relu"),
 ]
 
 LADDER = ["reset", BiasWarming(at_once=True, steps=7), LeakySlope(ramp_steps=5), "thermal_kick", "wake_up", "gelu"]

@@ -21,7 +21,7 @@ from lightning_deadrelu import DeadReLUMonitor
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:.*the Trainer has no logger", "ignore:.*get no gradient", "ignore:dead_relu"),
+    pytest.mark.filterwarnings("ignore:dead_relu"),
     pytest.mark.filterwarnings("ignore:`training_step` returned `None`"),
 ]
 

@@ -151,7 +151,6 @@ MODELS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*the Trainer has no logger")
 @pytest.mark.parametrize(
     ("model", "unobserved", "peaks", "rates"),
     [("MLP", 2, 34, 62), ("convolutions", 2, 36, 70), ("20 functional rectifiers", 2, 70, 152)],
@@ -216,7 +215,6 @@ def test_the_way_of_a_torch_call_takes_no_more_python_calls_than_it_did():
     assert (observed - run(False)) / (4 * 20) <= 23  # linear, relu, mul and add
 
 
-@pytest.mark.filterwarnings("ignore:.*the Trainer has no logger")
 def test_an_unobserved_batch_takes_no_more_python_calls_than_it_did(monkeypatch):
     made, monitor = collections.Counter(), DeadReLUMonitor(every_n_steps=100)
 

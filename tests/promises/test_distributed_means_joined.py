@@ -40,9 +40,6 @@ from lightning_deadrelu.repair.policy import EscalationPolicy
 from lightning_deadrelu.statistics import UnitLiveness
 from lightning_deadrelu.statistics.confirmation import Confirmation
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*the Trainer has no logger", "ignore:.*get no gradient", "ignore:.*use of fork"
-)
 GO_ON_WITHIN = 10.0  # seconds on a busy machine; the process group waits for 30
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_object", "all_gather_into_tensor", "broadcast", "barrier")
 COLLECTIVES += ("broadcast_object_list", "gather", "gather_object", "reduce", "scatter", "reduce_scatter")

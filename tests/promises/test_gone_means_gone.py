@@ -18,10 +18,6 @@ from lightning_deadrelu import DeadReLUMonitor
 from lightning_deadrelu.observe.compiled_limits import Room
 from lightning_deadrelu.remedies import BiasWarming, LeakySlope, WakeUp
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*the Trainer has no logger", "ignore:.*get no gradient", "ignore:.*no rectifier ran"
-)
-
 
 class Deserter(Net):
     """Does something odd at one place of the third batch."""

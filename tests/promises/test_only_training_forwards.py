@@ -20,10 +20,6 @@ from toys import EVERYTHING, KEY, WITHIN, Log, Net, Nosy, Verdicts, bare, batche
 
 from lightning_deadrelu import DeadReLUMonitor
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*the Trainer has no logger", "ignore:.*get no gradient", "ignore:.*no rectifier ran"
-)
-
 
 @pytest.mark.parametrize("nosy_first", [True, False])
 def test_it_watches_inside_training_batches_only(nosy_first):

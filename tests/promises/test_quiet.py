@@ -10,10 +10,6 @@ from toys import EVERYTHING, Log, Net, batches, fit
 
 from lightning_deadrelu import DeadReLUMonitor
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*the Trainer has no logger", "ignore:.*get no gradient", "ignore:.*no rectifier ran"
-)
-
 
 def test_a_model_without_rectifiers_is_trained_and_told_once():
     log, model, monitor = (

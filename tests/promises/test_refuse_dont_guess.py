@@ -7,11 +7,6 @@ from toys import EVERYTHING, Net, batches, fit, watchers
 
 from lightning_deadrelu import DeadReLUMonitor
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*the Trainer has no logger", "ignore:.*get no gradient", "ignore:.*no rectifier ran"
-)
-
-
 REFUSED = [
     ({"every_n_steps": 0}, "every_n_steps=0.*whole number of at least 1.*Try `every_n_steps=10`"),
     ({"every_n_steps": -1}, "every_n_steps=-1"),

@@ -11,8 +11,6 @@ from toys import EVERYTHING, Net, bare, batches, fit, mlp
 
 from lightning_deadrelu import DeadReLUMonitor, find_dead_units
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*the Trainer has no logger", "ignore:.*get no gradient")
-
 
 def refused(*monitors, model=None, steps=1, **options):
     """Fit, and return the refusal; it comes before the second training batch."""

@@ -31,15 +31,6 @@ from lightning_deadrelu import DeadReLUMonitor
 from lightning_deadrelu.remedies import BiasWarming, LeakySlope
 from lightning_deadrelu.repair.activation_swap import records, substitute_
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*the Trainer has no logger",
-    "ignore:.*get no gradient",
-    "ignore:You're resuming from a checkpoint that ended before the epoch ended",
-    "ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",
-    "ignore:.fit.ckpt_path=.last.. is set, but there is no last checkpoint",
-    "ignore:`.fit.ckpt_path=None.` was called without a model",
-    "ignore:.*use of fork",
-)
 SETTINGS = {"every_n_steps": 2, "window": 3, "min_samples": 40}
 
 

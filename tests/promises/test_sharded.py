@@ -23,9 +23,7 @@ from lightning_deadrelu.repair.writer import check_writes, init_distributions, w
 from lightning_deadrelu.statistics import Rules, UnitHistory, judge
 
 pytestmark = [
-    pytest.mark.filterwarnings(
-        "ignore:.*the Trainer has no logger", "ignore:.*get no gradient", "ignore:.*use of fork", "ignore:.*reentrant"
-    ),
+    pytest.mark.filterwarnings("ignore:.*reentrant"),
     pytest.mark.skipif(not dist.is_available(), reason="this build of torch knows no ranks"),
 ]
 

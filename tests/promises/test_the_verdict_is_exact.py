@@ -10,10 +10,6 @@ from toys import EVERYTHING, Log, Net, Verdicts, batches, fit, mlp
 
 from lightning_deadrelu import DeadReLUMonitor, find_dead_units
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*the Trainer has no logger", "ignore:.*get no gradient", "ignore:.*no rectifier ran"
-)
-
 
 class Recorded(Net):
     """Keeps what each rectifier put out in each training batch, by plain hooks."""

@@ -11,7 +11,6 @@ from toys import EVERYTHING, Net, assert_same, batches, fit, mlp
 from lightning_deadrelu import DeadReLUMonitor
 from lightning_deadrelu.remedies import BiasWarming, LeakySlope, Reset, SwapActivation, ThermalKick, WakeUp
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*the Trainer has no logger", "ignore:.*get no gradient")
 OBJECTS = {
     "reset": Reset(),
     "thermal_kick": ThermalKick(depth=3.0),

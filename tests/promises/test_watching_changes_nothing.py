@@ -15,10 +15,6 @@ from toys import EVERYTHING, Net, assert_same, batches, fit, mlp
 from lightning_deadrelu import DeadReLUMonitor
 from lightning_deadrelu.observe.watch import Watch
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*the Trainer has no logger", "ignore:.*get no gradient", "ignore:.*no rectifier ran"
-)
-
 
 class Checkpointed(nn.Module):
     def __init__(self, reentrant):

@@ -14,10 +14,6 @@ from lightning_deadrelu import DeadReLUMonitor
 from lightning_deadrelu.monitor import monitor as monitoring
 from lightning_deadrelu.monitor import verdicts, window_end
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*the Trainer has no logger", "ignore:.*get no gradient", "ignore:.*no rectifier ran"
-)
-
 
 def broken(*args, **kwargs):
     raise RuntimeError("a bug of ours")

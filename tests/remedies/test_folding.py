@@ -16,7 +16,6 @@ from lightning_deadrelu.attribution.result import Attribution
 from lightning_deadrelu.model.slices import Slice
 from lightning_deadrelu.remedies import LEVELS, InitDistribution, Reset, SiteView
 
-quiet = pytest.mark.filterwarnings("ignore:.*the Trainer has no logger", "ignore:.*get no gradient")
 EAGER = {"every_n_steps": 1, "window": 5, "min_samples": 100, "threshold": 0.0}
 
 
@@ -172,7 +171,6 @@ def fitted(remedy, features, steps=200):
     return monitor
 
 
-@quiet
 @pytest.mark.slow
 @pytest.mark.parametrize("features", [1, 2])
 def test_a_layer_that_is_helped_leaves_few_samples_out(features):
@@ -181,7 +179,6 @@ def test_a_layer_that_is_helped_leaves_few_samples_out(features):
     assert monitor.report.sites[0].blind_fraction < 0.5 * watched.report.sites[0].blind_fraction
 
 
-@quiet
 def test_a_layer_rests_and_a_site_that_cannot_be_helped_is_told_nothing_of():
     monitor = fitted(Reset(blind=0.05), 1, steps=60)
     assert [event.action for event in monitor.events if "no unit" in event.reason] == ["edited"]

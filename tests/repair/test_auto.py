@@ -9,9 +9,7 @@ from toys import Net, batches, fit, mlp
 
 from lightning_deadrelu import DeadReLUMonitor, watch
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*the Trainer has no logger", "ignore:.*get no gradient", "ignore:.*refused"
-)
+pytestmark = pytest.mark.filterwarnings("ignore:.*refused")
 EAGER = {"every_n_steps": 1, "window": 4, "min_samples": 2, "threshold": 0.0}
 
 

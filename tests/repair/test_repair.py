@@ -29,13 +29,6 @@ from lightning_deadrelu.repair.event import Event
 from lightning_deadrelu.repair.repair import Repair
 from lightning_deadrelu.statistics.confirmation import Confirmation
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*the Trainer has no logger",
-    "ignore:.*get no gradient",
-    "ignore:.*use of fork",
-    "ignore:You're resuming from a checkpoint that ended before the epoch ended",
-    "ignore:Be aware that when using `ckpt_path`",
-)
 FLAGS = ["auto", "reset", "thermal_kick", "bias_warming", "wake_up", "leaky", "leaky_relu", "rrelu", "elu", "selu"]
 FLAGS += ["gelu", "silu"]
 OBJECTS = {

@@ -59,7 +59,6 @@ def test_useful_is_what_reaches_a_tenth_of_the_median_live_unit():
     assert useful(torch.tensor([0.0, 1.0]), torch.zeros(2, dtype=torch.bool)).tolist() == [False, True]
 
 
-@pytest.mark.filterwarnings("ignore:.*the Trainer has no logger", "ignore:.*get no gradient")
 def test_units_that_came_back_are_judged_by_whether_they_matter_and_that_is_logged():
     torch.manual_seed(0)
     log, monitor = (

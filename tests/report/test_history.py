@@ -12,12 +12,6 @@ from lightning_deadrelu import DeadReLUMonitor, LivenessReport
 from lightning_deadrelu.checkpoint import encode
 from lightning_deadrelu.report.history import RunHistory
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*the Trainer has no logger",
-    "ignore:.*get no gradient",
-    "ignore:You're resuming from a checkpoint that ended before the epoch ended",
-    "ignore:Be aware that when using `ckpt_path`",
-)
 EAGER = {"every_n_steps": 1, "window": 4, "min_samples": 2, "threshold": 0.0}
 
 

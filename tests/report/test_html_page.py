@@ -29,7 +29,6 @@ from lightning_deadrelu.report.raster import image_of
 from lightning_deadrelu.report.run_report import RunReport
 from lightning_deadrelu.report.site_summary import shortened
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*the Trainer has no logger", "ignore:.*get no gradient")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SIZES = [(0, SHORT), (1, SHORT), (3, SHORT), (30, LONG), (200, LONG)]
 

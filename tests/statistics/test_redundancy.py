@@ -18,8 +18,6 @@ from lightning_deadrelu.model.sites import Site
 from lightning_deadrelu.remedies import Reset
 from lightning_deadrelu.statistics import Rules, UnitHistory, UnitLiveness, count, judge
 
-quiet = pytest.mark.filterwarnings("ignore:.*the Trainer has no logger", "ignore:.*get no gradient")
-
 
 def samples_of(x, dims):
     """List the numbers of each sample: of an image, or of a row where the last dimension holds units."""
@@ -209,7 +207,6 @@ def fit_twins(rank):
 
 
 @pytest.mark.ranks
-@quiet
 def test_two_ranks_count_the_silent_samples_and_duplicates_of_both():
     rows = [torch.cat(list(batches(6, 8, seed=rank))[k : k + 1]) for rank in (0, 1) for k in (3, 5)]
     silent = sum(float(row @ torch.tensor([1.0, -1, 2, 0.3])) <= 0 for x in rows for row in x)

@@ -20,7 +20,6 @@ from lightning_deadrelu.explain.postmortem.dying_units import DyingUnits
 from lightning_deadrelu.explain.postmortem.explain import explain
 from lightning_deadrelu.explain.postmortem.step_log import Rows
 
-quiet = pytest.mark.filterwarnings("ignore:.*the Trainer has no logger", "ignore:.*get no gradient")
 WATCH = {"every_n_steps": 4, "window": 5, "min_samples": 20}
 
 
@@ -72,7 +71,6 @@ def at(step, value, usual=1.0):
 # -- planted in real runs --------------------------------------------------------------------------------
 
 
-@quiet
 def test_a_learning_rate_spike_word_by_word():
     (event,) = deaths(Pushed(rate=at(41, 100.0, 1e-3)))
     assert str(event) == (
@@ -83,7 +81,6 @@ def test_a_learning_rate_spike_word_by_word():
     assert event.finding.edit == "lr=0.001"
 
 
-@quiet
 def test_a_gradient_spike_before_the_last_sign_of_life():
     data = inputs(scale=lambda step: 0.0 if 41 < step < 44 else 1.0)
     (event,) = deaths(Pushed(push=at(41, 1e5)), data)
@@ -93,14 +90,12 @@ def test_a_gradient_spike_before_the_last_sign_of_life():
     assert str(event).endswith("bias moved by -12")
 
 
-@quiet
 def test_an_outlier_comes_before_the_gradient_it_makes():
     (event,) = deaths(Pushed(), inputs(scale=at(41, 1e5)))
     assert (event.kind, event.cause) == ("shock", "outlier_batch")
     assert "when the largest input rose" in str(event)
 
 
-@quiet
 def test_decay_is_a_drift():
     net = pushed()
     with torch.no_grad():
@@ -110,7 +105,6 @@ def test_decay_is_a_drift():
     assert "while a weight decay of 0.5 took their biases from 1 to 0." in str(event)
 
 
-@quiet
 def test_upstream_is_told_apart_and_comes_second():
     net = pushed(2)
     with torch.no_grad():
@@ -123,7 +117,6 @@ def test_upstream_is_told_apart_and_comes_second():
     )
 
 
-@quiet
 @pytest.mark.parametrize(
     ("change", "cause"),
     [
@@ -141,7 +134,6 @@ def test_born_dead(change, cause):
     assert str(event).startswith("8 units of `net.1` were born dead, ")
 
 
-@quiet
 def test_a_few_deaths_have_no_cause():
     net = pushed()
     with torch.no_grad():
@@ -152,7 +144,6 @@ def test_a_few_deaths_have_no_cause():
     assert all(event.finding is None for event in events)
 
 
-@quiet
 def test_deaths_are_in_the_summary_and_on_the_page(tmp_path):
     monitor = DeadReLUMonitor(**WATCH, report_dir=str(tmp_path))
     fit(Pushed(rate=at(41, 100.0, 1e-3)), Loader(inputs()), monitor)
@@ -164,8 +155,6 @@ def test_deaths_are_in_the_summary_and_on_the_page(tmp_path):
     assert "died between steps 40 and 44" in page
 
 
-@quiet
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_resumed_run_tells_the_same(tmp_path):
     whole, resumed = (DeadReLUMonitor(**WATCH) for _ in range(2))
     keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=46, save_top_k=-1, auto_insert_metric_name=False)
@@ -421,7 +410,6 @@ class Spared(Pushed):
         return super().training_step(batch, batch_idx)
 
 
-@quiet
 def test_units_that_fire_after_all_were_not_born_dead():
     monitor = DeadReLUMonitor(**WATCH)
     fit(Spared(), Loader(inputs()), monitor)
@@ -430,7 +418,6 @@ def test_units_that_fire_after_all_were_not_born_dead():
     assert monitor.report.sites[0].born_dead.sum() == 1
 
 
-@quiet
 @pytest.mark.filterwarnings("ignore:.*Reset refused")
 @pytest.mark.parametrize(
     ("remedy", "advised"),
@@ -509,7 +496,6 @@ class Bare(LightningModule):
         return torch.optim.Adam(self.parameters(), lr=self.lr)
 
 
-@quiet
 @pytest.mark.parametrize("form", ["matmul", "row", "einsum", "linear", "conv"])
 def test_the_learning_rate_is_found_where_a_layer_is_a_bare_parameter(form):
     options = {"every_n_steps": 1, "window": 4}

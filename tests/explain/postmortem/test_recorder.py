@@ -28,7 +28,7 @@ def broken(*args, **kwargs):
     raise RuntimeError("a bug of ours")
 
 
-@pytest.mark.filterwarnings("ignore:.*has no logger", "ignore:.*more than 10% dead")
+@pytest.mark.filterwarnings("ignore:.*more than 10% dead")
 @pytest.mark.parametrize("place", PLACES)
 def test_a_failure_costs_the_record_alone(place, monkeypatch):
     monkeypatch.setattr(f"lightning_deadrelu.explain.postmortem.{place}", broken)

@@ -17,8 +17,6 @@ from lightning_deadrelu import DeadReLUMonitor
 from lightning_deadrelu.checkpoint import decode, encode
 from lightning_deadrelu.explain.postmortem.step_log import StepLog, StepLogState
 
-quiet = pytest.mark.filterwarnings("ignore:.*the Trainer has no logger", "ignore:.*get no gradient")
-
 
 def norm(gradients):
     return math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients if gradient is not None))
@@ -49,7 +47,6 @@ def rows_of(monitor):
     return inner(monitor).verdicts.recorder.steps.read(inner(monitor).verdicts.recorder.steps.ring)
 
 
-@quiet
 def test_the_ring_holds_what_a_slow_loop_notes():
     slow, monitor = Slow(), DeadReLUMonitor(every_n_steps=3, window=2)
     fit(Halving(mlp()), batches(13), slow, monitor)
@@ -62,7 +59,6 @@ def test_the_ring_holds_what_a_slow_loop_notes():
     assert rows.column("input_1").isnan().all()
 
 
-@quiet
 def test_rows_are_optimizer_steps_and_gradients_are_not_yet_clipped():
     slow, monitor = Slow(), DeadReLUMonitor()
     fit(Net(mlp()), batches(7), slow, monitor, accumulate_grad_batches=2, gradient_clip_val=1e-6)
@@ -111,7 +107,6 @@ class Manual(Net):
         return first, second
 
 
-@quiet
 def test_optimizers_of_one_batch_add_up():
     exact = {0: [], 1: []}
 
@@ -215,7 +210,6 @@ class Sparse(Net):
         return super().training_step(batch + rows.mean(), batch_idx)
 
 
-@quiet
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("kind", ["nested", "float8"])
 def test_odd_inputs_are_passed_over(kind):
@@ -227,7 +221,6 @@ def test_odd_inputs_are_passed_over(kind):
     assert inner(monitor).verdicts.recorder.guard.failure is None
 
 
-@quiet
 @pytest.mark.parametrize("model", [Exchanged, Sparse])
 def test_gradients_that_change_their_form(model):
     monitor = DeadReLUMonitor(**EVERYTHING)

@@ -27,7 +27,6 @@ from lightning_deadrelu.report.raster import Raster, image_of
 from lightning_deadrelu.report.run_report import RunReport
 
 TESTS = Path(__file__).parents[2]
-pytestmark = pytest.mark.filterwarnings("ignore:.*the Trainer has no logger", "ignore:.*get no gradient")
 
 
 def loggers_of(package, folder):

@@ -17,8 +17,6 @@ from toys import EVERYTHING, KEY, Log, Net, Verdicts, batches, fit, mlp
 from lightning_deadrelu import DeadReLUMonitor, LivenessReport
 from lightning_deadrelu.report.loggers import Reporter, metrics_of
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*the Trainer has no logger", "ignore:.*get no gradient")
-
 
 class Logged(Net):
     """Logs the number of its batch, as a curve to compare the x-axis with."""
