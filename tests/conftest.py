@@ -7,6 +7,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
+
+settings.load_profile(
+    "ci"
+)  # the same examples each time, however slow the machine; others: --hypothesis-profile=default
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read once, when triton is first imported, by whichever test

@@ -182,7 +182,7 @@ PARTS = {
 
 
 @given(parts=st.lists(st.sampled_from(sorted(PARTS)), min_size=1, max_size=6), data=st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_groups_are_complete_and_disjoint(parts, data):
     model = nn.Sequential(*(PARTS[part]() for part in parts))
     for parameter in model.parameters():

@@ -41,7 +41,7 @@ def dated(make, ages, steps, norms=(), **options):
     return steps_without_gradient(momentum, torch.tensor(ages) == 0, norms).tolist()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.sampled_from(list(OPTIMIZERS)),
     st.lists(st.integers(0, 200), min_size=1, max_size=6),

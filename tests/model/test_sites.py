@@ -39,7 +39,7 @@ SITES = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@settings(max_examples=200)
 @given(st.lists(SITES, unique=True, max_size=12), st.integers(0, 12))
 def test_names_are_unique_and_do_not_depend_on_what_comes_later(sites: list[Site], length: int) -> None:
     names = names_of(sites)

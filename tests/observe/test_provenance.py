@@ -26,7 +26,7 @@ from lightning_deadrelu.observe.provenance import (
 )
 
 SHAPES = st.lists(st.integers(1, 4), min_size=1, max_size=5)
-quick = settings(max_examples=300, deadline=None, derandomize=True, database=None)
+quick = settings(max_examples=300)
 
 
 def labels(shape: Sequence[int], dims: Sequence[int]) -> Tensor:

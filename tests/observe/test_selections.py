@@ -172,7 +172,7 @@ def test_who_fires_is_who_is_not_zero(name, shape):
     assert rest == ({"relu"} if "rectif" in name or name == "over_the_batch" else set())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**31), st.integers(1, 7), st.integers(1, 4), st.sampled_from(sorted(ALL)))
 def test_counts_equal_a_loop_whatever_is_selected_from(seed, rows, batches, name):
     """Numbers of few values have ties and zeros."""

@@ -232,7 +232,7 @@ _OPERATIONS = ("layer", "same weights", "relu", "add", "scale", "halves swapped"
 _PLANS = st.lists(st.tuples(st.sampled_from(_OPERATIONS), st.integers(0, 9), st.integers(0, 9)), max_size=9)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=60)
 @given(plans=st.lists(_PLANS, min_size=2, max_size=5), widths=st.lists(st.integers(1, 3), min_size=5, max_size=5))
 def test_a_forward_that_changes_from_batch_to_batch_has_the_sites_of_one_looked_at_for_the_first_time(
     plans: list[list[tuple[str, int, int]]], widths: list[int]
@@ -317,7 +317,7 @@ WORDS = ("layer", "residual", "norm", "pool", "dropout", "there and back", "flat
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@settings(max_examples=150)
 @given(dims=st.integers(0, 3), words=st.lists(st.sampled_from(WORDS), max_size=12))
 def test_random_stacks(dims: int, words: list[str]) -> None:
     def step() -> tuple[Stack, Callable[[], Any]]:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from views import DEAD, layer, mask, report_of, rows, view_of
 
@@ -36,7 +36,6 @@ def with_rises(values, writes):
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
-@settings(deadline=None)
 @given(seed=st.integers(0, 100))
 def test_inputs_rise_by_the_height_on_average_and_only_those_of_treated_units(has_bias, seed):
     generator = torch.Generator().manual_seed(seed)

@@ -4,7 +4,7 @@ import io
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_deadrelu.checkpoint import decode, encode
@@ -29,7 +29,6 @@ def lifted(tensor, one, steps):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@settings(deadline=None)
 @given(start=st.floats(-300, 300), total=st.floats(0.5, 300), steps=st.integers(1, 400))
 def test_all_is_added_whatever_the_precision(dtype, start, total, steps):
     bias, one = torch.tensor([1.0, start, 1.0], dtype=dtype), lift(total, steps)
@@ -60,7 +59,6 @@ def test_half_precision_without_a_memory_would_not_move():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@settings(deadline=None)
 @given(cut=st.integers(0, 37))
 def test_a_lift_resumed_in_the_middle_ends_in_the_same_bits(dtype, cut):
     whole, halves = (torch.tensor([0.1, -7.3], dtype=dtype) for _ in range(2))

@@ -37,7 +37,7 @@ def sliced(draw):
     return tuple(shape), tuple(dims), index, tuple(own), strides
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(sliced())
 def test_slices_read_and_write_as_a_slow_loop(case):
     shape, dims, index, own, strided = case

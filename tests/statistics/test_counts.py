@@ -115,7 +115,7 @@ def test_counts_are_exact_whatever_the_default_precision_is():
 numbers = st.sampled_from([-math.inf, -2.0, -0.0, 0.0, 1e-40, 0.5, 3.0, math.inf, math.nan])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     arrays.arrays("float32", st.tuples(st.integers(1, 6), st.integers(1, 4)), elements=numbers).map(torch.from_numpy)
 )

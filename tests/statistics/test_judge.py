@@ -129,7 +129,7 @@ windows_strategy = st.lists(
 NOTHING, SILENT = torch.empty(0, 3), torch.full((1, 3), -1.0)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(windows_strategy, st.integers(1, 12), st.integers(1, 3), st.booleans())
 @example([[[NOTHING], [SILENT], [NOTHING]], [[NOTHING]]], 1, 1, False)  # it ran where no rates are read
 @example([[[SILENT]], [[NOTHING], [SILENT], [NOTHING]]], 1, 1, False)

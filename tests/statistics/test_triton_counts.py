@@ -64,7 +64,7 @@ def test_all_shapes_and_types(shape, dim, dtype):
     agrees(x, dim, cap=6.0)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.data())
 def test_odd_values_anywhere(data):
     rows, units = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 150))
