@@ -12,6 +12,7 @@ from typing_extensions import override
 from lightning_deadrelu.callback import DeadReLUMonitor
 
 VARIABLE = "DEAD_RELU_MONITOR"
+_SUFFIX = "_of_environment"
 _OFF, _ON = frozenset({"", "0", "off", "false", "no"}), frozenset({"1", "on", "true", "yes"})
 
 
@@ -48,7 +49,7 @@ class MonitorFromEnvironment(DeadReLUMonitor):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._steps_back = any(isinstance(one, DeadReLUMonitor) and one is not self for one in trainer.callbacks)
         if self._steps_back:
-            self.remedy, self.name = None, f"{self.name}_of_environment"  # to be in nobody's way
+            self.remedy, self.name = None, self.name.removesuffix(_SUFFIX) + _SUFFIX  # to be in nobody's way
         super().setup(trainer, pl_module, stage)
 
     @override

@@ -60,6 +60,18 @@ def test_it_steps_back_where_there_is_one_in_code(monkeypatch):
     assert monitors[MonitorFromEnvironment].report is None
 
 
+@pytest.mark.filterwarnings("ignore:dead_relu. the Trainer has no logger")
+def test_one_that_steps_back_keeps_its_key_in_checkpoints(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "1")
+    trainer = Trainer(callbacks=[DeadReLUMonitor()], **QUIET)
+    (monitor,) = (one for one in trainer.callbacks if isinstance(one, MonitorFromEnvironment))
+    keys = []
+    for _ in range(2):
+        trainer.fit(Net(), DataLoader(torch.randn(64, 4), batch_size=16))
+        keys.append(monitor.state_key)
+    assert keys[0] == keys[1]
+
+
 @pytest.mark.parametrize("written", ["yes please", "remedy=reset; 7"])
 def test_what_cannot_be_read_is_refused(monkeypatch, written):
     monkeypatch.setenv(VARIABLE, written)

@@ -416,6 +416,22 @@ def test_a_mask_is_called_with_what_the_model_is_called_with(by_name):
     assert monitor.report.sites[0].samples == 4 * (7 if by_name else 15)
 
 
+def test_a_mask_that_cannot_tell_from_a_call_without_arguments_is_refused():
+    class Noise(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net(dead=0)
+
+        def forward(self):
+            return self.net(torch.randn(3, 5, 4))
+
+    with (
+        pytest.raises(ValueError, match=r"`watch\(mask=...\)`: .*not subscriptable"),
+        watch(model := Noise(), sgd(model), **OFTEN, mask=lambda batch: batch["mask"]),
+    ):
+        model()
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [

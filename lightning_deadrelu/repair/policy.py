@@ -320,7 +320,7 @@ class EscalationPolicy:
         """Go on from what was saved, as far as there are as many remedies as then."""
         for progress in state.sites.values():
             if progress.index >= len(self.remedies):
-                progress.index, progress.trial = len(self.remedies), None
+                progress.index, progress.trial, progress.review = len(self.remedies), None, None
         edits = state.edits if len(state.edits) == len(self.remedies) else self.state.edits
         self.state = PolicyState(state.sites, edits, state.stopped)
 

@@ -401,6 +401,16 @@ def test_progress_survives_saving_in_plain_values(tmp_path):
     assert resumed.state.edits == whole.state.edits
 
 
+def test_a_shorter_list_of_remedies_after_a_resume_leaves_a_site_alone_that_is_past_it():
+    bad, good = site(dead=range(5)), site()
+    half, resumed = ladder(First(cooldown=1, attempts=1), Second(cooldown=1)), ladder(First(cooldown=1, attempts=1))
+    told = run(half, [bad, bad, good])
+    assert [action for _, action in told] == ["edited", "failed", "escalated", "edited", "revived"]
+    resumed.restore(decode(PolicyState, encode(half.state)))
+    for step in range(10):
+        assert resumed.decide(report(good, step=step), shares={"fc": torch.ones(10)}) == ([], [])
+
+
 def test_an_event_reads_as_a_sentence():
     event = Event(7, "fc", "edited", "Reset", (1, 2), "30.0% dead, above the threshold 10.0%")
     assert str(event) == "step 7: Reset repaired `fc` (2 units): 30.0% dead, above the threshold 10.0%"
