@@ -36,8 +36,10 @@ class TrainerHost:
     def __init__(self, trainer: Trainer, settings: Settings) -> None:
         self._trainer, self._name = trainer, settings.name
         self.model = trainer.lightning_module
-        self._reporter = Reporter(settings.name, alerts=settings.alerts, latents=settings.preset is not None)
-        self._reporter.prepare(trainer.loggers, trainer.is_global_zero)
+        latents = settings.preset is not None
+        self._reporter = Reporter(
+            settings.name, trainer.loggers, trainer.is_global_zero, alerts=settings.alerts, latents=latents
+        )
 
     @property
     def called(self) -> nn.Module:
@@ -108,15 +110,14 @@ class TrainerHost:
         self._trainer.callback_metrics[f"{self._name}/dead_fraction"] = torch.tensor(dead_fraction)
 
     def publish(self, run: RunReport, *, edited: int, at_risk: float, crossed: Sequence[str], closed: bool) -> None:
-        loggers, first = self._trainer.loggers, self.is_first_rank
         if run.report.sites:
-            self._reporter(run.report, loggers, first, edited, at_risk, run.useful_units if closed else 0)
+            self._reporter.log(run.report, edited, at_risk, run.useful_units if closed else 0)
             if closed:
-                self._reporter.media(run, loggers, first)
-        self._reporter.alert(crossed, run.report, loggers, first)
+                self._reporter.media(run)
+        self._reporter.alert(crossed, run.report)
 
     def conclude(self, run: RunReport) -> None:
-        self._reporter.media(run, self._trainer.loggers, final=True)
+        self._reporter.media(run, final=True)
 
     def say_at_end(self, text: str) -> None:
         if self._trainer.fast_dev_run or not self.is_first_rank:

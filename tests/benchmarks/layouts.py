@@ -53,7 +53,7 @@ PARTS = {
     "verdict": (verdicts, "judge"),
     "post-mortem": (FlightRecorder, "explain"),
     "history and forecast": (RunHistory, "close"),
-    "scalars to a logger": (Reporter, "__call__"),
+    "scalars to a logger": (Reporter, "log"),
     "threshold": (Announcer, "tell_crossed"),
     "reset": (UnitLiveness, "reset"),
     "in all": (window_end, "close"),

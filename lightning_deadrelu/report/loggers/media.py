@@ -25,6 +25,7 @@ LEGEND = (
 
 _COLUMNS = ["site", "kind", "units", "dead", "dead_fraction", "rare", "always_on", "dormant", "born_dead", "died"]
 _COLUMNS += ["revived", "peak_10", "peak_50", "peak_90", "samples", "rate_bound"]
+_EVERY = 50  # windows
 _LEAST = (192, 512)  # pixels, so that a tracker need not smooth what it enlarges
 
 
@@ -58,23 +59,20 @@ class Media:
         return list(self.rows[0]) if self.rows else []
 
 
-def is_due(windows: int, every: int, stride: int = 1) -> bool:
-    """Tell whether a window draws: 1, 2, 4, 8, ..., then each ``every``-th, rarer as the raster's columns widen.
+def is_due(windows: int, stride: int = 1) -> bool:
+    """Tell whether a window draws: 1, 2, 4, 8, ..., then each fiftieth, rarer as the raster's columns widen.
 
     So a long run draws some dozen times, whatever its length.
 
     Args:
         windows: Windows so far.
-        every: The rhythm; 0 for never.
         stride: Windows in each column of the raster.
 
     Example:
-        >>> [n for n in range(201) if is_due(n, every=50)]
+        >>> [n for n in range(1, 201) if is_due(n)]
         [1, 2, 4, 8, 16, 32, 50, 100, 150, 200]
     """
-    if not every or not windows:
-        return False
-    return windows % (every * stride) == 0 or (windows < every and windows & (windows - 1) == 0)
+    return windows % (_EVERY * stride) == 0 or (windows < _EVERY and windows & (windows - 1) == 0)
 
 
 def media_of(run: RunReport, latents: bool = False) -> Media:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -10,7 +11,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_deadrelu.guarded import guarded
-from lightning_deadrelu.report.loggers.adapters import Adapter, adapter_of
+from lightning_deadrelu.report.loggers.adapters import adapter_of
 from lightning_deadrelu.report.loggers.media import is_due, media_of
 from lightning_deadrelu.report.metrics import metrics_of
 from lightning_deadrelu.report.run_report import RunReport
@@ -18,90 +19,59 @@ from lightning_deadrelu.statistics import LivenessReport
 from lightning_deadrelu.statistics.report_table import headline
 
 _LONGEST_TITLE = 63  # W&B takes less than 64 characters
+_SECONDS_BETWEEN_ALERTS = 600.0
 
 
 class Reporter:
     """Send reports to a Trainer's loggers, one ``log_metrics`` call for each report and logger.
 
-    A logger that fails is left out from then on, with a warning: a broken chart must not end a run. One that
-    fails with pictures goes on getting scalars.
+    A logger that fails is left out from then on, with a warning: a broken chart must not end a run. One that fails with
+    pictures goes on getting scalars. Pictures, tables and firing rates are made once for all loggers, at windows 1, 2,
+    4, 8, ... and then at each fiftieth, rarer in long runs.
 
     Args:
         name: Prefix of the keys.
-        media_every_n_windows: Pictures, tables and firing rates are sent at windows 1, 2, 4, 8, ... and then at each
-            such window, rarer in long runs; 0 for never. They are made once for all loggers.
+        loggers: Where to; W&B's gets ``trainer/global_step`` as its x-axis.
+        is_first_rank: Whether this is rank 0; elsewhere a run is a dummy, which gets scalars alone.
         alerts: Whether W&B alerts when :meth:`alert` is called.
-        alert_wait: Seconds between alerts, at least; what comes too early joins the next.
         latents: Whether what is usual for sparse autoencoders is sent, too.
     """
 
     def __init__(
         self,
         name: str,
-        media_every_n_windows: int = 50,
+        loggers: Iterable[Logger],
+        is_first_rank: bool = True,
+        *,
         alerts: bool = False,
-        alert_wait: float = 600.0,
         latents: bool = False,
     ) -> None:
-        self._name, self._latents = name, latents
-        self._every = media_every_n_windows
-        self._alerts = alerts
-        self._wait = alert_wait
-        self._alerted = -alert_wait
+        self._name, self._is_first_rank, self._alerts, self._latents = name, is_first_rank, alerts, latents
+        self._adapters = [adapter_of(logger, name) for logger in loggers]
         self._waiting: list[str] = []  # sites that no alert has named yet
-        self._adapters: dict[int, Adapter] = {}  # each holds its logger, so no other gets its id
-        self._drawn = -1  # the last step that was drawn
-
-    def _served(self, loggers: Iterable[Logger]) -> list[Adapter]:
-        return [self._adapters.setdefault(id(one), adapter_of(one, self._name)) for one in loggers]
-
-    def prepare(self, loggers: Iterable[Logger], is_global_zero: bool = True) -> None:
-        """Do what trackers need once: make ``trainer/global_step`` the x-axis in W&B.
-
-        Args:
-            loggers: The Trainer's loggers.
-            is_global_zero: Whether this is rank 0; elsewhere a run is a dummy.
-        """
-        for adapter in self._served(loggers) if is_global_zero else ():
+        self._alerted = -math.inf
+        self._draws, self._drawn = is_first_rank, -1  # the last step that was drawn
+        for adapter in self._adapters if is_first_rank else ():
             adapter.attempt("metrics", adapter.prepare, rank_zero_warn)
 
-    def __call__(
-        self,
-        report: LivenessReport,
-        loggers: Iterable[Logger],
-        is_global_zero: bool = True,
-        remedied_units: int = 0,
-        at_risk_fraction: float = 0.0,
-        useful_units: int = 0,
+    def log(
+        self, report: LivenessReport, remedied_units: int = 0, at_risk_fraction: float = 0.0, useful_units: int = 0
     ) -> None:
-        """Log a report.
-
-        Args:
-            report: The verdict; its ``step`` is the x-axis.
-            loggers: Where to.
-            is_global_zero: Whether this is rank 0.
-            remedied_units: Units edited since the last report.
-            at_risk_fraction: Share of the units that sink towards silence.
-            useful_units: Repaired units that were found to matter to the loss.
-        """
+        """Log the scalars of a report, whose ``step`` is the x-axis; see :func:`metrics_of`."""
         metrics = metrics_of(report, self._name, remedied_units, at_risk_fraction, useful_units, latents=self._latents)
-        for adapter in self._served(loggers):
-            adapter.attempt("metrics", partial(adapter.log, metrics, report.step, is_global_zero), rank_zero_warn)
+        for adapter in self._adapters:
+            adapter.attempt("metrics", partial(adapter.log, metrics, report.step, self._is_first_rank), rank_zero_warn)
 
-    def media(
-        self, run: RunReport, loggers: Iterable[Logger], is_global_zero: bool = True, final: bool = False
-    ) -> None:
-        """Send pictures, tables and firing rates, if this window is one that draws; call it after each.
+    def media(self, run: RunReport, final: bool = False) -> None:
+        """Send pictures, tables and firing rates, if this window is one that draws; to be called after each.
 
         Args:
             run: What to send, with this window.
-            loggers: Where to; those that take no pictures are passed over.
-            is_global_zero: Whether this is rank 0; elsewhere nothing happens.
             final: Whether training ends: then it draws, unless this verdict was drawn before.
         """
-        takers = [adapter for adapter in self._served(loggers) if adapter.takes_media]
-        due = bool(self._every) and (final or is_due(run.history.windows, self._every, run.history.stride))
-        if not (takers and due and is_global_zero and run.report.sites) or run.report.step == self._drawn:
+        takers = [adapter for adapter in self._adapters if adapter.takes_media]
+        due = self._draws and (final or is_due(run.history.windows, run.history.stride))
+        if not (takers and due and run.report.sites) or run.report.step == self._drawn:
             return
         self._drawn = run.report.step
         with guarded(self._draw_no_more):
@@ -110,23 +80,19 @@ class Reporter:
                 adapter.attempt("media", partial(adapter.show, media), rank_zero_warn)
 
     def _draw_no_more(self, error: Exception) -> None:
-        self._every = 0
+        self._draws = False
         rank_zero_warn(f"{self._name}: pictures could not be made, and are left out: {error!r}")
 
-    def alert(
-        self, sites: Sequence[str], report: LivenessReport, loggers: Iterable[Logger], is_global_zero: bool = True
-    ) -> None:
-        """Alert that sites have crossed the threshold, if alerts were asked for, and not too often.
+    def alert(self, sites: Sequence[str], report: LivenessReport) -> None:
+        """Alert that sites have crossed the threshold, if alerts were asked for; what comes too early joins the next.
 
         Args:
             sites: Their names.
             report: The verdict.
-            loggers: Of these, W&B's are alerted.
-            is_global_zero: Whether this is rank 0; elsewhere nothing happens.
         """
-        self._waiting += sites if self._alerts and is_global_zero else ()
-        takers = [adapter for adapter in self._served(loggers) if adapter.takes_alerts]
-        if not self._waiting or not takers or time.monotonic() - self._alerted < self._wait:
+        self._waiting += sites if self._alerts and self._is_first_rank else ()
+        takers = [adapter for adapter in self._adapters if adapter.takes_alerts]
+        if not self._waiting or not takers or time.monotonic() - self._alerted < _SECONDS_BETWEEN_ALERTS:
             return
         title, text = alert_of(self._waiting, report)
         self._waiting, self._alerted = [], time.monotonic()

@@ -179,12 +179,11 @@ def test_files_beside_csv(everywhere):
 
 
 def test_long_runs_draw_some_dozen_times():
-    assert [n for n in range(1, 101) if is_due(n, 20)] == [1, 2, 4, 8, 16, 20, 40, 60, 80, 100]
-    assert not any(is_due(n, 0) for n in range(100))
+    assert [n for n in range(1, 251) if is_due(n)] == [1, 2, 4, 8, 16, 32, 50, 100, 150, 200, 250]
     raster, one, drawn = Raster(), report(site()), 0
     for _ in range(3000):
         raster.add(one)
-        drawn += is_due(raster.windows, 50, raster.stride)
+        drawn += is_due(raster.windows, raster.stride)
     assert drawn < 40
 
 
@@ -225,7 +224,7 @@ def test_log_densities_of_latents_are_histograms(tmp_path):
 
     class WandbLogger(Log):
         class experiment:
-            summary, config = {}, {}
+            summary, config, define_metric = {}, {}, staticmethod(lambda *call, **options: None)
 
         def log_metrics(self, metrics, step=None):
             rows.append(metrics)
@@ -233,7 +232,7 @@ def test_log_densities_of_latents_are_histograms(tmp_path):
     one = report(site(8, "sae"), step=5)
     raster, board = run(Raster(), [0]), TensorBoardLogger(tmp_path)
     for latents in (False, True):
-        Reporter("a", latents=latents).media(RunReport(one, raster), [WandbLogger(), board], final=True)
+        Reporter("a", [WandbLogger(), board], latents=latents).media(RunReport(one, raster), final=True)
     board.experiment.close()
     assert ["a_log_density/sae" in row for row in rows] == [False, True]
     found = rows[1]["a_log_density/sae"]
@@ -247,27 +246,26 @@ def test_log_densities_of_latents_are_histograms(tmp_path):
 
 def test_the_end_of_fit_draws_once_and_other_ranks_never(tmp_path):
     raster, one = run(Raster(), [0], [1], [1]), report(site(), step=29)
-    reporter, logger = Reporter("a"), taker(tmp_path)
-    reporter.media(RunReport(one, raster), [logger], is_global_zero=False, final=True)
-    reporter.media(RunReport(one, raster), [logger])
+    logger = taker(tmp_path)
+    reporter = Reporter("a", [logger])
+    Reporter("a", [logger], is_first_rank=False).media(RunReport(one, raster), final=True)
+    reporter.media(RunReport(one, raster))
     assert not list(tmp_path.iterdir())
-    reporter.media(RunReport(one, raster), [logger], final=True)
-    reporter.media(RunReport(one, raster), [logger], final=True)
+    reporter.media(RunReport(one, raster), final=True)
+    reporter.media(RunReport(one, raster), final=True)
     assert len((tmp_path / "a" / "sites.csv").read_text().splitlines()) == 2
-    Reporter("b", media_every_n_windows=0).media(RunReport(one, raster), [logger], final=True)
-    assert not (tmp_path / "b").exists()
 
 
 def test_a_logger_that_fails_with_pictures_still_gets_scalars(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    raster, one, reporter = run(Raster(), [0]), report(site(), step=9), Reporter("dead_relu")
-    bad, good = taker(tmp_path / "file"), taker(tmp_path / "folder")
+    raster, bad, good = run(Raster(), [0]), taker(tmp_path / "file"), taker(tmp_path / "folder")
+    reporter = Reporter("dead_relu", [bad, good])
     with warnings.catch_warnings(record=True) as record:
         warnings.simplefilter("always")
         for step in (9, 19):
             one = report(site(), step=step)
-            reporter(one, [bad, good])
-            reporter.media(RunReport(one, raster), [bad, good], final=True)
+            reporter.log(one)
+            reporter.media(RunReport(one, raster), final=True)
     assert len([w for w in record if "CSVLogger took no media and is left out" in str(w.message)]) == 1
     assert len(bad.rows) == len(good.rows) == 2
     assert (tmp_path / "folder" / "dead_relu" / "overview.png").exists()
@@ -281,26 +279,30 @@ def test_mlflow_names_are_legal_and_never_collide():
     assert names == {"a/x_0_": "a/x[0]", "a/x_0__": "a/x(0]", "a/x.0-relu": "a/x.0-relu"}
 
 
-def test_alerts_are_off_unless_asked_for_and_are_joined_if_they_come_too_soon():
+def test_alerts_are_off_unless_asked_for_and_are_joined_if_they_come_too_soon(monkeypatch):
     calls = []
 
     class WandbLogger(Log):
         class experiment:
+            define_metric = staticmethod(lambda *call, **options: None)
+
             @staticmethod
             def alert(title, text, level):
                 calls.append((title, text))
 
     logger, one = WandbLogger(), report(site(name="a" * 99), site(name="b", dead=[0]))
-    Reporter("x").alert(["b"], one, [logger])
-    Reporter("x", alerts=True).alert(["b"], one, [logger], is_global_zero=False)
+    Reporter("x", [logger]).alert(["b"], one)
+    Reporter("x", [logger], is_first_rank=False, alerts=True).alert(["b"], one)
     assert not calls
-    reporter = Reporter("x", alerts=True, alert_wait=0.2)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    now, reporter = 1000.0, Reporter("x", [logger], alerts=True)
     for name in ("a" * 99, "b", "b"):
-        reporter.alert([name], one, [logger])
+        reporter.alert([name], one)
+        now += 299
     assert len(calls) == 1
     assert len(calls[0][0]) < 64
-    time.sleep(0.25)
-    reporter.alert([], one, [logger])
+    now += 4
+    reporter.alert([], one)
     assert calls[1][0] == "Dead ReLU units in 2 layers"
     assert "b: 1 of 8" in calls[1][1]
 

@@ -262,9 +262,8 @@ WandbLoggerOfRankOne.__name__ = WandbLoggerWithoutRun.__name__ = "WandbLogger"
 
 
 def test_no_rank_but_zero_touches_a_run():
-    logger, reporter = WandbLoggerOfRankOne(), Reporter("dead_relu")
-    reporter.prepare([logger], is_global_zero=False)
-    reporter(LivenessReport((), 5), [logger], is_global_zero=False)
+    logger = WandbLoggerOfRankOne()
+    Reporter("dead_relu", [logger], is_first_rank=False).log(LivenessReport((), 5))
     assert [step for step, _ in logger.rows] == [5]
 
 
