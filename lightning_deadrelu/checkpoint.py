@@ -32,9 +32,6 @@ def encode(value: Any) -> Any:
     Whole numbers in tensors are stored in the smallest type that holds them, on the CPU. Fields of a dataclass that
     its constructor does not take (``init=False``) are left out.
 
-    Args:
-        value: A dataclass, a named tuple, a tensor, a plain value, or a collection of these.
-
     Raises:
         TypeError: If something in it is none of these.
 
@@ -67,10 +64,6 @@ def decode(kind: Any, plain: Any) -> Any:
     """Rebuild a value of a known type from what :func:`encode` returned.
 
     Fields that were not saved, by an older version say, take their defaults; what is saved and unknown is ignored.
-
-    Args:
-        kind: The type: a dataclass, a named tuple, or an annotation such as ``dict[str, Tensor]``.
-        plain: What was saved.
 
     Example:
         >>> decode(dict[str, tuple[int, ...]], {"act": [1, 2]})

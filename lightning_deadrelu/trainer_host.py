@@ -129,12 +129,7 @@ class TrainerHost:
 
 
 def stand_first(trainer: Trainer, callback: Callback) -> None:
-    """Have a callback called before all others: one that raises keeps those behind it uncalled, also of the error.
-
-    Args:
-        trainer: The Trainer, whose list of callbacks has the callback in front from now on.
-        callback: One of them.
-    """
+    """Have a callback called before all others: one that raises keeps those behind it uncalled, also of the error."""
     trainer.callbacks = [callback, *(one for one in trainer.callbacks if one is not callback)]
 
 

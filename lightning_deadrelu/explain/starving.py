@@ -86,13 +86,7 @@ def _orthogonal(momentum: Tensor, group: Mapping[str, Any]) -> Tensor:
 def starving(
     report: LivenessReport, weights: Mapping[str, Tensor | None], optimizers: Sequence[Optimizer]
 ) -> list[Finding]:
-    """Find the layers whose units Muon starves.
-
-    Args:
-        report: The verdict.
-        weights: By site, the weight in front of it; None where there is not just one.
-        optimizers: What trains the model.
-    """
+    """Find the layers whose units Muon starves."""
     if not any("ns_steps" in group for optimizer in optimizers for group in optimizer.param_groups):
         return []
     found: list[Finding | None] = []

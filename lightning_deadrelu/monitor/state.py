@@ -79,18 +79,11 @@ class RunState:
     """What a resumed run goes on from.
 
     Args:
-        progress: How far it has come.
         selection: What decides which sites are watched; see :attr:`Settings.selection`.
         sites: The sites, in the order of the counts.
         totals: The counts of the open window, over all ranks.
         units: What is known of the units from the windows before.
         never_trained: Parameters that optimizers hold and that never got a gradient.
-        evidence: What gradients have told.
-        repair: Remedies in flight, and what was done.
-        history: What is shown of the run.
-        recorder: What a post-mortem needs.
-        announced: What was announced on the terminal.
-        report: The latest verdict.
         connectivity: Which parameters were seen to feed and read the sites, where that is traced.
     """
 

@@ -37,16 +37,7 @@ class Verdict(NamedTuple):
 
 
 class Verdicts:
-    """Judge window after window.
-
-    Args:
-        settings: What the user asked for.
-        host: The loop.
-        watch: Counts.
-        evidence: Asks gradients; None if it is not wanted.
-        gradients: Knows which parameters never get a gradient.
-        ranks: The processes that judge together.
-    """
+    """Judge window after window."""
 
     def __init__(
         self,

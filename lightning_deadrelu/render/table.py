@@ -59,11 +59,6 @@ def shown_columns(columns: Sequence[Column], rows: Sequence[Row]) -> list[Column
 def text_table(columns: Sequence[Column], rows: Sequence[Row], width: int | None = None) -> str:
     """Lay rows out in lines; where they are too wide, the widest columns of text wrap.
 
-    Args:
-        columns: What to show, from the left.
-        rows: What is shown.
-        width: Characters per line; by default those of the terminal, from 80 to 140.
-
     Example:
         >>> print(text_table([Column("a", "layer", text=True), Column("b", "units")], [{"a": "net.1", "b": 1234}]))
         layer  units
@@ -91,10 +86,6 @@ def terminal_width() -> int:
 
 def folded(text: str, width: int) -> str:
     """Break lines of prose that are too long; what goes on is indented by two more characters.
-
-    Args:
-        text: In lines.
-        width: Characters per line.
 
     Example:
         >>> print(folded("12 units died at step 40", 16))

@@ -32,11 +32,6 @@ _HOOKS = (
 def no_module(model: nn.Module, site: Site, sites: Iterable[Site]) -> str:
     """Say why another activation cannot take the place of a site's; empty if it can.
 
-    Args:
-        model: The model that the sites are of.
-        site: Which one.
-        sites: All of the model's, also those left out.
-
     Example:
         >>> no_module(nn.Sequential(nn.ReLU()), Site("", True, "relu", ("fc.weight",), 3), [])
         'its rectifier is called as a function in the model; write it as an `nn.ReLU` module of its own'

@@ -112,13 +112,7 @@ class PolicyState:
 
 
 class EscalationPolicy:
-    """Decide, verdict by verdict, which remedy acts on which units.
-
-    Args:
-        remedies: The remedies, the first to be tried first.
-        threshold: A site is repaired while more than this share of its units is dead.
-        min_samples: What the monitor asks of a verdict.
-    """
+    """Decide, verdict by verdict, which remedy acts on which units."""
 
     def __init__(self, remedies: Sequence[Remedy], threshold: float, min_samples: int) -> None:
         self.remedies = tuple(remedies)
@@ -166,15 +160,7 @@ class EscalationPolicy:
         return [Event(step, "", "stopped", ", ".join(dict.fromkeys(map(_name, self.remedies))), reason=why)]
 
     def edited(self, request: Request, units: Tensor, before: float, loss: Loss | None, step: int) -> Event:
-        """Record that an edit was made, or would have been in a dry run.
-
-        Args:
-            request: What was asked for.
-            units: Which units it came to, boolean, shape ``(units,)``.
-            before: Dead fraction of the site at the verdict behind it.
-            loss: Over the window of that verdict.
-            step: The training batch.
-        """
+        """Record that an edit was made, or would have been in a dry run."""
         remedy = self.remedies[request.index]
         self.state.edits[request.index] += not remedy.dry_run
         progress = self.state.sites[request.site]

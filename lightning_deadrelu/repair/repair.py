@@ -33,19 +33,12 @@ _MOST_UNITS_IN_EVENTS = 100_000
 
 @dataclass
 class RepairState:
-    """What a resumed repair needs.
+    """What a resumed repair needs; see :class:`Repair` for what it means.
 
     Args:
-        policy: How far each site has come.
-        editor: What is under way in the forward.
         init: What parameters were drawn from when training began, by name.
-        pending: Edits that wait to be confirmed.
-        sums: Over the open window; see :attr:`Repair.sums`.
         measured: Of how many units it is measured how much they matter, by site.
-        loss: Over the last window.
-        edited: Units edited since the last report, by site.
-        events: What was done.
-        traces: Batches traced.
+        loss: Over the window behind the edits that are pending.
     """
 
     policy: PolicyState

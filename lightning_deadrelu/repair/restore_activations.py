@@ -61,10 +61,6 @@ def _read(path: str, weights_only: bool) -> Mapping[str, Any]:
 def restore(model: nn.Module, records: Sequence[Mapping[str, Any]]) -> nn.Module:
     """Do again all that records tell; see :func:`restore_activations`.
 
-    Args:
-        model: The model, changed in place.
-        records: What to do, as :func:`~lightning_deadrelu.repair.activation_swap.records` lists it.
-
     Returns:
         The model.
 

@@ -19,10 +19,6 @@ from lightning_deadrelu.repair.optimizer_state import repair_, repaired_state, u
 def init_distributions(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, InitDistribution]:
     """Tell what parameters were drawn from, to be called when training begins.
 
-    Args:
-        model: As it was drawn.
-        names: Of which parameters; None for all that have values.
-
     Example:
         >>> init_distributions(nn.BatchNorm1d(2))["bias"]
         InitDistribution(mean=0.0, std=0.0, uniform=False)

@@ -36,9 +36,6 @@ def plot_run(run: RunReport) -> tuple[Figure, tuple[Axes, ...]]:
 
     Of more than four sites, a picture of the dead share of all of them, by depth and time, stands in between.
 
-    Args:
-        run: What to draw; each repair gets a mark.
-
     Returns:
         The figure and its axes: the curves, then the picture of all sites if there is one, then the worst sites.
 

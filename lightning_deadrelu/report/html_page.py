@@ -39,10 +39,6 @@ _LONGEST_NAME = 26
 def write(run: RunReport, folder: str | Path) -> tuple[Path, Path]:
     """Write ``report.json`` and ``report.html``.
 
-    Args:
-        run: What to write.
-        folder: Where to; made if it is not there.
-
     Returns:
         The paths of both.
     """

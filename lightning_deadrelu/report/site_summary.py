@@ -140,9 +140,6 @@ def _verdict(site: SiteReport, worst: float, repaired: int) -> str:
 def shortened(summaries: Sequence[SiteSummary]) -> list[tuple[SiteSummary, ...]]:
     """Gather neighbours that need no row of their own: of many sites the healthy, of very many all but the worst 20.
 
-    Args:
-        summaries: Of all sites, in the order of execution.
-
     Returns:
         The same sites in the same order; those that share a row together.
     """

@@ -26,7 +26,7 @@ from lightning_deadrelu.observe.torch_modes import unseen_by_modes
 from lightning_deadrelu.observe.watch import Watch
 from lightning_deadrelu.statistics import LivenessReport, Rules, UnitHistory, judge
 
-RULES: tuple[Callable[[CheckContext], list[Finding]], ...] = (
+RULES: tuple[Callable[[CheckContext], Iterable[Finding]], ...] = (
     uncentred_inputs,
     negative_bias,
     bad_init,
@@ -129,16 +129,7 @@ class CheckRun:
         scheduled: bool = False,
         fresh: bool = True,
     ) -> tuple[Finding, ...]:
-        """Say what was found, the surest first.
-
-        Args:
-            watch: Has seen the batch.
-            model: Its model.
-            optimizers: What trains it.
-            clipped: Whether gradients are clipped.
-            scheduled: Whether there is a learning-rate schedule.
-            fresh: Whether no step was made before.
-        """
+        """Say what was found, the surest first."""
         for handle in self._handles:
             handle.remove()
         held = set(map(id, parameters_of(*optimizers)))

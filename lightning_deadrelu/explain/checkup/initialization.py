@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
@@ -23,24 +23,25 @@ _STANDARDISE = "x = (x - mean) / std, with the mean and the standard deviation o
 _TRANSPOSED = nn.modules.conv._ConvTransposeNd
 
 
-def bad_init(context: CheckContext) -> list[Finding]:
+def bad_init(context: CheckContext) -> Iterator[Finding]:
     """Find weights drawn too large for a rectifier, and chains of them drawn too small or by Xavier's rule."""
     if not context.fresh:
-        return []
+        return
     plain = [site for site in context.sites if not context.normed(site) and len(context.weights(site)) == 1]
     large = [site for site in plain if _of_he(context, site)[0] > _LARGE]
     if large:
-        return [_badly_drawn(context, large, "the signal grows from layer to layer", "likely")]
+        yield _badly_drawn(context, large, "the signal grows from layer to layer", "likely")
+        return
     small = _longest(context, lambda site: _of_he(context, site)[1] < _SMALL)
     if len(small) > 1:
-        return [_badly_drawn(context, small, "the signal all but ends", "likely")]
+        yield _badly_drawn(context, small, "the signal all but ends", "likely")
+        return
     xavier = _longest(context, lambda site: _is_xavier(context, site))
     if len(xavier) > 1 and all(_rules_out(context, xavier, other) for other in (1.0, _PYTORCH)):
         words = (
             f"it is Xavier's, which keeps {_of_he(context, xavier[0])[2] ** 2:.0%} of the signal's variance per layer"
         )
-        return [_badly_drawn(context, xavier, words, "likely" if len(xavier) > 4 else "possible")]
-    return []
+        yield _badly_drawn(context, xavier, words, "likely" if len(xavier) > 4 else "possible")
 
 
 def _badly_drawn(context: CheckContext, sites: Sequence[SiteReport], words: str, confidence: Confidence) -> Finding:
@@ -103,27 +104,25 @@ def _longest(context: CheckContext, fits: object) -> list[SiteReport]:
     return best
 
 
-def negative_bias(context: CheckContext) -> list[Finding]:
+def negative_bias(context: CheckContext) -> Iterator[Finding]:
     """Find layers that are born with negative biases, and units that are silent."""
     if not context.fresh:
-        return []
+        return
     sites = [site for site in context.sites if site.dead_fraction >= 0.1 and _is_negative(context, site)]
     if not sites:
-        return []
+        return
     worst = max(sites, key=lambda site: site.dead_fraction)
     name, negative = context.bias(worst), context.stats[context.bias(worst)]
-    return [
-        Finding(
-            cause="negative_bias",
-            where=name,
-            measured=f"{negative.negative:.0%} of the {negative.entries} biases are negative (root mean square"
-            f" {negative.rms:.3g}), and {int(worst.dead.sum())} of {worst.units} units of `{worst.name}` fire on none"
-            f" of {worst.samples} samples",
-            confidence="certain" if worst.dead_fraction >= 0.5 else "likely",
-            edit=f"nn.init.constant_({code(name)}, 0.01)",
-            source="He et al. 2015, arXiv 1502.01852: zero biases",
-        )
-    ]
+    yield Finding(
+        cause="negative_bias",
+        where=name,
+        measured=f"{negative.negative:.0%} of the {negative.entries} biases are negative (root mean square"
+        f" {negative.rms:.3g}), and {int(worst.dead.sum())} of {worst.units} units of `{worst.name}` fire on none"
+        f" of {worst.samples} samples",
+        confidence="certain" if worst.dead_fraction >= 0.5 else "likely",
+        edit=f"nn.init.constant_({code(name)}, 0.01)",
+        source="He et al. 2015, arXiv 1502.01852: zero biases",
+    )
 
 
 def _is_negative(context: CheckContext, site: SiteReport) -> bool:
@@ -132,11 +131,10 @@ def _is_negative(context: CheckContext, site: SiteReport) -> bool:
     return known is not None and known.negative >= 0.9 and known.entries >= 18
 
 
-def narrow_and_deep(context: CheckContext) -> list[Finding]:
+def narrow_and_deep(context: CheckContext) -> Iterator[Finding]:
     """Find chains of narrow linear layers that are born dead too often."""
     if not context.fresh:
-        return []
-    found = []
+        return
     for chain in context.chains:
         widths = [site.units for site in chain if len(context.shapes[context.weights(site)[0]]) == 2]
         if len(widths) < len(chain) or sum(width <= _NARROW for width in widths) < _DEEP:
@@ -145,8 +143,7 @@ def narrow_and_deep(context: CheckContext) -> list[Finding]:
         lower, upper = born_dead_bounds(widths, inputs=first, bias=any(map(context.bias, chain)))
         dead = [site for site in chain if bool(site.dead.all())]
         if upper >= 0.05:
-            found.append(_narrow(chain, widths, lower, upper, dead))
-    return found
+            yield _narrow(chain, widths, lower, upper, dead)
 
 
 def _narrow(
@@ -167,26 +164,24 @@ def _narrow(
     )
 
 
-def uncentred_inputs(context: CheckContext) -> list[Finding]:
+def uncentred_inputs(context: CheckContext) -> Iterator[Finding]:
     """Find inputs far from centred, where more of the first layer's units are dead or always on than chance makes."""
     given = context.first_input
     fed = [s for s in context.sites if given and f"{given.path}.weight".lstrip(".") in context.weights(s)]
     if not given or len(fed) != 1 or given.off_centre < 0.5:
-        return []
+        return
     dead, on = fed[0].dead_fraction, float(fed[0].always_on.double().mean())
     by_chance = 2 / (given.distinct + 1)  # of units that rank n distinct one-hot rows and a bias at random
     if min(dead, on) < 0.05 or dead + on < max(0.3, 2 * by_chance):
-        return []
+        return
     indicate = given.indicators >= INDICATORS
     sure: Confidence = "certain" if dead + on >= 0.5 and given.off_centre >= 0.9 else "likely"
-    return [
-        Finding(
-            cause="uncentred_inputs",
-            where=given.path,
-            measured=f"its inputs have |mean|^2 / E|x|^2 = {given.off_centre:.2f} over {given.rows} rows, and of the"
-            f" {fed[0].units} units of `{fed[0].name}` {dead:.0%} are dead and {on:.0%} are always on",
-            confidence="possible" if indicate else sure,
-            edit="x = x - mean, with the mean of the training set" if indicate else _STANDARDISE,
-            source="LeCun et al. 1998, Efficient BackProp; P(silent on n centred inputs) = 2^-n",
-        )
-    ]
+    yield Finding(
+        cause="uncentred_inputs",
+        where=given.path,
+        measured=f"its inputs have |mean|^2 / E|x|^2 = {given.off_centre:.2f} over {given.rows} rows, and of the"
+        f" {fed[0].units} units of `{fed[0].name}` {dead:.0%} are dead and {on:.0%} are always on",
+        confidence="possible" if indicate else sure,
+        edit="x = x - mean, with the mean of the training set" if indicate else _STANDARDISE,
+        source="LeCun et al. 1998, Efficient BackProp; P(silent on n centred inputs) = 2^-n",
+    )

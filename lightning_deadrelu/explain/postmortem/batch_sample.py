@@ -58,9 +58,6 @@ def sample_batch(loss: Any, batch: Any) -> BatchSample | None:
 def reduced(samples: Sequence[BatchSample]) -> list[Tensor]:
     """Return the loss and the largest absolute value of each input, for samples of the same sizes.
 
-    Args:
-        samples: At least one; all of the same ``sizes`` and on one device.
-
     Returns:
         For each sample a tensor of shape ``(1 + INPUTS,)``, float32; NaN where there is none.
     """

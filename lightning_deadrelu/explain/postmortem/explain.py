@@ -29,12 +29,6 @@ def explain(
 ) -> tuple[DeathEvent, ...]:
     """Group the newly dead into events, and name what came just before each.
 
-    Args:
-        dying: The newly dead, by site, in the order of execution.
-        rows: What was logged at each step.
-        off_centre: Size of the inputs' mean over that of their deviation.
-        widths: Units of each site of the net.
-
     Returns:
         The events; of the same kind, cause and time they are one, over all sites.
     """

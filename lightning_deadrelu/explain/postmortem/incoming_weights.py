@@ -127,11 +127,6 @@ class IncomingWeights:
     def squares(self, site: int, steps: Tensor, start: float) -> Tensor:
         """Say how large the weights of a site were at the start of the windows in which some steps were.
 
-        Args:
-            site: Number of the site.
-            steps: Any shape.
-            start: What holds for the first window.
-
         Returns:
             Mean squares, of the same shape.
         """

@@ -154,13 +154,6 @@ class FlightRecorder:
         """Explain the newly dead of a verdict, and nothing else; costs next to nothing where there are none.
 
         Where there are some, the biases of their sites come from the device, in a second transfer.
-
-        Args:
-            report: The verdict.
-            totals: The counts it was made from, on the host.
-            readings: What came to the host with them.
-            peaks: Returns the largest inputs of some units of a site in the windows before.
-            optimizers: What trains the model.
         """
         if not report.total("newly_dead"):
             return ()

@@ -92,10 +92,6 @@ def entries_of(x: Tensor, stride: Stride) -> Tensor:
 def subsample(x: Tensor, most: int) -> Tensor:
     """Return evenly strided entries of a tensor, at most so many, without reading the others.
 
-    Args:
-        x: Any shape; not empty.
-        most: How many.
-
     Example:
         >>> import torch
         >>> subsample(torch.arange(12).view(3, 4), 3)

@@ -81,13 +81,7 @@ class Adapter:
         """Do what has to be done once, before the first scalars; on rank 0 alone."""
 
     def log(self, metrics: Mapping[str, float], step: int, is_global_zero: bool = True) -> None:
-        """Log scalars in one call.
-
-        Args:
-            metrics: Values by key.
-            step: The x-axis.
-            is_global_zero: Whether this is rank 0.
-        """
+        """Log scalars in one call."""
         names = self.names_of(metrics)
         if is_global_zero:
             self.map_names(names)

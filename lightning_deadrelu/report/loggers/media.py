@@ -64,10 +64,6 @@ def is_due(windows: int, stride: int = 1) -> bool:
 
     So a long run draws some dozen times, whatever its length.
 
-    Args:
-        windows: Windows so far.
-        stride: Windows in each column of the raster.
-
     Example:
         >>> [n for n in range(1, 201) if is_due(n)]
         [1, 2, 4, 8, 16, 32, 50, 100, 150, 200]
@@ -77,10 +73,6 @@ def is_due(windows: int, stride: int = 1) -> bool:
 
 def media_of(run: RunReport, latents: bool = False) -> Media:
     """Make what trackers show.
-
-    Args:
-        run: What to show.
-        latents: Whether to show densities of latents, too.
 
     Example:
         >>> from lightning_deadrelu.statistics import LivenessReport

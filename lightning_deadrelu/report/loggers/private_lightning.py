@@ -10,11 +10,6 @@ T = TypeVar("T")
 def read_private(owner: object, name: str, otherwise: T) -> T:
     """Read a private attribute of one of Lightning's objects.
 
-    Args:
-        owner: The object.
-        name: The attribute's name, with its underscore.
-        otherwise: What to take where another version of Lightning has no such attribute.
-
     Example:
         >>> read_private(object(), "_prefix", "")
         ''

@@ -84,12 +84,7 @@ class Reporter:
         rank_zero_warn(f"{self._name}: pictures could not be made, and are left out: {error!r}")
 
     def alert(self, sites: Sequence[str], report: LivenessReport) -> None:
-        """Alert that sites have crossed the threshold, if alerts were asked for; what comes too early joins the next.
-
-        Args:
-            sites: Their names.
-            report: The verdict.
-        """
+        """Alert that some sites have crossed the threshold, if that was asked for; what is too early joins the next."""
         self._waiting += sites if self._alerts and self._is_first_rank else ()
         takers = [adapter for adapter in self._adapters if adapter.takes_alerts]
         if not self._waiting or not takers or time.monotonic() - self._alerted < _SECONDS_BETWEEN_ALERTS:
