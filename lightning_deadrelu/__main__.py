@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from lightning_deadrelu.checkpoint import read_checkpoint
 from lightning_deadrelu.explain.autopsy import autopsy
 from lightning_deadrelu.observe.audit import find_dead_units
+from lightning_deadrelu.render.names import listed
 from lightning_deadrelu.repair.restore_activations import restore_activations
 from lightning_deadrelu.report import RunReport, summary
 from lightning_deadrelu.report.html_page import to_html
@@ -292,9 +293,9 @@ def _load(model: nn.Module, path: Path, trust: bool) -> None:
         {key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)}, strict=False
     )
     if missing:
-        raise ValueError(f"`--checkpoint {path}` lacks {_some(missing)}. Give the model that was trained.")
+        raise ValueError(f"`--checkpoint {path}` lacks {listed(missing)}. Give the model that was trained.")
     if unexpected:
-        warnings.warn(f"`{path}` holds what the model has not: {_some(unexpected)}.", stacklevel=2)
+        warnings.warn(f"`{path}` holds what the model has not: {listed(unexpected)}.", stacklevel=2)
 
 
 def _prefix(ours: Sequence[str], theirs: Sequence[str], path: Path) -> str:
@@ -306,19 +307,14 @@ def _prefix(ours: Sequence[str], theirs: Sequence[str], path: Path) -> str:
         return "" if "" in fitting else fitting[0]
     if fitting:
         raise ValueError(
-            f"`--checkpoint {path}` holds the model {len(fitting)} times, as {_some(fitting)}. Give a file that holds"
+            f"`--checkpoint {path}` holds the model {len(fitting)} times, as {listed(fitting)}. Give a file that holds"
             " it once, or name the whole model that was trained."
         )
     missing = [key for key in ours if names[0] + key not in held]
     raise ValueError(
-        f"`--checkpoint {path}` does not fit the model: it lacks {_some(missing)}, and has {_some(theirs)}. Let"
+        f"`--checkpoint {path}` does not fit the model: it lacks {listed(missing)}, and has {listed(theirs)}. Let"
         " MODEL_FACTORY build the model that was trained."
     )
-
-
-def _some(keys: Sequence[str]) -> str:
-    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-    return ", ".join(f"`{key}`" for key in keys[:3]) + more
 
 
 def _saved_optimizers(model: nn.Module, checkpoint: Mapping[str, Any], path: Path) -> list[Optimizer]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import field, fields, is_dataclass
 from typing import Any, NamedTuple, NoReturn
 
 
@@ -49,8 +50,12 @@ class Argument(NamedTuple):
         why = f"it has to be a whole number of at least {least}{alternative}"
         self.check(fits or (optional and self.value is None), why, f"{self.name}={example}")
 
-    def check_number(self, example: float, above: float = -math.inf, below: float = math.inf) -> None:
-        """Refuse all but a finite number between two limits, which are not allowed themselves."""
+    def check_number(
+        self, example: float, above: float = -math.inf, below: float = math.inf, optional: bool = False
+    ) -> None:
+        """Refuse all but a finite number between two limits, which are not allowed themselves, or None."""
+        if optional and self.value is None:
+            return
         limits = [f"above {above:g}"] * math.isfinite(above) + [f"below {below:g}"] * math.isfinite(below)
         why = f"it has to be a number {' and '.join(limits)}" if limits else "it has to be a finite number"
         self.check(self._is_number() and above < self.value < below, why, f"{self.name}={example}")
@@ -73,3 +78,26 @@ class Argument(NamedTuple):
 
     def _is_number(self) -> bool:
         return isinstance(self.value, (int, float)) and not isinstance(self.value, bool)
+
+
+def checked(default: Any, check: Callable[[Argument], None]) -> Any:
+    """Make a dataclass's field of a default, and of what :func:`check_fields` does to a value that is given instead."""
+    return field(default=default, metadata={"check": check})
+
+
+def check_fields(given: Any, call: str) -> None:
+    """Check the fields of a dataclass that came with a check, in it or in a class that it is derived from.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass
+        ... class Window:
+        ...     steps: int = checked(10, lambda it: it.check_count(10))
+        >>> check_fields(Window(0), "watch")
+        Traceback (most recent call last):
+        ValueError: `watch(steps=0)`: it has to be a whole number of at least 1. Try `steps=10`.
+    """
+    kinds = filter(is_dataclass, reversed(type(given).__mro__))
+    checks = {one.name: one.metadata["check"] for kind in kinds for one in fields(kind) if "check" in one.metadata}
+    for name, check in checks.items():
+        check(Argument(call, name, getattr(given, name)))

@@ -1,8 +1,9 @@
 import math
+from dataclasses import dataclass
 
 import pytest
 
-from lightning_deadrelu.validation import Argument
+from lightning_deadrelu.validation import Argument, check_fields, checked
 
 
 def told(value, check, *args, **options):
@@ -60,3 +61,19 @@ def test_lists_of_patterns_are_taken(value):
 def test_a_switch_is_true_or_false():
     assert "it is a switch. Try `size=True`" in told(1, "check_flag")
     assert told(False, "check_flag") == ""
+
+
+@dataclass
+class Base:
+    steps: int = checked(10, lambda it: it.check_count(10))
+
+
+@dataclass
+class WithAnotherDefault(Base):
+    steps: int = 5
+
+
+def test_a_derived_class_keeps_the_check_of_a_field_whose_default_it_changes():
+    check_fields(WithAnotherDefault(), "Thing")
+    with pytest.raises(ValueError, match=r"`Thing\(steps=0\)`: .* Try `steps=10`"):
+        check_fields(WithAnotherDefault(0), "Thing")

@@ -12,10 +12,33 @@ from torch import Tensor
 
 from lightning_deadrelu.remedies import Remedy, ladder_of
 from lightning_deadrelu.statistics import Rules
-from lightning_deadrelu.validation import Argument
+from lightning_deadrelu.validation import Argument, check_fields, checked
 
-_COUNTS = {"every_n_steps": 10, "window": 10, "min_samples": 299}
-_SHARES = {"threshold": 0.1, "tau": 0.025}
+
+def _check_mask(it: Argument) -> None:
+    fits = it.value is None or callable(it.value)
+    it.check(fits, "it is called with each batch", 'mask=lambda batch: batch["attention_mask"]')
+
+
+def _check_unit_dims(it: Argument) -> None:
+    pairs = it.value.items() if isinstance(it.value, Mapping) else [(it.value, it.value)]
+    fits = it.value is None or all(isinstance(pattern, str) and type(dim) is int for pattern, dim in pairs)
+    it.check(fits, "it maps patterns to dimensions", 'unit_dims={"encoder.*": 1}')
+
+
+def _check_folder(it: Argument) -> None:
+    fits = it.value is None or (isinstance(it.value, (str, PathLike)) and str(it.value) != "")
+    it.check(fits, "it is the path of a folder", 'report_dir="reports"')
+
+
+def _check_preset(it: Argument) -> None:
+    it.check(it.value in (None, "sae"), "there is one, for sparse autoencoders", 'preset="sae"')
+
+
+def _check_name(it: Argument) -> None:
+    fits = isinstance(it.value, str) and it.value.isidentifier()
+    why = "metric keys start with it, and after it comes a slash; it takes letters, digits and underscores"
+    it.check(fits, why, 'name="dead_relu"')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,57 +57,30 @@ class Settings:
     call: ClassVar[str] = "DeadReLUMonitor"
     """What was called with these arguments."""
 
-    every_n_steps: int = 10
-    window: int = 10
-    min_samples: int = 299
-    threshold: float = 0.1
+    every_n_steps: int = checked(10, lambda it: it.check_count(10))
+    window: int = checked(10, lambda it: it.check_count(10))
+    min_samples: int = checked(299, lambda it: it.check_count(299))
+    threshold: float = checked(0.1, lambda it: it.check_share(0.1))
     remedy: Remedy | str | Sequence[Remedy | str] | None = None
-    include: Sequence[str] = ()
-    exclude: Sequence[str] = ()
-    tau: float = 0.025
-    mask: Callable[[Any], Tensor] | None = None
-    gradient_evidence: bool = False
-    unit_dims: Mapping[str, int] | None = None
-    checkup: bool = False
-    alerts: bool = False
-    report_dir: str | None = None
-    preset: str | None = None
-    name: str = "dead_relu"
-    all_rates: bool = False
+    include: Sequence[str] = checked((), Argument.check_patterns)
+    exclude: Sequence[str] = checked((), Argument.check_patterns)
+    tau: float = checked(0.025, lambda it: it.check_share(0.025))
+    mask: Callable[[Any], Tensor] | None = checked(None, _check_mask)
+    gradient_evidence: bool = checked(False, Argument.check_flag)
+    unit_dims: Mapping[str, int] | None = checked(None, _check_unit_dims)
+    checkup: bool = checked(False, Argument.check_flag)
+    alerts: bool = checked(False, Argument.check_flag)
+    report_dir: str | None = checked(None, _check_folder)
+    preset: str | None = checked(None, _check_preset)
+    name: str = checked("dead_relu", _check_name)
+    all_rates: bool = checked(False, Argument.check_flag)
 
     def __post_init__(self) -> None:
-        for name, example in _COUNTS.items():
-            self._argument(name).check_count(example)
-        for name, share in _SHARES.items():
-            self._argument(name).check_share(share)
-        for name in ("include", "exclude"):
-            self._argument(name).check_patterns()
-        for name in ("gradient_evidence", "checkup", "alerts", "all_rates"):
-            self._argument(name).check_flag()
-        self._check_the_rest()
+        check_fields(self, self.call)
         self._check_together()
 
     def _argument(self, name: str) -> Argument:
         return Argument(self.call, name, getattr(self, name))
-
-    def _check_the_rest(self) -> None:
-        fits: Mapping[str, tuple[bool, str, str]] = {
-            "mask": (
-                self.mask is None or callable(self.mask),
-                "it is called with each batch",
-                'mask=lambda batch: batch["attention_mask"]',
-            ),
-            "unit_dims": (_maps_to_dimensions(self.unit_dims), "it maps patterns to dimensions", _UNIT_DIMS),
-            "preset": (self.preset in (None, "sae"), "there is one, for sparse autoencoders", 'preset="sae"'),
-            "report_dir": (_is_path(self.report_dir), "it is the path of a folder", 'report_dir="reports"'),
-            "name": (
-                isinstance(self.name, str) and self.name.isidentifier(),
-                "metric keys start with it, and after it comes a slash; it takes letters, digits and underscores",
-                'name="dead_relu"',
-            ),
-        }
-        for name, check in fits.items():
-            self._argument(name).check(*check)
 
     def _check_together(self) -> None:
         if self.remedies and self.threshold == 1:
@@ -160,16 +156,3 @@ def _as_written(value: Any) -> str:
 def _hashed(number: int) -> int:
     """Hash a number (Knuth's multiplicative hash), 0 to 0."""
     return (number * 2_654_435_761 % 2**32) >> 16
-
-
-_UNIT_DIMS = 'unit_dims={"encoder.*": 1}'
-
-
-def _maps_to_dimensions(value: object) -> bool:
-    if value is None:
-        return True
-    return isinstance(value, Mapping) and all(isinstance(k, str) and type(v) is int for k, v in value.items())
-
-
-def _is_path(value: object) -> bool:
-    return value is None or (isinstance(value, (str, PathLike)) and str(value) != "")

@@ -14,21 +14,9 @@ from lightning_deadrelu.attribution.result import Attribution
 from lightning_deadrelu.model.slices import Slice
 from lightning_deadrelu.statistics import SiteReport
 from lightning_deadrelu.statistics.confirmation import LEVELS
-from lightning_deadrelu.validation import Argument
+from lightning_deadrelu.validation import Argument, check_fields, checked
 
 _NEEDS = frozenset({"incoming", "outgoing", "outlet", "module"})
-# of each count: the least value, whether None is one, and an example
-_COUNTS = {
-    "patience": (1, False, 1),
-    "cooldown": (1, False, 2),
-    "attempts": (1, True, 3),
-    "max_edits": (1, True, 10),
-    "max_edits_per_site": (1, True, 5),
-    "start_step": (0, False, 0),
-    "stop_step": (1, True, 1000),
-    "evidence": (1, True, 2990),
-    "seed": (0, False, 0),
-}
 _MOST_ENTRIES = 100_000  # of a tensor that its law is told from
 _UNIFORM_KURTOSIS, _NORMAL_KURTOSIS = 1.8, 3.0
 
@@ -286,37 +274,31 @@ class Remedy(_Derivable):
         ValueError: `Lift(patience=0)`: it has to be a whole number of at least 1. Try `patience=1`.
     """
 
-    patience: int = 1
-    cooldown: int = 1
-    attempts: int | None = 3
-    max_edits: int | None = None
-    max_edits_per_site: int | None = None
-    start_step: int = 0
-    stop_step: int | None = None
-    evidence: int | None = None
-    significance: float | None = None
-    seed: int = 0
-    dry_run: bool = False
+    patience: int = checked(1, lambda it: it.check_count(1))
+    cooldown: int = checked(1, lambda it: it.check_count(2))
+    attempts: int | None = checked(3, lambda it: it.check_count(3, optional=True))
+    max_edits: int | None = checked(None, lambda it: it.check_count(10, optional=True))
+    max_edits_per_site: int | None = checked(None, lambda it: it.check_count(5, optional=True))
+    start_step: int = checked(0, lambda it: it.check_count(0, least=0))
+    stop_step: int | None = checked(None, lambda it: it.check_count(1000, optional=True))
+    evidence: int | None = checked(None, lambda it: it.check_count(2990, optional=True))
+    significance: float | None = checked(None, lambda it: it.check_number(0.001, 0, 1, optional=True))
+    seed: int = checked(0, lambda it: it.check_count(0, least=0))
+    dry_run: bool = checked(False, Argument.check_flag)
 
     needs: ClassVar[frozenset[str]] = frozenset({"incoming"})
     """What has to be known of a site: ``"incoming"``, ``"outgoing"``, ``"outlet"``, ``"module"``."""
 
     def __post_init__(self) -> None:
-        for field, (least, optional, example) in _COUNTS.items():
-            self._argument(field).check_count(example, least, optional)
-        self._argument("dry_run").check_flag()
-        if self.significance is not None:
-            self._argument("significance").check_number(0.001, 0, 1)
+        check_fields(self, type(self).__name__)
         if self.stop_step is not None and self.stop_step <= self.start_step:
             why = f"it has to be behind `start_step={self.start_step}`, or it never acts"
-            self._argument("stop_step").refuse(why, f"stop_step={self.start_step + 1000}")
+            refused = Argument(type(self).__name__, "stop_step", self.stop_step)
+            refused.refuse(why, f"stop_step={self.start_step + 1000}")
         if unknown := sorted(set(self.needs) - _NEEDS):
             raise ValueError(
                 f"`{type(self).__name__}.needs` names {unknown}, which no site has. Try any of {sorted(_NEEDS)}."
             )
-
-    def _argument(self, field: str) -> Argument:
-        return Argument(type(self).__name__, field, getattr(self, field))
 
     @property
     def treats_frozen(self) -> bool:

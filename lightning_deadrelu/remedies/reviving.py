@@ -9,8 +9,18 @@ import torch
 from torch import Tensor
 
 from lightning_deadrelu.model.rectifiers import COMPETITIONS, SELECTIONS
-from lightning_deadrelu.remedies.base import Activation, Edits, Lift, NotApplicable, Push, Remedy, SiteView, Warmth
+from lightning_deadrelu.remedies.base import (
+    Activation,
+    Edits,
+    Lift,
+    NotApplicable,
+    Push,
+    Remedy,
+    SiteView,
+    Warmth,
+)
 from lightning_deadrelu.remedies.lifting import raised
+from lightning_deadrelu.validation import Argument, checked
 
 _NORMAL_SPREAD = 2.56
 """Standard deviations between the quantiles 0.1 and 0.9 of a normal variable."""
@@ -53,22 +63,12 @@ class BiasWarming(Remedy):
         500
     """
 
-    firing_rate: float | None = 0.5
-    steps: int = 50
-    at_once: bool = False
-    cap: float | None = None
-    margin: float = 0.01
+    firing_rate: float | None = checked(0.5, lambda it: it.check_number(0.5, 0, 1, optional=True))
+    steps: int = checked(50, lambda it: it.check_count(50))
+    at_once: bool = checked(False, Argument.check_flag)
+    cap: float | None = checked(None, lambda it: it.check_number(1.0, 0, optional=True))
+    margin: float = checked(0.01, lambda it: it.check_number(0.01, 0))
     attempts: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.firing_rate is not None:
-            self._argument("firing_rate").check_number(0.5, 0, 1)
-        self._argument("steps").check_count(50)
-        self._argument("at_once").check_flag()
-        if self.cap is not None:
-            self._argument("cap").check_number(1.0, 0)
-        self._argument("margin").check_number(0.01, 0)
 
     @property
     def is_exact(self) -> bool:
@@ -126,18 +126,12 @@ class WakeUp(Remedy):
         0.2
     """
 
-    target_rate: float = 0.2
-    push: float = 1.0
-    max_steps: int = 1000
+    target_rate: float = checked(0.2, lambda it: it.check_number(0.2, 0, 1))
+    push: float = checked(1.0, lambda it: it.check_number(1.0, 0))
+    max_steps: int = checked(1000, lambda it: it.check_count(1000))
     attempts: int | None = None
 
     needs: ClassVar[frozenset[str]] = frozenset()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._argument("target_rate").check_number(0.2, 0, 1)
-        self._argument("push").check_number(1.0, 0)
-        self._argument("max_steps").check_count(1000)
 
     @property
     def is_exact(self) -> bool:
@@ -180,18 +174,12 @@ class LeakySlope(Remedy):
         0.1
     """
 
-    slope: float = 0.1
-    per_unit: bool = True
-    ramp_steps: int | None = 50
+    slope: float = checked(0.1, lambda it: it.check_number(0.1, 0, 1))
+    per_unit: bool = checked(True, Argument.check_flag)
+    ramp_steps: int | None = checked(50, lambda it: it.check_count(300, 2, optional=True))
     attempts: int | None = None
 
     needs: ClassVar[frozenset[str]] = frozenset()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._argument("slope").check_number(0.1, 0, 1)
-        self._argument("per_unit").check_flag()
-        self._argument("ramp_steps").check_count(300, 2, optional=True)
 
     def propose(self, view: SiteView, generator: torch.Generator) -> Edits:
         """Give a slope to the treated units, or to all, and lift or push the treated ones."""

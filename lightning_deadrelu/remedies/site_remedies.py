@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from lightning_deadrelu.remedies.base import Activation, Edits, Remedy, SiteView
+from lightning_deadrelu.validation import Argument, checked
 
 KINDS = ("leaky_relu", "rrelu", "elu", "selu", "gelu", "silu")
 """What a site's rectifier can be swapped for."""
@@ -15,6 +16,12 @@ PRELU = (
     "PReLU brings parameters, which optimizers, DDP and checkpoints do not know about once training has begun. Call "
     "`swap_activations_(model, nn.PReLU)` in `__init__` or `configure_model` instead"
 )
+
+
+def _check_kind(it: Argument) -> None:
+    if it.value == "prelu":
+        raise ValueError(f"`SwapActivation(activation='prelu')`: {PRELU}.")
+    it.check(it.value in KINDS, f"it has to be one of {', '.join(KINDS)}", 'activation="gelu"')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,18 +44,11 @@ class SwapActivation(Remedy):
         'silu'
     """
 
-    activation: str = "gelu"
+    activation: str = checked("gelu", _check_kind)
     attempts: int | None = 1
     cooldown: int = 10
 
     needs: ClassVar[frozenset[str]] = frozenset({"module"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.activation == "prelu":
-            raise ValueError(f"`SwapActivation(activation='prelu')`: {PRELU}.")
-        if self.activation not in KINDS:
-            self._argument("activation").refuse(f"it has to be one of {', '.join(KINDS)}", 'activation="gelu"')
 
     def propose(self, view: SiteView, generator: torch.Generator) -> Edits:
         """Name the activation."""

@@ -13,6 +13,7 @@ from lightning_deadrelu.model.slices import Slice
 from lightning_deadrelu.remedies.base import Edits, InitDistribution, Remedy, SiteView, Write
 from lightning_deadrelu.remedies.folding import foldable, folded, to_free
 from lightning_deadrelu.remedies.redraw import choose
+from lightning_deadrelu.validation import Argument, checked
 
 _NEUTRAL = {"scale": 1.0, "shift": 0.0, "mean": 0.0, "variance": 1.0}
 """What a norm's affine and its running statistics are at the start."""
@@ -55,21 +56,12 @@ class Reset(Remedy):
         True
     """
 
-    tries: int = 8
-    bias: float | None = None
-    frozen: bool = False
-    blind: float | None = None
+    tries: int = checked(8, lambda it: it.check_count(8))
+    bias: float | None = checked(None, lambda it: it.check_number(0.1, optional=True))
+    frozen: bool = checked(False, Argument.check_flag)
+    blind: float | None = checked(None, lambda it: it.check_number(0.05, 0, 1, optional=True))
 
     needs: ClassVar[frozenset[str]] = frozenset({"incoming", "outgoing"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._argument("tries").check_count(8)
-        if self.bias is not None:
-            self._argument("bias").check_number(0.1)
-        self._argument("frozen").check_flag()
-        if self.blind is not None:
-            self._argument("blind").check_number(0.05, 0, 1)
 
     @property
     def treats_blind(self) -> float | None:
@@ -145,13 +137,8 @@ class ThermalKick(Remedy):
         1.0
     """
 
-    strength: float = 0.1
-    depth: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._argument("strength").check_number(0.1, 0)
-        self._argument("depth").check_number(1.0, 0)
+    strength: float = checked(0.1, lambda it: it.check_number(0.1, 0))
+    depth: float = checked(1.0, lambda it: it.check_number(1.0, 0))
 
     def propose(self, view: SiteView, generator: torch.Generator) -> Edits:
         """Add noise to what feeds the treated units."""

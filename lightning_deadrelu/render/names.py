@@ -41,6 +41,17 @@ def cut_name(name: str, longest: int) -> str:
     return f"{name[:kept]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}_{name[-kept:]}"
 
 
+def listed(names: Sequence[str]) -> str:
+    """List names, the first three of many.
+
+    Example:
+        >>> listed(["a", "b", "c", "d", "e"])
+        '`a`, `b`, `c` and 2 more'
+    """
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(f"`{name}`" for name in names[:3]) + more
+
+
 def _in_common(paths: list[list[str]]) -> int:
     """Count the leading parts that all paths share."""
     return sum(1 for _ in itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False)))

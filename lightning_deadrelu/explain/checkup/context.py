@@ -188,9 +188,3 @@ def code(path: str) -> str:
         'model.net[0].bias'
     """
     return "model" + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in path.split("."))
-
-
-def listed(names: Sequence[str]) -> str:
-    """List names, the first three of many."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(f"`{name}`" for name in names[:3]) + more

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from lightning_deadrelu.explain.centring import INDICATORS
-from lightning_deadrelu.explain.checkup.context import CheckContext, ParameterStats, code, listed
+from lightning_deadrelu.explain.checkup.context import CheckContext, ParameterStats, code
 from lightning_deadrelu.explain.finding import Confidence, Finding
+from lightning_deadrelu.render.names import listed
 from lightning_deadrelu.statistics import SiteReport
 from lightning_deadrelu.statistics.born_dead import born_dead_bounds
 

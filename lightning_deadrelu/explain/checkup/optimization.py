@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from lightning_deadrelu.explain.checkup.context import CheckContext, listed
+from lightning_deadrelu.explain.checkup.context import CheckContext
 from lightning_deadrelu.explain.finding import Finding
 from lightning_deadrelu.model.optimizer_groups import ParameterGroup
+from lightning_deadrelu.render.names import listed
 
 _HALF_LIFE = 1000  # steps; SGD at 0.1 with momentum 0.9 and decay 5e-4 has 1,386
 _L2_OF_ADAM = 0.01

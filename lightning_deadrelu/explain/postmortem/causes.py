@@ -51,8 +51,8 @@ class _Spike(NamedTuple):
 
 def shifted(dying: DyingUnits, rows: Rows) -> Cause | None:
     """Find the last step at which the loss jumped to about that of the untrained model, and stayed high."""
-    first, ended = int(dying.last_fired.min()), int(dying.silent_from.median())
-    loss, steps = rows.column("loss"), torch.tensor(rows.steps, dtype=torch.int64)
+    first, ended = dying.interval
+    loss, steps = rows.column("loss"), rows.numbers
     near = ((steps >= first - _SETTLED) & (steps < ended)).nonzero().flatten().tolist()
     place = next((place for place in reversed(near) if _jumps(loss, place)), None)
     if place is None:
@@ -74,8 +74,7 @@ def _jumps(loss: Tensor, place: int) -> bool:
 
 def spiked(dying: DyingUnits, rows: Rows) -> Cause | None:
     """Find what rose out of proportion before most of the dying units fell silent: the earliest link of the chain."""
-    first = int(dying.last_fired.min())
-    ended = int(dying.silent_from.median())  # by then half of them were dead
+    first, ended = dying.interval
     rate, gradient = (_spike(rows, name, first, ended) for name in ("rate", "gradient"))
     inputs = [_spike(rows, f"input_{number}", first, ended) for number in range(3)]
     largest = max((spike for spike in inputs if spike), key=lambda spike: spike.ratio, default=None)
@@ -105,8 +104,8 @@ def adam_spike(dying: DyingUnits, rows: Rows) -> Cause | None:
     Steps stay as large as before, whatever is left of the gradients. Either they overshoot, and errors grow from step
     to step; or what rounding leaves of the gradients bursts at once.
     """
-    first, ended = int(dying.last_fired.min()), int(dying.silent_from.median())
-    loss, steps = rows.column("loss"), torch.tensor(rows.steps, dtype=torch.int64)
+    first, ended = dying.interval
+    loss, steps = rows.column("loss"), rows.numbers
     near = ((steps >= first - LAG) & (steps < ended)).nonzero().flatten()
     near = near[near >= 2 * LAG]
     if not dying.adaptive or not len(near):
@@ -145,7 +144,7 @@ def _times(spike: _Spike) -> str:
 
 def _spike(rows: Rows, name: str, first: int, end: int) -> _Spike | None:
     """Find the largest value among the steps that may have killed, if it is out of proportion to those before."""
-    column, steps = rows.column(name), torch.tensor(rows.steps, dtype=torch.int64)
+    column, steps = rows.column(name), rows.numbers
     known = column.isfinite() & (column > 0)
     column, steps = column[known], steps[known]
     may = ((steps >= first - LAG) & (steps < end)).nonzero().flatten()
@@ -186,7 +185,7 @@ def large_steps(dying: DyingUnits, rows: Rows, sunk: str = "", before: int | Non
 
 def _step_size(dying: DyingUnits, rows: Rows, first: int, last: int) -> tuple[float, float]:
     """Estimate a step over the weights it changed: lr for what Adam steps, lr times the gradient for others."""
-    steps = torch.tensor(rows.steps, dtype=torch.int64)
+    steps = rows.numbers
     near = (steps >= first) & (steps < last)
     rate = median(rows.column("rate")[near])
     weights = math.sqrt(median(dying.live_square))

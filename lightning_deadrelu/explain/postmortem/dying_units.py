@@ -78,6 +78,11 @@ class DyingUnits(NamedTuple):
         return self._replace(**cut, peaks=self.peaks[:, chosen])
 
     @property
+    def interval(self) -> tuple[int, int]:
+        """The first step after which one of them did not fire, and that by which half of them were silent."""
+        return int(self.last_fired.min()), int(self.silent_from.median())
+
+    @property
     def moved(self) -> float:
         """Median change of the biases since the units were alive; NaN where it is not known."""
         return median(self.bias - self.live_bias)

@@ -43,6 +43,11 @@ class Rows(NamedTuple):
         """Start without any."""
         return cls((), (), torch.empty(0, len(_COLUMNS)))
 
+    @property
+    def numbers(self) -> Tensor:
+        """The steps, shape ``(rows,)``, int64."""
+        return torch.tensor(self.steps, dtype=torch.int64)
+
     def column(self, name: str) -> Tensor:
         """Return one column: ``"gradient"``, ``"loss"``, ``"input_0"``, ... or ``"rate"``."""
         if name == "rate":
