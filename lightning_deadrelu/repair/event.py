@@ -11,8 +11,8 @@ _JUMP_IN_STDS = 5.0
 _IN_WORDS = {
     "edited": "repaired",
     "would edit": "would repair",
-    "useful": "was useful in",
-    "useless": "was not useful in",
+    "useful": "was useful",
+    "useless": "was not useful",
 }
 
 
@@ -36,6 +36,8 @@ class Event(NamedTuple):
     Example:
         >>> print(Event(step=30, site="net.1", action="edited", remedy="Reset", units=(2, 5), reason="20.0% dead"))
         step 30: Reset repaired `net.1` (2 units): 20.0% dead
+        >>> print(Event(step=90, site="net.1", action="useful", remedy="Reset", units=(2, 5), reason="2 of 2 matter"))
+        step 90: Reset was useful in `net.1` (2 units): 2 of 2 matter
     """
 
     step: int
@@ -60,7 +62,8 @@ class Event(NamedTuple):
 
     def __str__(self) -> str:
         units = f" ({len(self.units)} unit{'s' * (len(self.units) > 1)})" if self.units else ""
-        where = f" `{self.site}`" if self.site else ""
+        place = " in" if self.action in ("useful", "useless") else ""
+        where = f"{place} `{self.site}`" if self.site else ""
         return f"step {self.step}: {self.remedy} {self.outcome}{where}{units}: {self.reason}"
 
 

@@ -194,11 +194,11 @@ def _rows(groups: Sequence[Sequence[SiteSummary]]) -> list[tuple[dict[str, Cell]
 
 
 def _by_cause(deaths: Iterable[DeathEvent]) -> dict[str, Any]:
-    """Gather deaths by their cause, most units first; those without one apart, in the order of time."""
+    """Gather deaths by their cause, most units first and what follows from others last; those without one apart."""
     ordered = sorted(deaths, key=lambda death: (death.cause, death.first_step))
     named = [death for death in ordered if death.finding]
     groups = [list(group) for _, group in itertools.groupby(named, key=lambda death: death.cause)]
-    groups.sort(key=lambda group: -sum(sum(death.units) for death in group))
+    groups.sort(key=lambda group: (group[0].cause == "upstream_death", -sum(sum(death.units) for death in group)))
     rest = sorted((death for death in ordered if not death.finding), key=lambda death: death.first_step)
     return {
         "causes": [(group[0].finding, group[:_DEATHS], group[_DEATHS:]) for group in groups],

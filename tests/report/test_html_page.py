@@ -120,6 +120,14 @@ def test_deaths_stand_by_their_cause_and_those_without_one_in_a_line(runs):
     assert "5 more deaths without a known cause" in words
 
 
+def test_a_cause_stands_before_what_follows_from_it(runs):
+    causes = {"upstream_death": 30, "negative_bias": 20}
+    findings = {c: Finding(cause=c, where="a", measured="", confidence="certain", edit="", source="") for c in causes}
+    deaths = [DeathEvent("born dead", c, ("a",), (n,), 0, 9, "seen", None, findings[c]) for c, n in causes.items()]
+    words = " ".join(Page(page.to_html(replace(runs[1], deaths=tuple(deaths), findings=()))).words)
+    assert words.index("negative_bias") < words.index("upstream_death")
+
+
 def test_odd_names_are_escaped():
     name = '<img src=x onerror="alert(1)">&`'
     run = run_of(2, windows=3, units=4, pattern=name + "{}")

@@ -22,9 +22,10 @@ from toys import EVERYTHING, KEY, Log, Net, Verdicts, batches, fit, mlp
 from lightning_deadrelu import DeadReLUMonitor
 from lightning_deadrelu.report.loggers import Reporter, metrics_of
 from lightning_deadrelu.report.loggers.adapters import adapter_of
-from lightning_deadrelu.report.loggers.media import MOST_SITES, is_due, media_of
+from lightning_deadrelu.report.loggers.media import LEGEND, MOST_SITES, is_due, media_of
 from lightning_deadrelu.report.raster import Raster, image_of
 from lightning_deadrelu.report.run_report import RunReport
+from lightning_deadrelu.statistics.unit_state import State
 
 TESTS = Path(__file__).parents[2]
 
@@ -134,6 +135,10 @@ def test_tensorboard_media(everywhere):
     layouts = events.Tensors("custom_scalars__config__")
     assert len(layouts) == 1
     assert b"dead_relu_sites/" in layouts[0].tensor_proto.string_val[0]
+
+
+def test_the_legend_names_every_state():
+    assert all(f" {state.label}" in LEGEND for state in State)
 
 
 @pytest.mark.slow
