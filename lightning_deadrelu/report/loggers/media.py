@@ -19,8 +19,8 @@ from lightning_deadrelu.statistics.report_table import row_of
 MOST_SITES = 32
 LEGEND = (
     "Rasters: a row for each unit, the first to die at the bottom; a column for each window. Orange is dead, black"
-    " repaired, pale blue alive, amber rare, dark blue always on, pink frozen, green dormant, yellow not finite, grey not"
-    " judged. Overview: a row for each layer, the first on top; the darker, the larger its dead share."
+    " repaired, pale blue alive, amber rare, dark blue always on, pink frozen, green dormant, yellow not finite, grey"
+    " not judged. Overview: a row for each layer, the first on top; the darker, the larger its dead share."
 )
 
 _COLUMNS = ["site", "kind", "units", "dead", "dead_fraction", "rare", "always_on", "dormant", "born_dead", "died"]
