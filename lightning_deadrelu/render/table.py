@@ -79,6 +79,19 @@ def text_table(columns: Sequence[Column], rows: Sequence[Row], width: int | None
     return "\n".join([*head[:top], *(line for row in cells for line in _lines(row, columns, sizes, gap))])
 
 
+def coded(text: str) -> str:
+    """Escape for HTML, and set what stands between backticks as code.
+
+    Example:
+        >>> coded("<b> in `net.1`")
+        '&lt;b&gt; in <code>net.1</code>'
+    """
+    parts = html.escape(text).split("`")
+    if len(parts) % 2 == 0:  # a name has one
+        return html.escape(text)
+    return "".join(f"<code>{part}</code>" if at % 2 else part for at, part in enumerate(parts))
+
+
 def terminal_width() -> int:
     """Return the characters in a line of the terminal, but at least 80 and at most 140."""
     return min(max(shutil.get_terminal_size((120, 24)).columns, 80), 140)

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from lightning_deadrelu.render.names import shortened_names
 from lightning_deadrelu.render.scale import round_ticks, shades_of
-from lightning_deadrelu.render.table import Cell, shown_columns
+from lightning_deadrelu.render.table import Cell, coded, shown_columns
 from lightning_deadrelu.report.figures import CURVES
 from lightning_deadrelu.report.json_export import to_json
 from lightning_deadrelu.report.raster import Raster, image_of
@@ -80,21 +80,8 @@ def to_html(run: RunReport) -> str:
 def _template() -> Any:
     loader = PackageLoader("lightning_deadrelu", "report")
     pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    pages.filters["coded"] = _coded
+    pages.filters["coded"] = lambda text: Markup(coded(text))
     return pages.get_template("page.html")
-
-
-def _coded(text: str) -> Markup:
-    """Escape, and set what stands between backticks as code.
-
-    Example:
-        >>> _coded("<b> in `net.1`")
-        Markup('&lt;b&gt; in <code>net.1</code>')
-    """
-    parts = [escape(part) for part in text.split("`")]
-    if len(parts) % 2 == 0:  # a name has one
-        return escape(text)
-    return Markup("").join(Markup(f"<code>{part}</code>") if at % 2 else part for at, part in enumerate(parts))
 
 
 def _versions() -> dict[str, str]:

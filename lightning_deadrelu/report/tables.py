@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import html
-
 from typing_extensions import Self
 
 from lightning_deadrelu.explain.postmortem import described
 from lightning_deadrelu.render.names import shortened_names
-from lightning_deadrelu.render.table import folded, html_table, terminal_width, text_table
+from lightning_deadrelu.render.table import coded, folded, html_table, terminal_width, text_table
 from lightning_deadrelu.report.run_report import RunReport
 from lightning_deadrelu.report.site_summary import COLUMNS, rows_of, shortened
 
@@ -59,5 +57,5 @@ def summary(run: RunReport, width: int | None = None) -> Summary:
     below = "\n".join(filter(None, [*unwatched, described(run.deaths)]))
     table = text_table(columns, rows, width) if rows else ""
     text = "\n".join(filter(None, [folded(run.conclusion, width - _PREFIX), table, folded(below, width)]))
-    notes = f'<p style="white-space: pre-line">{html.escape(below)}</p>' if below else ""
-    return Summary(text, f"<p>{html.escape(run.conclusion)}</p>{html_table(COLUMNS, rows) if rows else ''}{notes}")
+    notes = f'<p style="white-space: pre-wrap">{coded(below)}</p>' if below else ""
+    return Summary(text, f"<p>{coded(run.conclusion)}</p>{html_table(COLUMNS, rows) if rows else ''}{notes}")
