@@ -11,6 +11,7 @@ from __future__ import annotations
 import html
 import itertools
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -148,7 +149,7 @@ def run_notebook() -> None:
         cell.metadata.clear()  # times
         for output in cell.get("outputs", []):
             if output.output_type == "stream":
-                output.text = output.text.replace(f"{DOCS.parent}/", "")
+                output.text = re.sub(r"\S+/ipykernel_\d+/\d+\.py:", "this cell, line ", output.text)
     nbformat.write(book, NOTEBOOK)
 
 
