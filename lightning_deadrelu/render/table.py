@@ -97,11 +97,11 @@ def terminal_width() -> int:
     return min(max(shutil.get_terminal_size((120, 24)).columns, 80), 140)
 
 
-def folded(text: str, width: int) -> str:
+def prose(text: str, width: int) -> str:
     """Break lines of prose that are too long; what goes on is indented by two more characters.
 
     Example:
-        >>> print(folded("12 units died at step 40", 16))
+        >>> print(prose("12 units died at step 40", 16))
         12 units died at
           step 40
     """

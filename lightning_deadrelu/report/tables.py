@@ -6,7 +6,7 @@ from typing_extensions import Self
 
 from lightning_deadrelu.explain.postmortem import described
 from lightning_deadrelu.render.names import shortened_names
-from lightning_deadrelu.render.table import coded, folded, html_table, terminal_width, text_table
+from lightning_deadrelu.render.table import coded, html_table, prose, terminal_width, text_table
 from lightning_deadrelu.report.run_report import RunReport
 from lightning_deadrelu.report.site_summary import COLUMNS, rows_of, shortened
 
@@ -56,6 +56,6 @@ def summary(run: RunReport, width: int | None = None) -> Summary:
     unwatched = [f"not watched: {name}: {reason}" for name, reason in run.report.unwatched.items()]
     below = "\n".join(filter(None, [*unwatched, described(run.deaths)]))
     table = text_table(columns, rows, width) if rows else ""
-    text = "\n".join(filter(None, [folded(run.conclusion, width - _PREFIX), table, folded(below, width)]))
+    text = "\n".join(filter(None, [prose(run.conclusion, width - _PREFIX), table, prose(below, width)]))
     notes = f'<p style="white-space: pre-wrap">{coded(below)}</p>' if below else ""
     return Summary(text, f"<p>{coded(run.conclusion)}</p>{html_table(COLUMNS, rows) if rows else ''}{notes}")
