@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_deadrelu.attribution import layers, reshaping
@@ -40,8 +41,9 @@ def negate(call: TracedCall) -> Outcome:
 
 def elementwise(call: TracedCall) -> Outcome:
     """Follow a function of each element: from a site to its readers only if zero stays zero."""
-    flow = call.look(call.operands[0])
-    others = [call.look(tensor) for tensor in call.operands[1:]]
+    main = _sides(call)[0] if call.name == "where" else call.operands[0]
+    flow = call.look(main)
+    others = [call.look(tensor) for tensor in call.operands if tensor is not main]
     reader = f"`{call.name}`"
     unaccounted = [read for other in others for read in unaccounted_reads(other, reader, f"{reader} reads it")]
     kept, lost = reshaping.passing(call, flow)
@@ -51,8 +53,17 @@ def elementwise(call: TracedCall) -> Outcome:
         loud = f"{reader} (it makes something of nothing) reads it"
         unaccounted += unaccounted_reads(Flow(tuple(flow.behind)), "", loud)
         kept, why = [stream for stream in kept if isinstance(stream.origin, Origin)], why or bent
-    indirect = flow.indirect if call.name == "masked_fill" else bent
+    indirect = flow.indirect if call.name in ("masked_fill", "where") else bent
     return Outcome((Flow(tuple(kept), why, indirect, constant=flow.constant),), tuple(unaccounted))
+
+
+def _sides(call: TracedCall) -> tuple[Tensor, Any]:
+    """Find what ``where`` keeps a part of, and the constant that it puts elsewhere."""
+    sides = [value for value in call.args if not (isinstance(value, Tensor) and value.dtype == torch.bool)]
+    kept = [side for side in sides if isinstance(side, Tensor) and not call.look(side).zero]
+    if len(sides) != 2 or len(kept) != 1 or kept[0].shape != call.output.shape:
+        raise NotFollowable("it chooses between two")
+    return kept[0], next(side for side in sides if side is not kept[0])
 
 
 def _keeps_zero(call: TracedCall) -> bool:
@@ -64,6 +75,8 @@ def _keeps_zero(call: TracedCall) -> bool:
     if call.name == "masked_fill":
         value = call.argument(2, "value")
         return isinstance(value, (int, float)) and value == 0
+    if call.name == "where":
+        return isinstance(other := _sides(call)[1], Tensor) or other == 0
     if call.name in ("clamp", "hardtanh"):
         words, free = (("min", "max"), None) if call.name == "clamp" else (("min_val", "max_val"), -1.0)
         low, high = call.argument(1, words[0], free), call.argument(2, words[1], None if free is None else 1.0)
@@ -115,7 +128,7 @@ def _subtracted(call: TracedCall) -> Any:
 def _is_row(flow: Flow, tensor: Tensor) -> bool:
     """Whether a tensor is a named parameter of which each entry can be that of a unit."""
     weight = flow.weight or flow.row
-    return weight is not None and not weight.flipped and tensor.numel() > 1
+    return weight is not None and not weight.is_permuted and tensor.numel() > 1
 
 
 def _rows_last(call: TracedCall) -> list[Tensor]:

@@ -216,12 +216,20 @@ class Connectivity:
         if not ends:
             weights = [origin.name for origin in self.fed[site] if origin.role not in ("mean", "variance")]
             return None, _no_outlet(weights[-1]) if weights else self.why.get(site, _UNFED)
-        refusals = [self._refusal(site, end) or _no_place(site, self.fed[site][end]) for end in ends]
+        refusals = [
+            self._refusal(site, end) or _no_place(site, self.fed[site][end]) or self._other_layout(end) for end in ends
+        ]
         good = [end for end, refusal in zip(ends, refusals, strict=True) if not refusal]
         if not good:
             return None, refusals[-1]
         rows, units = self.fed[site][good[-1]].unbind(1)
         return Outlet(good[-1].name, rows[units.argsort()], good[-1].dims[0]), ""
+
+    def _other_layout(self, end: Origin) -> str:
+        """Say so where a module's output has its channels elsewhere in another call."""
+        met = (one for known in (self.unaccounted, *self.fed.values()) for one in known if isinstance(one, Origin))
+        other = any(one.role == OUTLET and one.name == end.name and one != end for one in met)
+        return f"the output of `{end.name}` has several shapes" if other else ""
 
 
 def _no_outlet(name: str) -> str:

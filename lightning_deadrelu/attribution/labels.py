@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_deadrelu.model.sites import Site
-from lightning_deadrelu.model.torch_calls import Call
+from lightning_deadrelu.model.torch_calls import LIKES, Call
 
 NONE = -1
 OUTLET = "outlet"
@@ -66,11 +66,22 @@ class Stream(NamedTuple):
 
 
 class Weight(NamedTuple):
-    """A named parameter, as it is or transposed."""
+    """A named parameter, as it is or with its dimensions in another order.
+
+    Args:
+        name: Of the parameter.
+        shape: Its own shape.
+        dims: For each dimension of the tensor, which of the parameter's it is.
+    """
 
     name: str
     shape: tuple[int, ...]
-    flipped: bool = False
+    dims: tuple[int, ...]
+
+    @property
+    def is_permuted(self) -> bool:
+        """Whether the dimensions are in another order."""
+        return self.dims != tuple(range(len(self.shape)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,6 +160,8 @@ class Read(NamedTuple):
 class TracedCall(Call):
     """One call of a torch function, and what is known of the tensors in it.
 
+    A tensor that is asked for its form alone, as by ``zeros.type_as(x)``, is no operand.
+
     Args:
         func: What was called.
         look: What is known of a tensor.
@@ -160,6 +173,13 @@ class TracedCall(Call):
     look: Callable[[Any], Flow] = lambda value: Flow()
     path: str = ""
     module: nn.Module | None = None
+
+    def __post_init__(self) -> None:
+        Call.__post_init__(self)
+        if self.name in LIKES:
+            self.operands = self.operands[1:]
+        elif self.name == "to" or self.name.endswith("_as"):
+            self.operands = self.operands[:1]
 
 
 class Outcome(NamedTuple):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from lightning_deadrelu.attribution.labels import (
@@ -25,7 +25,7 @@ from lightning_deadrelu.attribution.labels import (
     unaccounted_reads,
 )
 from lightning_deadrelu.model.sites import Site
-from lightning_deadrelu.model.torch_calls import CONVOLUTIONS, LAST_NORMS, MIXING_NORMS, PRODUCTS
+from lightning_deadrelu.model.torch_calls import CONVOLUTIONS, LAST_NORMS, MIXING_NORMS, PRODUCTS, contraction
 
 JOINED = "an identity path joins before it"
 PADDED = "its embedding has a padding row, which stays as it is"
@@ -34,28 +34,28 @@ SHARDED = "its weight stands in for a parameter (sharded, or given to `functiona
 
 
 class Layer(NamedTuple):
-    """A weight between an input and an output.
+    """What a weight does between an input and an output.
 
     Args:
         x: What it is applied to.
-        weight: The tensor in the weight's place.
         bias: Its bias, if any.
-        into: The dimension of the input that holds the features, counted from the end.
-        out: The dimension of the output that holds the units, counted from the end.
-        rows: Given the named weight, the entries that make each unit, and those that meet each feature.
+        makes: The entries that make each unit of the output.
+        out: The dimensions of the output that hold the units, counted from the end.
+        meets: The entries that meet each feature of the input; None where the input holds no activations.
+        into: The dimensions of the input that hold the features, counted from the end.
     """
 
     x: Tensor
-    weight: Tensor
     bias: Tensor | None
-    into: int
-    out: int
-    rows: Callable[[Weight], tuple[Origin, Origin | None]]
+    makes: Origin
+    out: tuple[int, ...]
+    meets: Origin | None = None
+    into: tuple[int, ...] = ()
 
 
 def is_layer(name: str) -> bool:
     """Whether a call may apply a weight."""
-    return name in PRODUCTS or name in ("linear", "addmm", "embedding") or name in CONVOLUTIONS
+    return name in PRODUCTS or name in ("linear", "embedding") or name in CONVOLUTIONS
 
 
 # -- layers ----------------------------------------------------------------------------------------------
@@ -65,79 +65,88 @@ def apply(call: TracedCall) -> Outcome:
     """Follow a layer: its output depends on rows of its weight and bias, and it reads what it is applied to.
 
     Raises:
-        Misfit: If no parameter stands in the weight's place.
+        NotFollowable: If no parameter stands in the weight's place.
     """
-    layer = _layer(call)
-    weight = call.look(layer.weight).weight
-    if weight is None:
-        return _without_weight(call, layer)
-    makes, meets = layer.rows(weight)
-    streams = [Stream(makes, along(makes.rows, call.output.ndim, layer.out))]
-    unaccounted = list(unaccounted_reads(call.look(layer.x), *_readers(call)))
+    x, weight, bias = _factors(call) if call.name in PRODUCTS else _arguments(call)
+    named = call.look(weight).weight
+    if named is None:
+        return _without_weight(call, weight)
+    layer = _layer(call, named, x, weight, bias)
+    makes, ndim = layer.makes, call.output.ndim
+    unaccounted = list(unaccounted_reads(call.look(x), *_readers(call)))
     reads: tuple[Read, ...] = ()
-    if meets is not None:
-        reads, unaccounted = _read(call, layer, meets)
+    if layer.meets is not None:
+        reads, unaccounted = _read(call, layer, layer.meets)
     own, more = _bias(call, layer)
-    streams += own
-    streams += _outlet(call, makes.rows, layer.out)
-    why = JOINED if isinstance(layer.bias, Tensor) and layer.bias.ndim > 1 else ""
+    streams = [Stream(makes, _places_of(makes, layer.out, ndim)), *own, *_outlet(call, makes.rows, layer.out[-1])]
+    why = JOINED if isinstance(bias, Tensor) and bias.ndim > 1 else ""
     if call.name == "embedding" and call.argument(2, "padding_idx") is not None:
         why = PADDED
     return Outcome((Flow(tuple(streams), why),), (*unaccounted, *more), reads, (makes,))
 
 
-def _layer(call: TracedCall) -> Layer:
-    if call.name == "linear":
-        x, weight, bias = (call.argument(i, name) for i, name in enumerate(("input", "weight", "bias")))
-        return Layer(x, weight, bias, -1, -1, _matrix)
-    if call.name == "embedding":
-        return Layer(call.argument(0, "input"), call.argument(1, "weight"), None, -1, -1, _table)
-    if call.name in CONVOLUTIONS:
-        return _convolution(call, "transpose" in call.name, CONVOLUTIONS[call.name])
-    return _product(call)
+def _arguments(call: TracedCall) -> tuple[Tensor, Tensor, Tensor | None]:
+    bias = None if call.name == "embedding" else call.argument(2, "bias")
+    return call.argument(0, "input"), call.argument(1, "weight"), bias
 
 
-def _matrix(weight: Weight) -> tuple[Origin, Origin]:
-    """Take rows for outputs and columns for inputs, or the other way round."""
-    if len(weight.shape) != 2:
-        raise NotFollowable("its weight is no matrix")
-    out, into = (1, 0) if weight.flipped else (0, 1)
-    sizes = weight.shape
-    return Origin(weight.name, "weight", (out,), (sizes[out],)), Origin(weight.name, "reader", (into,), (sizes[into],))
-
-
-def _turned(weight: Weight) -> tuple[Origin, Origin]:
-    return _matrix(weight._replace(flipped=not weight.flipped))
-
-
-def _table(weight: Weight) -> tuple[Origin, None]:
-    return Origin(weight.name, "weight", (1,), (weight.shape[1],)), None
-
-
-def _product(call: TracedCall) -> Layer:
-    left, right = call.operands[-2:]
-    bias = call.operands[0] if call.name == "addmm" else None
-    if call.name == "addmm" and (len(call.operands) != 3 or call.kwargs.get("beta", 1) != 1):
+def _factors(call: TracedCall) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Tell which factor of a product is a weight, the last one if both may be."""
+    *added, left, right = call.operands
+    if len(added) != (call.name == "addmm") or call.kwargs.get("beta", 1) != 1 or call.kwargs.get("alpha", 1) != 1:
         raise NotFollowable("it scales what it adds")
-    if len(call.operands) < 2 or (left.ndim > 2 and right.ndim > 2):
-        raise NotFollowable("it multiplies stacks")
-    if call.look(right).weight and right.ndim == 2:
-        return Layer(left, right, bias, -1, -1, _turned)
-    if call.look(left).weight and left.ndim == 2 and bias is None:
-        place = -1 if right.ndim == 1 else -2
-        return Layer(right, left, None, place, place, _matrix)
-    raise NotFollowable("it multiplies activations")
+    if left is right:
+        raise NotFollowable("it multiplies a tensor by itself")
+    if call.look(right).weight:
+        return left, right, added[0] if added else None
+    if not call.look(left).weight or added:
+        raise NotFollowable("it multiplies activations")
+    return right, left, None
 
 
-def _convolution(call: TracedCall, transposed: bool, positions: int) -> Layer:
-    x, weight, bias = (call.argument(i, name) for i, name in enumerate(("input", "weight", "bias")))
-    groups = call.argument(6, "groups", 1)
-    place = -positions - 1
+def _layer(call: TracedCall, named: Weight, x: Tensor, weight: Tensor, bias: Tensor | None) -> Layer:
+    if call.name in PRODUCTS or call.name == "linear":
+        return _product(call, named, x, weight, bias)
+    if named.is_permuted:
+        raise NotFollowable("the dimensions of its weight are in another order")
+    if call.name == "embedding":
+        return Layer(x, bias, Origin(named.name, "weight", (1,), named.shape[1:]), (-1,))
+    rows = _transposed if "transpose" in call.name else _forward
+    makes, meets = rows(named, call.argument(6, "groups", 1))
+    place = (-CONVOLUTIONS[call.name] - 1,)
+    return Layer(x, bias, makes, place, meets, place)
 
-    def rows(named: Weight) -> tuple[Origin, Origin]:
-        return (_transposed if transposed else _forward)(named, groups)
 
-    return Layer(x, weight, bias, place, place, rows)
+def _product(call: TracedCall, named: Weight, x: Tensor, weight: Tensor, bias: Tensor | None) -> Layer:
+    """Spell a product in letters: those that the weight has in common with its input, and with the output, count."""
+    terms, result = contraction(call) or ([], "")
+    letters = {id(tensor): term for tensor, term in terms}
+    mine, other = letters.get(id(weight), ""), letters.get(id(x), "")
+    wide = zip(mine, weight.shape, named.dims, strict=True)
+    places = {letter: dim for letter, size, dim in wide if size > 1 or letter not in other or letter not in result}
+    met, made = ([letter for letter in term if letter in places] for term in (other, result))
+    if not met or not made or any(len(set(term)) < len(term) for term in (mine, other)):
+        raise NotFollowable("its weight is no matrix")
+
+    def rows(role: str, own: list[str]) -> Origin:
+        dims = tuple(places[letter] for letter in own)
+        return Origin(named.name, role, dims, tuple(named.shape[dim] for dim in dims))
+
+    into, out = (tuple(term.index(one) - len(term) for one in own) for term, own in ((other, met), (result, made)))
+    return Layer(x, bias, rows("weight", made), out, rows("reader", met), into)
+
+
+def _places_of(origin: Origin, dims: tuple[int, ...], ndim: int) -> Tensor:
+    """Number the rows of an origin where they are in a tensor."""
+    shape = [1] * ndim
+    for dim, size in zip(dims, _sizes(origin, dims), strict=True):
+        shape[dim] = size
+    return torch.arange(origin.rows, device="cpu").view(shape)
+
+
+def _sizes(origin: Origin, dims: tuple[int, ...]) -> tuple[int, ...]:
+    """Tell the sizes of the dimensions of a tensor that hold rows: the groups of a convolution lie in one."""
+    return origin.sizes if len(dims) == len(origin.sizes) else (origin.rows,)
 
 
 def _forward(weight: Weight, groups: int) -> tuple[Origin, Origin]:
@@ -156,10 +165,10 @@ def _transposed(weight: Weight, groups: int) -> tuple[Origin, Origin]:
     return Origin(name, "weight", (0, 2), (groups, out), (groups, into // groups, out, *kernel)), meets
 
 
-def _without_weight(call: TracedCall, layer: Layer) -> Outcome:
+def _without_weight(call: TracedCall, weight: Tensor) -> Outcome:
     """Read all there is; say why nothing is known of the output."""
-    learned = call.look(layer.weight)
-    own = call.module is not None and any(layer.weight is other for other in call.module._parameters.values())
+    learned = call.look(weight)
+    own = call.module is not None and any(weight is other for other in call.module._parameters.values())
     why = SHARDED if own else COMPUTED
     flows = [call.look(tensor) for tensor in call.operands]
     before, _ = _readers(call)
@@ -181,7 +190,7 @@ def _read(call: TracedCall, layer: Layer, rows: Origin) -> tuple[tuple[Read, ...
     mine: dict[Site, tuple[Tensor, ...]] = {}
     unaccounted = list(unaccounted_reads(flow._replace(streams=tuple(flow.before)), *_readers(call)))
     for stream in flow.behind:
-        units = _features(layer, stream.labels, rows.rows)
+        units = _features(stream.labels, layer.into, _sizes(rows, layer.into))
         if units is None:
             unaccounted += unaccounted_reads(Flow((stream,)), *_readers(call))
         else:
@@ -190,10 +199,11 @@ def _read(call: TracedCall, layer: Layer, rows: Origin) -> tuple[tuple[Read, ...
     return (Read(rows, mine),), unaccounted
 
 
-def _features(layer: Layer, labels: Tensor, count: int) -> Tensor | None:
-    place = layer.into % labels.ndim
-    alike = shrunk(labels, [dim for dim in range(labels.ndim) if dim != place])
-    return None if alike is None else alike.flatten().expand(count)
+def _features(labels: Tensor, dims: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor | None:
+    """Tell the unit of each feature; None where it differs between samples."""
+    places = [dim % labels.ndim for dim in dims]
+    alike = shrunk(labels, [dim for dim in range(labels.ndim) if dim not in places])
+    return None if alike is None else alike.reshape([alike.shape[dim] for dim in places]).expand(sizes).flatten()
 
 
 def _bias(call: TracedCall, layer: Layer) -> tuple[list[Stream], tuple[UnaccountedRead, ...]]:
@@ -203,7 +213,7 @@ def _bias(call: TracedCall, layer: Layer) -> tuple[list[Stream], tuple[Unaccount
     if flow.weight is None or layer.bias.ndim != 1:
         return [], unaccounted_reads(flow, *_readers(call))
     origin = Origin(flow.weight.name, "bias", (0,), flow.weight.shape)
-    return [Stream(origin, along(origin.rows, call.output.ndim, layer.out))], ()
+    return [Stream(origin, along(origin.rows, call.output.ndim, layer.out[-1]))], ()
 
 
 # -- norms -----------------------------------------------------------------------------------------------

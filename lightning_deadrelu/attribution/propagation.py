@@ -24,7 +24,6 @@ from lightning_deadrelu.model.torch_calls import (
     ACTIVATION_PRODUCTS,
     ELEMENTWISE,
     JOINS,
-    MOULDS,
     NORMS,
     RESHAPES,
     SCATTERS,
@@ -52,7 +51,7 @@ def _as_numbers(outcome: Outcome, numbers: list[bool], reader: str) -> Outcome:
 def _followed(call: TracedCall) -> Outcome:
     if _is_update(call):
         return Outcome((Flow(),) * len(call.outputs))
-    if not layers.is_layer(call.name) and (derived := _derived(call)) is not None:
+    if not _may_be_layer(call) and (derived := _derived(call)) is not None:
         return Outcome((derived,) * len(call.outputs))
     rule = _rule(call)
     if rule is None:
@@ -74,6 +73,12 @@ def _rule(call: TracedCall) -> Callable[[TracedCall], Outcome] | None:
     if name in _RULES:
         return _RULES[name]
     return _move if reshaping.mover(name) is not None else None
+
+
+def _may_be_layer(call: TracedCall) -> bool:
+    """Whether a call may apply a weight to something; a product of one parameter with itself is a penalty."""
+    names = [call.look(tensor).learned for tensor in call.operands]
+    return layers.is_layer(call.name) and not (len(names) > 1 and len(names[0]) == 1 and len(set(names)) == 1)
 
 
 def _is_update(call: TracedCall) -> bool:
@@ -102,15 +107,14 @@ def _derived(call: TracedCall) -> Flow | None:
 
 
 def _same_weight(call: TracedCall, flow: Flow) -> Any:
-    """Recognise a parameter that was only cast, detached or transposed."""
+    """Recognise a parameter that was only cast, detached or permuted."""
     weight = flow.weight
     if weight is None or len(call.outputs) != 1:
         return None
     if reshaping.mover(call.name) is reshaping._same and call.output.shape == call.operands[0].shape:
         return weight
-    turned = reshaping.mover(call.name) is reshaping._permuted and len(weight.shape) == 2
-    if turned and call.output.shape == call.operands[0].shape[::-1] and call.name not in ("permute", "movedim"):
-        return weight._replace(flipped=not weight.flipped)
+    if reshaping.mover(call.name) is reshaping.permuted:
+        return weight._replace(dims=tuple(weight.dims[dim] for dim in reshaping.order(call)))
     return None
 
 
@@ -135,7 +139,7 @@ def _unknown(call: TracedCall, reader: str) -> Outcome:
 def _move(call: TracedCall) -> Outcome:
     mover = reshaping.mover(call.name)
     assert mover is not None
-    main, *others = call.operands[:1] if call.name.endswith("_as") else call.operands
+    main, *others = call.operands
     flow = call.look(main)
     unaccounted = [
         read
@@ -154,13 +158,6 @@ def _move(call: TracedCall) -> Outcome:
     flow = flow._replace(indirect=indirect, weight=None, derived=flow.learned)
     flows = (flow._replace(streams=tuple(streams)) for streams in moved)
     return Outcome(tuple(flows), (*unaccounted, *lost))
-
-
-def _made(call: TracedCall) -> Outcome:
-    """Follow what is made in another tensor's form, and holds nothing of it."""
-    if len(call.operands) > 1:
-        raise NotFollowable("it is filled with a tensor")
-    return Outcome((Flow(constant=True),) * len(call.outputs))
 
 
 def _join(call: TracedCall) -> Outcome:
@@ -203,6 +200,5 @@ _RULES: dict[str, Callable[[TracedCall], Outcome]] = {
     **dict.fromkeys(SUMS, arithmetic.add),
     **dict.fromkeys(("mul", "div"), arithmetic.multiply),
     **dict.fromkeys(JOINS, _join),
-    **dict.fromkeys(MOULDS, _made),
     "neg": arithmetic.negate,
 }

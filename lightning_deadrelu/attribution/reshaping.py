@@ -104,9 +104,15 @@ def _replayed(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else list(result)
 
 
-@quietly()
-def _permuted(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
+def permuted(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
+    """Permute the dimensions of labels as the call does a tensor's."""
     return _replayed(call, main, labels)
+
+
+def order(call: TracedCall) -> tuple[int, ...]:
+    """Tell for each dimension that a permuting call returns which one of its tensor's it was."""
+    main = call.operands[0]
+    return tuple(permuted(call, main, torch.empty((), device="cpu").expand(tuple(range(main.ndim))))[0].shape)
 
 
 def _split(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
@@ -128,48 +134,45 @@ def _selected(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
     return [labels.squeeze(dim)] if labels.shape[dim] == 1 else _replayed(call, main, labels)
 
 
-def _index(call: TracedCall) -> tuple[Any, ...]:
-    return call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
-
-
 def is_plain_index(call: TracedCall) -> bool:
     """Whether no elements are picked by number one by one."""
-    return all(item is None or item is Ellipsis or isinstance(item, (int, slice)) for item in _index(call))
+    items = call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
+    return all(item is None or item is Ellipsis or isinstance(item, (int, slice)) for item in items)
 
 
 def _got(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
-    """Index, without a look at index tensors, which would wait for the device."""
-    index = _index(call)
-    if not is_plain_index(call):
-        return [_gathered(call, index, labels)]
-    taken = sum(item is not None and item is not Ellipsis for item in index)
-    place, own = 0, []
-    for item in index:
-        if item is Ellipsis:
-            place += main.ndim - taken
-        elif item is not None:
-            alike = labels.shape[place] == 1
-            item = (slice(None) if isinstance(item, slice) else 0) if alike else item
-            place += 1
-        own.append(item)
+    """Index, without a look at index tensors, which would wait for the device: what they pick has to be alike."""
+    own: list[Any] = []
+    place = 0
+    for item in _spelt_out(call.args[1], main.ndim):
+        dims = range(place, place + _width(item))
+        place = dims.stop
+        if isinstance(item, Tensor):
+            labels = _constant_along(labels, dims, "its units are picked by an index tensor")
+            first = torch.zeros([1] * (1 if item.dtype == torch.bool else item.ndim), dtype=torch.int64, device="cpu")
+            own += [first] * len(dims)
+        elif item is not None and labels.shape[dims[0]] == 1:
+            own.append(slice(None) if isinstance(item, slice) else [0] if isinstance(item, list) else 0)
+        else:
+            own.append(item)
     return [labels[tuple(own)]]
 
 
-def _gathered(call: TracedCall, index: tuple[Any, ...], labels: Tensor) -> Tensor:
-    """Take rows by one index tensor in front: which ones, does not matter where all are alike."""
-    first, *rest = index
-    if not isinstance(first, Tensor) or not all(item is Ellipsis or _is_whole(item) for item in rest):
-        raise NotFollowable("it is indexed by tensors")
-    gone = first.ndim if first.dtype is torch.bool else 1
-    alike = shrunk(labels, range(gone))
-    if alike is None:
-        raise NotFollowable("its units are picked by an index tensor")
-    kept = alike.shape[gone:]
-    return grown(alike.reshape(kept), call.output.ndim)
+def _spelt_out(index: Any, ndim: int) -> list[Any]:
+    """List what stands for each dimension, and for each new one, without dots."""
+    items = list(index) if isinstance(index, tuple) else [index]
+    if any(isinstance(item, bool) for item in items):
+        raise NotFollowable("it is indexed by a truth")
+    rest = [slice(None)] * (ndim - sum(map(_width, items)))
+    dots = next((place for place, item in enumerate(items) if item is Ellipsis), len(items))
+    return [*items[:dots], *rest, *items[dots + 1 :]]
 
 
-def _is_whole(item: Any) -> bool:
-    return isinstance(item, slice) and item == slice(None)
+def _width(item: Any) -> int:
+    """Count the dimensions that an index takes."""
+    if item is None or item is Ellipsis:
+        return 0
+    return item.ndim if isinstance(item, Tensor) and item.dtype == torch.bool else 1
 
 
 def _expanded(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
@@ -204,10 +207,10 @@ def tidy(labels: Tensor) -> Tensor:
     return labels
 
 
-def _constant_along(labels: Tensor, dims: Iterable[int]) -> Tensor:
+def _constant_along(labels: Tensor, dims: Iterable[int], why: str = "it joins units") -> Tensor:
     less = shrunk(labels, list(dims))
     if less is None:
-        raise NotFollowable("it joins units")
+        raise NotFollowable(why)
     return less
 
 
@@ -293,7 +296,7 @@ def tidy_along(labels: Tensor, dim: int) -> Tensor:
 _MOVERS: dict[str, Callable[[TracedCall, Tensor, Tensor], list[Tensor]]] = {
     **dict.fromkeys(IDENTITIES | DROPOUTS, _same),
     **dict.fromkeys(RESHAPES, _reshaped),
-    **dict.fromkeys(PERMUTES, _permuted),
+    **dict.fromkeys(PERMUTES, permuted),
     **dict.fromkeys(SPLITS, _split),
     **dict.fromkeys(EXPANDS, _expanded),
     **dict.fromkeys(SHUFFLES, _shuffled),

@@ -90,7 +90,7 @@ class TensorFlows:
         if (name := self._names.find(tensor)) is not None:
             if is_sharded(tensor) and torch.is_grad_enabled():  # and no optimizer's step
                 self._connectivity.sharded.add(name)
-            return Flow(constant=True, weight=Weight(name, tuple(tensor.shape)))
+            return Flow(constant=True, weight=Weight(name, tuple(tensor.shape), tuple(range(tensor.ndim))))
         buffer = self._buffers.get(id(tensor))
         return buffer[1] if buffer is not None and buffer[0] is tensor else None
 

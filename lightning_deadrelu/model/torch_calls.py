@@ -99,12 +99,13 @@ GATHERS = frozenset({"getitem", "index_select", "gather", "take_along_dim"})
 POOL = re.compile(r"(?:adaptive_)?(?:avg|max|lp)_pool([123])d(?:_with_indices)?$")
 
 LAYERS = frozenset({"linear", "bilinear", "embedding", "embedding_bag", "multi_head_attention_forward"})
-PRODUCTS = frozenset({"matmul", "mm", "mv"})
-CONTRACTIONS = LAYERS | PRODUCTS | {"rmatmul", "bmm", "inner", "addmm", "addbmm", "baddbmm", "addmv", "einsum"}
+PRODUCTS = frozenset({"matmul", "mm", "mv", "rmatmul", "bmm", "einsum", "addmm"})
+"""Functions that may multiply activations with a weight."""
+CONTRACTIONS = LAYERS | PRODUCTS | {"inner", "addbmm", "baddbmm", "addmv"}
 CONTRACTIONS |= {"tensordot", "scaled_dot_product_attention", "flex_attention", "scaled_mm", "grouped_mm", "sparse_mm"}
 CONTRACTIONS |= {f"{kind}{cell}" for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu") for cell in ("", "_cell")}
 ATTENTIONS = frozenset({"scaled_dot_product_attention", "flex_attention"})
-ACTIVATION_PRODUCTS = PRODUCTS | {"rmatmul", "bmm", "einsum", "sparse_mm", "scaled_dot_product_attention"}
+ACTIVATION_PRODUCTS = (PRODUCTS - {"addmm"}) | {"sparse_mm", "scaled_dot_product_attention"}
 """Functions that may multiply activations with one another."""
 SCATTERS = frozenset({"scatter", "scatter_add", "scatter_reduce", "index_add", "index_reduce", "index_copy"})
 """Functions that gather samples where an index tells."""
@@ -122,14 +123,15 @@ NORMS = CHANNEL_NORMS | LAST_NORMS
 SUMS = frozenset({"add", "sub", "rsub"})
 NEGATIONS = frozenset({"neg", "rsub"})
 ZERO_TO_ZERO = frozenset({"relu", "relu6", "leaky_relu", "hardswish", "gelu", "silu", "mish", "elu", "celu", "selu"})
-ZERO_TO_ZERO |= {"abs", "square", "sqrt", "tanh", "sin", "expm1", "log1p", "erf", "softsign", "sign"}
+ZERO_TO_ZERO |= {"abs", "square", "sqrt", "tanh", "sin", "expm1", "log1p", "erf", "softsign", "sign", "nan_to_num"}
+ZERO_TO_ZERO |= {"asinh", "atan", "sinh", "round", "floor", "ceil", "trunc", "hardshrink", "softshrink", "tanhshrink"}
 """Functions of each element that leave zero alone."""
 ZERO_TO_SOMETHING = frozenset({"rsqrt", "reciprocal", "exp", "sigmoid", "log", "softplus", "cos", "erfc", "logsigmoid"})
-ELEMENTWISE = ZERO_TO_ZERO | ZERO_TO_SOMETHING | {"pow", "clamp", "hardtanh", "masked_fill"}
-"""Functions of which each element depends on one of the first argument's."""
-MOULDS = frozenset({"ones_like", "full_like", "empty_like", "rand_like", "randn_like"})
-MOULDS |= {"new_ones", "new_full", "new_empty"}
-"""Functions that take of a tensor its form alone."""
+ELEMENTWISE = ZERO_TO_ZERO | ZERO_TO_SOMETHING | {"pow", "clamp", "hardtanh", "masked_fill", "where"}
+"""Functions of which each element depends on one of a tensor's."""
+LIKES = frozenset({"ones_like", "full_like", "empty_like", "rand_like", "randn_like", "randint_like"})
+LIKES |= {"new_ones", "new_full", "new_empty"}
+"""Functions that ask their first argument for its form alone."""
 _ZEROS = frozenset({"zeros", "zeros_like", "new_zeros"})
 
 
@@ -236,33 +238,52 @@ def contraction(call: Call) -> tuple[list[tuple[Tensor, str]], str] | None:
     """
     if call.name == "einsum":
         return _spelt(call)
-    batch = "abcdefgh"[: call.output.ndim - 2]
     if call.name in ATTENTIONS:
-        values = call.argument(2, "value")
-        return [(values, batch + "kj")], batch + "ij"
-    if len(call.operands) != 2 or any(operand.ndim < 2 for operand in call.operands):
+        batch = _BATCH[: call.output.ndim - 2]
+        return [(call.argument(2, "value"), batch + "kj")], batch + "ij"
+    if call.name == "linear":
+        x, weight = call.argument(0, "input"), call.argument(1, "weight")
+        batch = _BATCH[: x.ndim - 1]
+        return [(x, batch + "k"), (weight, "jk"[-weight.ndim :])], batch + "j" * (weight.ndim - 1)
+    factors = call.operands[1:] if call.name == "addmm" else call.operands
+    if len(factors) != 2:
         return None
-    left, right = reversed(call.operands) if call.name == "rmatmul" else call.operands
-    own = [batch[len(batch) - (operand.ndim - 2) :] for operand in (left, right)]
-    return [(left, own[0] + "ik"), (right, own[1] + "kj")], batch + "ij"
+    return _matrices(*reversed(factors)) if call.name == "rmatmul" else _matrices(*factors)
+
+
+_BATCH = "abcdefgh"
+
+
+def _matrices(left: Tensor, right: Tensor) -> tuple[list[tuple[Tensor, str]], str]:
+    """Spell what ``matmul`` does; a vector is a row on the left, and a column on the right."""
+    batch = _BATCH[: max(left.ndim, right.ndim, 2) - 2]
+
+    def own(operand: Tensor) -> str:
+        return batch[len(batch) - (operand.ndim - 2) :] if operand.ndim > 2 else ""
+
+    terms = [(left, own(left) + "ik"[-left.ndim :]), (right, own(right) + "kj"[: right.ndim])]
+    return terms, batch + "i" * (left.ndim > 1) + "j" * (right.ndim > 1)
 
 
 def _spelt(call: Call) -> tuple[list[tuple[Tensor, str]], str] | None:
-    """Write the dots of an equation out."""
+    """Write the dots of an equation out, and the letters of its result where they are left out."""
     equation = call.args[0] if call.args else None
-    if not isinstance(equation, str) or "->" not in equation:
+    if not isinstance(equation, str):
         return None
-    terms, result = re.sub(r"\s", "", equation).split("->")
-    parts = terms.split(",")
+    sides = re.sub(r"\s", "", equation).split("->")
+    parts, letters = sides[0].split(","), sides[0].replace("...", "")
+    once = "".join(sorted(letter for letter in set(letters) - {","} if letters.count(letter) == 1))
+    result = sides[1] if len(sides) > 1 else "..." * ("..." in equation) + once
     free = [letter for letter in string.ascii_letters if letter not in equation]
-    dots = max(operand.ndim - len(part.replace("...", "")) for part, operand in zip(parts, call.operands, strict=True))
+    dots = [operand.ndim - len(part.replace("...", "")) for part, operand in zip(parts, call.operands, strict=True)]
 
     def whole(part: str, count: int) -> str:
-        return part.replace("...", "".join(free[dots - count : dots]))
+        return part.replace("...", "".join(free[max(dots) - count : max(dots)]))
 
-    sizes = [operand.ndim - len(part.replace("...", "")) for part, operand in zip(parts, call.operands, strict=True)]
-    named = [(operand, whole(*one)) for operand, one in zip(call.operands, zip(parts, sizes, strict=True), strict=True)]
-    return named, whole(result, call.output.ndim - len(result.replace("...", "")))
+    terms = [whole(*one) for one in zip(parts, dots, strict=True)]
+    return list(zip(call.operands, terms, strict=True)), whole(
+        result, call.output.ndim - len(result.replace("...", ""))
+    )
 
 
 # -- tensors ---------------------------------------------------------------------------------------------

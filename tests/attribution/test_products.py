@@ -9,6 +9,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from models import Net
 from torch import Tensor, nn
 
 from lightning_deadrelu.attribution import Attributions
@@ -73,6 +74,10 @@ FOLLOWED: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "scatter_reduce": averaged,
     "scatter_add": summed,
     "gather and scatter": largest,
+    "rows picked by tensors": lambda model, h: h[None][torch.zeros(5, dtype=torch.int64), TARGET[:5]],
+    "a zero elsewhere": lambda model, h: torch.where(ADJACENCY[:, :1] > 0.5, h, 0.0),
+    "a mask of its form": lambda model, h: h * torch.full_like(h, 0.5).bernoulli(),
+    "a tensor moved to its side": lambda model, h: h * ADJACENCY[:, :1].double().to(h),
 }
 
 
@@ -112,6 +117,8 @@ REFUSED: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "units are scattered": lambda model, h: torch.zeros(5, 6).index_add_(1, torch.tensor([0, 1, 2, 3, 4, 0]), h),
     "added with a weight": lambda model, h: torch.zeros(5, 6).index_add_(0, TARGET, h[SOURCE], alpha=-1),
     "its own scores": lambda model, h: (h @ h.T) @ torch.ones(5, 6),
+    "units are picked by a tensor": lambda model, h: h[:, torch.tensor([0, 2, 1, 3, 4, 5])],
+    "one or the other": lambda model, h: torch.where(ADJACENCY[:, :1] > 0.5, h, 1.0),
     "letters twice": lambda model, h: torch.einsum("ii,ic->ic", h[:, :5], ADJACENCY[:, [0, 1, 2, 3, 4, 0]]),
 }
 
@@ -122,6 +129,39 @@ def test_what_mixes_units_is_refused(name: str) -> None:
     model, x = Model(REFUSED[name]), torch.randn(5, 4)
     known = oracle.check(model, lambda: model(x.clone()))
     assert next(iter(known.values())).no_outgoing
+
+
+# a stack of layers, and heads: how the first weight and the second are applied
+SPELT = {
+    "a stack": ((2, 4, 6), (2, 6, 3), lambda x, a, b: torch.bmm(F.relu(torch.bmm(x, a)), b)),
+    "a stack for one input": ((2, 4, 6), (2, 6, 3), lambda x, a, b: F.relu(x[:1] @ a) @ b),
+    "letters": ((6, 4), (6, 3), lambda x, a, b: torch.einsum("io,bti->bto", b, F.relu(torch.einsum("...i,oi", x, a)))),
+    "letters and dots": ((6, 4), (6, 3), lambda x, a, b: torch.einsum("...i,io->...o", F.relu(x @ a.permute(1, 0)), b)),
+    "heads": (
+        (4, 2, 3),
+        (3, 2, 5),
+        lambda x, a, b: torch.einsum("bhtd,dho->bto", F.relu(torch.einsum("bti,ihd->bhtd", x, a)), b),
+    ),
+    "experts": (
+        (3, 4, 6),
+        (3, 6, 2),
+        lambda x, a, b: torch.einsum("bteh,eho->bto", F.relu(torch.einsum("bti,eih->bteh", x, a)), b),
+    ),
+    "channels": ((6, 4), (6, 6), lambda x, a, b: torch.einsum("bct,cd->bdt", F.relu(a @ x.mT), b)),
+}
+
+
+@pytest.mark.parametrize("name", SPELT)
+def test_a_weight_of_a_product_is_found_however_it_is_spelt(name: str) -> None:
+    torch.manual_seed(0)
+    first, second, function = SPELT[name]
+    model = Net(
+        lambda m, x: function(x, m.a, m.b), a=nn.Parameter(torch.rand(first)), b=nn.Parameter(torch.rand(second))
+    )
+    x = torch.rand(2, 5, 4)
+    (one,) = oracle.check(model, lambda: model(x.clone())).values()
+    assert [part.name for part in one.incoming] == ["a"], one.no_incoming
+    assert [part.name for part in one.outgoing] == ["b"], one.no_outgoing
 
 
 # -- graphs of earlier batches -----------------------------------------------------------------------------

@@ -133,7 +133,11 @@ def log_used(model: Any, x: Tensor) -> Tensor:
 
 
 def penalised(model: Any, x: Tensor) -> Tensor:
-    return model.b(F.relu(model.a(x))).sum() + model.a.weight.pow(2).sum() + model.b.weight.abs().max()
+    return (
+        model.b(F.relu(model.a(x))).sum()
+        + model.a.weight.pow(2).sum()
+        + (model.b.weight @ model.b.weight.T).abs().max()
+    )
 
 
 def through_a_view(model: Any, x: Tensor) -> Tensor:
@@ -333,6 +337,11 @@ EXPECTED: dict[str, tuple[Callable[[], nn.Module], list[Any], list[tuple[str, st
         ),
         IMAGES,
         [("0.weight", "2.weight")],
+    ),
+    "a kernel turned round": (
+        net(lambda m, x: F.conv2d(F.relu(m.a(x)), m.k.transpose(0, 1)), a=conv_nd(2), k=parameter(6, 6, 1, 1)),
+        IMAGES,
+        [("a.weight a.bias", "!in another order")],
     ),
     "parameters of a function": (
         net(
@@ -592,6 +601,13 @@ def test_a_layer_added_to_itself_is_no_outlet() -> None:
         (one,) = oracle.check(model, lambda model=model: model(torch.ones(5, 4))).values()
         assert one.incoming
         assert one.outlet is None
+
+
+def test_a_layer_whose_output_has_another_shape_elsewhere_is_no_outlet() -> None:
+    layers = {"a": conv_nd(2), "norm": lambda: nn.GroupNorm(2, 6), "b": linear(6, 2)}
+    model = net(lambda m, x: m.norm(F.relu(m.norm(m.a(x))).mean(3)), **layers)()
+    (one,) = oracle.check(model, lambda: model(torch.rand(2, 4, 6, 6))).values()
+    assert one.outlet is None
 
 
 def test_flattening_gives_a_unit_all_its_columns() -> None:
