@@ -62,12 +62,12 @@ class Classifier(LightningModule):
 class Batches(IterableDataset[list[Tensor]]):
     """Training batches, one of which is ten times too large and wrongly labelled."""
 
-    def __init__(self, data: TensorDataset, steps: int, bad_step: int) -> None:
+    def __init__(self, data: TensorDataset, steps: int, bad_step: int, seed: int) -> None:
         self.images, self.labels = data[:]
-        self.steps, self.bad_step = steps, bad_step
+        self.steps, self.bad_step, self.seed = steps, bad_step, seed
 
     def __iter__(self) -> Iterator[list[Tensor]]:
-        generator = torch.Generator().manual_seed(0)  # both runs see the same batches
+        generator = torch.Generator().manual_seed(self.seed)  # both runs see the same batches
         for step in range(self.steps):
             rows = torch.randint(len(self.images), (32,), generator=generator)
             images, labels = self.images[rows], self.labels[rows]
@@ -106,7 +106,7 @@ def run(name: str, remedy: list[str] | None, args: argparse.Namespace) -> tuple[
         enable_model_summary=False,
         enable_progress_bar=False,
     )
-    batches = Batches(TensorDataset(*train[:]), args.steps, bad_step)
+    batches = Batches(TensorDataset(*train[:]), args.steps, bad_step, args.seed)
     trainer.fit(model, DataLoader(batches, batch_size=None), DataLoader(held_out, 512))
     tell(monitor, model.accuracies[-1][1], logger)
     return monitor, model.accuracies
@@ -138,14 +138,14 @@ Curve = list[tuple[int, float]]
 
 
 def draw(runs: dict[str, tuple[Recorder, Curve]], bad_step: int, title: str, path: Path) -> None:
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold")
     left, right = figure.subplots(1, 2)
     for (name, (monitor, accuracies)), colour in zip(runs.items(), ("#d55e00", "#0072b2"), strict=True):
         dead = [(report.step, report.dead_fraction) for report in monitor.verdicts]
         for axes, curve in ((left, dead), (right, accuracies)):
             axes.plot(*zip(*curve, strict=True), color=colour, linewidth=2.2)
-            axes.annotate(f" {name}", curve[-1], color=colour, va="center", annotation_clip=False)
+            axes.annotate(f" {name}", curve[-1], color=colour, va="center", fontsize=13, annotation_clip=False)
     for axes, label, height in ((left, "dead units", 0.97), (right, "accuracy on held-out digits", 0.03)):
         finish(axes, label, bad_step, height)
     figure.savefig(path, dpi=160)
@@ -153,9 +153,11 @@ def draw(runs: dict[str, tuple[Recorder, Curve]], bad_step: int, title: str, pat
 
 def finish(axes: Axes, label: str, bad_step: int, height: float) -> None:
     axes.axvline(bad_step, color="0.6", linewidth=1, linestyle=":", zorder=1)
-    axes.annotate(" one bad batch", (bad_step, height), color="0.4", va="center")
-    axes.set_title(label, loc="left", fontsize=11)
-    axes.set(xlabel="training batches", ylim=(-0.02, 1.02), xlim=(0, None))
+    axes.annotate(" one bad batch", (bad_step, height), color="0.4", va="center", fontsize=13)
+    axes.set_title(label, loc="left", fontsize=14)
+    axes.set(ylim=(-0.02, 1.02), xlim=(0, None))
+    axes.set_xlabel("training batches", fontsize=13)
+    axes.tick_params(labelsize=13)
     axes.yaxis.set_major_formatter("{x:.0%}")
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -175,8 +177,8 @@ def main() -> None:
     remedies: dict[str, list[str] | None] = {"no remedy": None, ", then ".join(args.remedy): args.remedy}
     runs = {name: run(name, remedy, args) for name, remedy in remedies.items()}
     dead, accuracies = ([f"{one:.0%}" for one in pair] for pair in zip(*map(ends, runs.values()), strict=True))
-    finding = f"{dead[0]} of the units stay dead without a remedy, {dead[1]} with it"
-    finding += f"; accuracy {accuracies[0]} and {accuracies[1]}"
+    finding = f"Without a remedy {dead[0]} of the units are dead in the end, with it {dead[1]}"
+    finding += f" (accuracy {accuracies[0]} and {accuracies[1]})"
     draw(runs, args.steps // 4, finding, args.out / "repair.png")
     print(f"\n{finding}.")
     print(f"Picture: {args.out / 'repair.png'}")

@@ -1,22 +1,22 @@
-"""Adam's second moment fades while the gradients shrink, until its steps are too large, and a spike kills units
-=============================================================================================================
+"""Adam spikes at a loss near zero
+===============================
 
-**What happens.** Adam divides each gradient by the root of its second moment, an average over 1 / (1 - beta2) steps. On
-data that a network fits to the end, gradients go to zero, and the second moment after them: the steps stay as large as
-before, the learning rate, while the valley they are taken in grows narrow. Once a step overshoots, the next gradient is
-larger, and the second moment is too slow to tell: errors grow from step to step, until the network is thrown far away.
-Neither the learning rate nor the data changed.
+**What happens.** Adam divides each gradient by the root of its second moment, an average over 1 / (1 - beta2) steps.
+On data that a network fits to the end, gradients go to zero, and the second moment follows. So steps stay as large as
+the learning rate, while the minimum grows sharp. Once a step overshoots, the next gradient is larger, and the second
+moment is too slow to follow: errors grow from step to step, until a step is large enough to kill units. Neither the
+learning rate nor the data changed.
 
 **How it looks.** A calm loss, near zero, that rises by about the same factor at each of some ten steps, and the
-gradients with it. Then a jump of the dead fraction, in one to three steps; no warning before.
+gradients with it. Then the dead fraction jumps within one to three steps, without a warning.
 
 **The cure.** A larger ``eps``, here 1e-3: steps become smaller once the second moment is below its square. A lower
-learning rate does it as well. A first moment (here there is none, beta1 is 0, as is usual in GANs) delays the spike,
-and ``amsgrad=True`` did not prevent it.
+learning rate works too. A first moment (here beta1 is 0, as is usual in GANs) delays the spike, and ``amsgrad=True``
+did not prevent it.
 
 **Sources.** arXiv 2506.04805 for the spikes; Thilak et al. 2022, arXiv 2206.04817, "the slingshot mechanism".
 
-python examples/causes/adam_spike.py [--picture FILE.png]
+Run it: ``python examples/causes/adam_spike.py [--picture FILE.png]``
 """
 
 import torch

@@ -1,20 +1,20 @@
-"""Attention with a rectifier in place of the softmax, and without a division by length, loses its heads
-=====================================================================================================
+"""ReLU attention without a division by length loses its heads
+===========================================================
 
 **What happens.** A head's score for a token is relu(w t + b), and its output the *sum* of score x value over all
-tokens. Without a softmax the sum grows with the number of tokens, and so does the gradient that reaches w: all tokens
-push it together. One push too many, and the score is zero for every token of every input: the head is blind, and as
-its score is zero, neither w nor the head's values get a gradient again.
+tokens. Without a softmax the sum grows with the number of tokens, and so does the gradient of w, to which all tokens
+contribute. After one step too large the score is zero for every token of every input, and neither w nor the head's
+values get a gradient again.
 
-**How it looks.** Each head is one unit here, so that the curve has stairs of 1 / heads, and often goes to 100 %. Then
-the network's output is one constant, and the loss that of guessing.
+**How it looks.** Each head is one unit here, so the curve rises in steps of 1 / heads, often to 100 %. Then the
+network's output is constant, and the loss that of guessing.
 
 **The cure.** Divide the scores by the length of the sequence. With a softmax over rectified scores no head died on
 digits, at SGD rates of 0.1 and 0.5: there a push common to all tokens cancels.
 
 **Source.** Wortsman et al. 2023, arXiv 2309.08586, for the division by length.
 
-python examples/causes/attention_scores.py [--picture FILE.png]
+Run it: ``python examples/causes/attention_scores.py [--picture FILE.png]``
 """
 
 import torch

@@ -1,22 +1,22 @@
-"""Units can be born dead: a bias that belongs in the last layer, set in all of them
-=================================================================================
+"""Units can be born dead: the output's bias, set in all layers
+============================================================
 
 **What happens.** For rare classes the *last* bias is often initialised to -log((1 - p) / p), so that the network
 starts with the right prior: -2.2 for p = 0.1. Written as a loop over all layers, the same line puts every hidden unit
-far below zero. Here an eighth of the first layer never fires, and the others rarely; they feed the second layer with
-so little that it is dead to the last unit, for every input, from the first batch.
+far below zero. Here an eighth of the first layer never fires, and the others fire rarely; the second layer, which
+reads them, is dead from the first batch, every unit of it.
 
 **How it looks.** The first verdict is as bad as the last: ``born_dead`` in the report, a flat curve, and a loss that
-never moves. This is how it differs from all causes that act while the network trains.
+never moves.
 
-**The cure.** He's initialisation with biases at zero; the prior in the last layer alone. With layers that are narrow
-and many, symmetric weights kill by themselves: a network of 10 layers is constant at birth with probability 0.58 at
-width 3, 0.13 at width 5, and less than 0.01 at width 10.
+**The cure.** He's initialisation with biases at zero; the prior in the last layer alone. In deep and narrow networks,
+symmetric weights are enough to kill: one of 10 layers is constant at initialisation with probability 0.58 at width 3,
+0.13 at width 5, and less than 0.01 at width 10.
 
 **Sources.** Lin et al. 2017, arXiv 1708.02002, section 4.1, for the prior; Lu et al. 2019, arXiv 1903.06733, for
 depth.
 
-python examples/causes/bad_initialisation.py [--picture FILE.png]
+Run it: ``python examples/causes/bad_initialisation.py [--picture FILE.png]``
 """
 
 import torch

@@ -1,5 +1,5 @@
-"""BatchNorm before the rectifier: decay on gamma without decay on beta closes channels for good
-=============================================================================================
+"""Weight decay on BatchNorm's scale closes channels
+=================================================
 
 **What happens.** Behind conv, BatchNorm, ReLU a channel fires where gamma x z + beta > 0, with z standardised over
 the n values of the batch, so that abs(z) < sqrt(n). Optimizers are often told to spare every parameter whose name
@@ -7,18 +7,18 @@ ends with "bias". That spares beta, and decays gamma. Once gamma < -beta / max a
 above zero, and then neither gamma nor beta gets a gradient: beta stays negative, gamma goes on shrinking.
 
 **How it looks.** Channels die one after the other, late, at about 1 / (learning rate x decay) steps; gamma of the
-dead ones goes to zero, beta is negative. Accuracy stays: these are the channels that the task does not ask for.
-(Network slimming uses this to prune.) Adding to the *convolution's* bias cures nothing: BatchNorm subtracts it again.
+dead ones goes to zero, beta is negative. Accuracy stays: these are channels that the task does not need. (Network
+slimming uses this to prune.) Raising the *convolution's* bias does not help: BatchNorm subtracts it again.
 
 **The cure.** Decay parameters of two or more dimensions only. The decay is strong here to take seconds.
 
-The order by itself was no cause on digits: at SGD rates from 0.1 to 1.0 at most 2 % of the channels died with conv,
-BatchNorm, ReLU, and none with conv, ReLU, BatchNorm; without BatchNorm 42 % died at 0.5. What the order changes is
-the sight: behind a rectifier BatchNorm hides a dead channel, whose output becomes the constant beta.
+The order of layers was no cause on digits: at SGD rates from 0.1 to 1.0 at most 2 % of the channels died with conv,
+BatchNorm, ReLU, and none with conv, ReLU, BatchNorm; without BatchNorm 42 % died at 0.5. But behind a rectifier,
+BatchNorm hides a dead channel, whose output becomes the constant beta.
 
 **Sources.** The bound is Samuelson's inequality; Liu et al. 2017, arXiv 1708.06519, for slimming by gamma.
 
-python examples/causes/batchnorm_decay.py [--picture FILE.png]
+Run it: ``python examples/causes/batchnorm_decay.py [--picture FILE.png]``
 """
 
 from typing import Any

@@ -1,24 +1,24 @@
 """Weight decay on biases takes away what keeps units above zero
 =============================================================
 
-**What happens.** A bias may be all that holds a unit up: here each bias starts at minus the mean of w x, so that
-units with inputs far from zero are centred all the same. The optimizer's groups were swapped, so that the decay meant
-for the weights acts on the biases. They shrink, w x stays, and each unit goes where its mean is: half of them below
-zero for all inputs. Decay of weights and biases *together* does not do this: it shortens z and keeps its sign.
+**What happens.** A bias may be all that keeps a unit above zero: here each bias starts at minus the mean of w x,
+which centres units with inputs far from zero. The optimizer's groups were swapped, so that the decay meant for the
+weights acts on the biases. They shrink, w x stays, and half of the units end below zero for all inputs. Decay of
+weights and biases *together* does not do this: it shrinks w x + b and keeps its sign.
 
 **How it looks.** All alive at first; then a slow rise over as many steps as 1 / (learning rate x decay), while biases
 shrink towards zero.
 
-**The cure.** Decay weights only, which is where it belongs anyway: biases hold no capacity worth regularising. Here
-300 steps with learning rate x decay = 0.01 stand for the 30,000 that it takes at 1e-4. The few that are dead after
-the cure died in training: with data this far from zero a small learning rate is already high.
+**The cure.** Decay weights only: biases hold no capacity worth regularising. Here 300 steps with learning rate x
+decay = 0.01 stand for the 30,000 that it takes at 1e-4. The few that are dead after the cure died in training: with
+data this far from zero a small learning rate is already high.
 
-Not shown, because it is not so: that this decay kills with *centred* digits. There it killed none (``offset=0.0``).
+With *centred* digits this decay killed none (``offset=0.0``).
 
 **Sources.** He et al. 2019, "Bag of tricks", arXiv 1812.01187, section 3.1 (no bias decay); Dohare et al. 2024,
 Nature 632, 768, for decay that raises the number of dead units.
 
-python examples/causes/bias_decay.py [--picture FILE.png]
+Run it: ``python examples/causes/bias_decay.py [--picture FILE.png]``
 """
 
 from typing import Any

@@ -1,20 +1,20 @@
-"""When tasks follow one another, units die task by task, and few come back
-========================================================================
+"""When tasks follow one another, units die task by task
+=====================================================
 
 **What happens.** Each new task (here: the same digits with other pixels permuted) is a shock to weights that fit the
-one before: for some steps errors and gradients are large, and throw units below zero, as in
-``high_learning_rate.py``. One shock kills few. But few of the dead come back, when layers below them move, so that
-what is left shrinks over many tasks, and with it what the network can still learn: loss of plasticity.
+one before: for some steps errors and gradients are large, and move units below zero, as in ``high_learning_rate.py``.
+One shock kills few units, but few of these come back. So fewer are left after each task, and the network learns less
+and less: loss of plasticity.
 
 **How it looks.** A rise from task to task that does not show in any one of them. The first task, at the same learning
 rate, kills next to nothing.
 
-**The cure.** Give the dead units a new life: ``remedy="reset"`` redraws their incoming weights and sets outgoing ones
-to zero. In the literature leaky rectifiers alone do not restore plasticity, and L2 raises the number of dead units.
+**The cure.** ``remedy="reset"`` redraws the incoming weights of dead units and sets the outgoing ones to zero. In the
+literature leaky rectifiers alone do not restore plasticity, and L2 raises the number of dead units.
 
 **Sources.** Dohare et al. 2024, Nature 632, 768; Sokar et al. 2023, arXiv 2302.12902 (ReDo).
 
-python examples/causes/continual_learning.py [--picture FILE.png]
+Run it: ``python examples/causes/continual_learning.py [--picture FILE.png]``
 """
 
 import torch

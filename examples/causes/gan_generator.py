@@ -1,13 +1,13 @@
-"""A generator with plain rectifiers dies of the fight with its discriminator
-==========================================================================
+"""A GAN's generator with plain ReLU dies all through training
+===========================================================
 
 **What happens.** The generator's only signal is the discriminator's gradient, whose direction changes all the time
 and is shared by all samples of a batch: "darker", then "brighter". Adam makes full steps of each, however small the
-gradient. A common push moves all pre-activations of a unit together, and over the edge together. The target moves, so
-that the push never ends.
+gradient. They move all pre-activations of a unit together, and sooner or later all below zero. The target moves, so
+this never ends.
 
 **How it looks.** The dead fraction climbs all through training, most in the generator's first layer. No loss shows
-it: those of both players go up and down anyway.
+it: both losses go up and down anyway.
 
 **The cure.** BatchNorm before each rectifier of the generator, as in DCGAN: it subtracts what all samples of a batch
 have in common. A LeakyReLU in the discriminator, as here in both runs, keeps gradients coming. A tenth of the
@@ -15,7 +15,7 @@ learning rate killed none either.
 
 **Source.** Radford et al. 2015, arXiv 1511.06434 (DCGAN).
 
-python examples/causes/gan_generator.py [--picture FILE.png]
+Run it: ``python examples/causes/gan_generator.py [--picture FILE.png]``
 """
 
 from typing import Any

@@ -1,10 +1,10 @@
-"""A learning rate that is too high throws units out of reach of all data
-======================================================================
+"""A learning rate that is too high moves units out of reach of all data
+=====================================================================
 
 **What happens.** A step moves a unit's weights by learning rate x gradient. When the step is larger than the unit's
 own pre-activations, it can carry them below zero for every input at once. From then on the gradient is exactly zero,
-and nothing brings the unit back. Momentum goes on pushing in the same direction after the gradient has stopped, and
-takes further units along.
+and nothing brings the unit back. Momentum keeps pushing the same way after the gradient has stopped, and kills
+further units.
 
 **How it looks.** The dead fraction jumps within the first tens of steps, most in the layers that got the largest
 gradients, and stays; the loss jumps or sits at that of guessing. The threshold is sharp: below it nearly nothing
@@ -16,7 +16,7 @@ reached by a warm-up; gradient clipping.
 **Sources.** CS231n's notes (up to 40 % of a network "dead" at a high learning rate); Arnekvist et al. 2020, arXiv
 2005.06365, for momentum.
 
-python examples/causes/high_learning_rate.py [--picture FILE.png]
+Run it: ``python examples/causes/high_learning_rate.py [--picture FILE.png]``
 """
 
 import torch

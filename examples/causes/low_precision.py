@@ -1,10 +1,10 @@
-"""A loss in bfloat16 rounds what is left of the gradient to steps, and Adam makes spikes of these
-===============================================================================================
+"""A loss in bfloat16 makes Adam spike
+===================================
 
 **What happens.** Where a classifier is nearly sure, the gradient of a cross-entropy is the difference between 1 and a
-number close to it. In bfloat16, of three digits, that difference is zero or a whole rounding step, and the gradients of
-the classes do not add up to zero any more. What is left is noise, which comes seldom and is large beside Adam's faded
-second moment: each time it comes, the steps are many times as large as usual.
+number close to it. In bfloat16, of three digits, that difference is zero or a whole rounding step, and the gradients
+of the classes do not add up to zero any more. What is left is noise, which comes seldom and is large beside Adam's
+faded second moment: each time it comes, the steps are many times as large as usual.
 
 **How it looks.** A loss next to zero, with sudden spikes of a hundredfold and more; the dead fraction rises by a step
 at each of them. In float32, the same network on the same data has none.
@@ -14,7 +14,7 @@ at each of them. In float32, the same network on the same data has none.
 
 **Sources.** arXiv 2605.06152 for rounding in the softmax; arXiv 2506.04805 for Adam's spikes.
 
-python examples/causes/low_precision.py [--picture FILE.png]
+Run it: ``python examples/causes/low_precision.py [--picture FILE.png]``
 """
 
 import torch

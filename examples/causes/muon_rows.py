@@ -1,11 +1,11 @@
-"""Muon starves units of a wide layer: small updates keep them small
-==================================================================
+"""Muon starves units of a wide layer
+==================================
 
-**What happens.** Muon makes the update of each matrix orthogonal. For a matrix of more units than inputs, as the first
-of a transformer's two MLP layers, that leaves the size of the rows open: a unit with small gradients gets a small
-update. Its weights stay small, weight decay shrinks them further, and with them its gradients.
+**What happens.** Muon makes the update of each matrix orthogonal. For a matrix of more units than inputs, as the
+first of a transformer's two MLP layers, that leaves the size of the rows open: a unit with small gradients gets a
+small update. Its weights stay small, weight decay shrinks them further, and with them its gradients.
 
-**How it looks.** Nobody is dead, units fire as before. But a growing share is dormant: their activations are less than
+**How it looks.** No unit is dead; all fire as before. But a growing share is dormant: their activations are less than
 a fortieth of the layer's mean. The updates of some rows are a tenth of the median row's and less.
 
 Decay is 1 here, ten times that of Muon's default, so that 400 steps show what takes thousands otherwise.
@@ -14,7 +14,7 @@ Decay is 1 here, ten times that of Muon's default, so that 400 steps show what t
 
 **Sources.** arXiv 2606.27715; NorMuon, arXiv 2510.05491.
 
-python examples/causes/muon_rows.py [--picture FILE.png]
+Run it: ``python examples/causes/muon_rows.py [--picture FILE.png]``
 """
 
 from typing import cast

@@ -1,20 +1,20 @@
-"""A single bad batch is enough to kill units for good
-===================================================
+"""A single bad batch is enough to kill units
+==========================================
 
 **What happens.** One corrupt batch (here: in centimetres instead of metres, and wrongly labelled) has a gradient many
 times larger than usual. One step along it moves the weights so far that the next steps, on good batches, are too
-large as well, and momentum goes on in its direction; see ``high_learning_rate.py``. When the loss has come back to
-what it was, the units have not.
+large as well, and momentum keeps pushing the same way; see ``high_learning_rate.py``. The loss recovers, the units do
+not.
 
-**How it looks.** A flat curve up to the bad batch, and a climb right behind it, here in the second layer; a spike in
+**How it looks.** A flat curve up to the bad batch, and a rise right after it, here in the second layer; a spike in
 the loss and in the gradient's norm at that batch.
 
 **The cure.** Clip the gradient's norm: ``Trainer(gradient_clip_val=1.0)``. Then one batch has no more weight than
-another. Where it came from, look at the batch itself: decoding errors, a missing normalisation, a wrong unit.
+another. Then look at the batch itself: decoding errors, a missing normalisation, a wrong unit.
 
 **Source.** Pascanu et al. 2013, arXiv 1211.5063, for clipping.
 
-python examples/causes/outlier_spike.py [--picture FILE.png]
+Run it: ``python examples/causes/outlier_spike.py [--picture FILE.png]``
 """
 
 import torch

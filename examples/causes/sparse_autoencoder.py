@@ -2,11 +2,11 @@
 ===================================================================
 
 **What happens.** A sparse autoencoder pays for each active latent (L1). While the decoder's bias has not yet learnt
-the mean of the inputs, *all* latents that point its way reconstruct it together, far too strongly; the error and the
-penalty push all of them down at once, with full Adam steps, and most go below zero for every input before the bias
-has taken over. A silent latent gets neither penalty nor gradient.
+the mean of the inputs, *all* latents that point in its direction reconstruct it together, far too strongly. The error
+and the penalty push all of them down at once, with full Adam steps, and most go below zero for every input before the
+bias has learnt. A silent latent gets neither penalty nor gradient.
 
-**How it looks.** A plunge in the first hundred steps, then a plateau.
+**How it looks.** The dead fraction rises steeply in the first hundred steps, and stays.
 
 **The cure.** Subtract the mean (or start the decoder's bias there, and subtract it before the encoder). For latents
 that die later: resampling, such as ``remedy="reset"``, or an auxiliary loss on dead latents.
@@ -14,7 +14,7 @@ that die later: resampling, such as ``remedy="reset"``, or an auxiliary loss on 
 **Sources.** arXiv 2605.31518 (death is predicted by mean / spread of the inputs); Bricken et al. 2023 for resampling;
 Gao et al. 2024, arXiv 2406.04093, for the auxiliary loss.
 
-python examples/causes/sparse_autoencoder.py [--picture FILE.png]
+Run it: ``python examples/causes/sparse_autoencoder.py [--picture FILE.png]``
 """
 
 import torch

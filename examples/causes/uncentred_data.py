@@ -1,11 +1,11 @@
-"""Inputs far from zero leave half of the first layer on the wrong side
-====================================================================
+"""Inputs far from zero kill half of the first layer
+=================================================
 
 **What happens.** With inputs whose mean is large against their spread (a temperature in Kelvin, white paper as 255),
-the pre-activation w x is nearly the same number for all inputs: w times the mean. Its sign is decided at
-initialisation by a coin, once for each unit. Heads, and the unit fires on everything: it is linear. Tails, and it
-fires on nothing. Half of the layer dies, the other half computes no non-linearity, and the same happens to the layers
-behind, whose inputs are the outputs of rectifiers, and never centred.
+the pre-activation w x is nearly the same number for all inputs: w times the mean. Its sign is random at
+initialisation. If it is positive, the unit fires on everything and is linear; if negative, it fires on nothing. Half
+of the layer dies, the other half is linear, and the same happens to the layers behind, whose inputs are never
+centred, because they are the outputs of rectifiers.
 
 **How it looks.** A high dead fraction at the first verdict with as high an always-on fraction beside it, worst in the
 first layer; more die when the biases start to move. Accuracy suffers.
@@ -16,7 +16,7 @@ network: a normalisation layer.
 **Source.** LeCun et al. 1998, "Efficient BackProp", section 4.3. For inputs symmetric about zero and no bias the
 chance that a unit is silent on n points is 2^-n; sparse autoencoders die of the same: arXiv 2605.31518.
 
-python examples/causes/uncentred_data.py [--picture FILE.png]
+Run it: ``python examples/causes/uncentred_data.py [--picture FILE.png]``
 """
 
 import torch
