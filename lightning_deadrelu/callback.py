@@ -37,17 +37,17 @@ class DeadReLUMonitor(MonitorOwner, Callback):
     ``ModelCheckpoint``.
 
     Args:
-        every_n_steps: Observe one training batch in so many; batches that are accumulated count as one.
+        every_n_steps: Observe one training batch in this many; accumulated batches count as one.
         window: Observations between verdicts.
-        min_samples: A unit that stays silent is dead once so many samples have passed since it last fired;
-            299 bound its firing rate below 1 % at 95 % confidence.
+        min_samples: A unit is dead once this many samples have passed since it last fired; after 299, its firing rate
+            is below 1 % at 95 % confidence.
         threshold: A site is reported on the terminal, and repaired, while more than this share of its units is dead; 0
             means any dead unit.
         remedy: What to do about dead units: ``"auto"`` (what can be done at each site), another flag (``"reset"``,
             ``"bias_warming"``, ``"wake_up"``, ``"leaky"``, ``"thermal_kick"``, ``"leaky_relu"``, ``"rrelu"``,
             ``"elu"``, ``"selu"``, ``"gelu"``, ``"silu"``), a remedy such as :class:`Reset`, your own subclass of
-            :class:`Remedy`, or a list of these: the next is tried where the one before did not revive a site. None
-            only watches.
+            :class:`Remedy`, or a list of these, of which the next is tried where the one before failed. None only
+            watches.
         include: Shell patterns over site names, or kinds such as ``"relu6"``; empty for all rectifiers.
             Smooth activations (``"gelu"``, ``"silu"``, ``"elu"``, ``"leaky_relu"``, ``"softplus"``, ...) are
             watched, for dormancy, when their kind is named here.
@@ -56,16 +56,16 @@ class DeadReLUMonitor(MonitorOwner, Callback):
         mask: Called with each observed batch; returns a boolean tensor of shape ``(batch, time)``, True for
             data and False for padding. It applies to activations of shape ``(batch, time, units)`` and
             ``(batch * time, units)``.
-        gradient_evidence: At every optimizer step, also look at the gradients of the biases (of the weights where there
-            is no bias): a unit that has one fired somewhere in that batch, and its age falls to zero. Every training
-            sample counts then, not the observed ones alone. See "Gradient evidence" in the README.
-        unit_dims: The dimension that holds the units, by pattern over site names, where the layers before a
-            rectifier tell it wrongly or not at all.
-        checkup: Look, on the first observed batch, for what is going to kill units, as :func:`checkup` does; the
-            findings are told once, and are in ``findings``.
+        gradient_evidence: Also look at the gradients of the biases (or of the weights, where there is no bias) at every
+            optimizer step. A unit with a gradient fired somewhere in that batch, so its age falls to zero. See
+            "Gradient evidence" in the documentation.
+        unit_dims: The dimension that holds the units, by pattern over site names, where the layers before a rectifier
+            do not tell.
+        checkup: Look, on the first observed batch, for what is going to kill units, as :func:`checkup` does; what is
+            found is reported once, and kept in ``findings``.
         alerts: Send a W&B alert when a site crosses the threshold; at most one in ten minutes.
-        report_dir: A folder for ``report.html`` and ``report.json``, written when training ends, also by an error.
-        preset: ``"sae"`` also tells what is usual for sparse autoencoders, ``<name>_sae/<site>/...``: ``l0``,
+        report_dir: A folder for ``report.html`` and ``report.json``, written when training ends, even if by an error.
+        preset: ``"sae"`` also logs what is usual for sparse autoencoders, ``<name>_sae/<site>/...``: ``l0``,
             ``dead_features``, ``mean_log10_feature_sparsity``, ``below_1e-5``, ``below_1e-6``,
             ``mean_passes_since_fired``, and a histogram of log densities.
         name: Prefix of the keys; two monitors on one Trainer need two names.

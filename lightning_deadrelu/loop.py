@@ -291,8 +291,8 @@ def watch(
 ) -> LoopMonitor:
     """Watch every rectifier of a model in a loop of your own, as :class:`DeadReLUMonitor` does in Lightning's Trainer.
 
-    Observed are forwards with gradients between one ``monitor.step(loss)`` and the next; what runs under ``no_grad``
-    or ``inference_mode`` is not. Several processes of one group come to one verdict. When the block ends, also by an
+    Observed are forwards with gradients between one ``monitor.step(loss)`` and the next; what runs under ``no_grad`` or
+    ``inference_mode`` is not. Several processes of one group reach one verdict. When the block ends, even if by an
     error, nothing is left in the model.
 
     Args:
@@ -300,17 +300,17 @@ def watch(
         optimizers: What trains it, one or several.
         log: Called on rank 0 with the metrics of each verdict by name, and the step, such as ``wandb.log``. A function
             that fails is left out from then on.
-        every_n_steps: Observe one training batch in so many.
+        every_n_steps: Observe one training batch in this many.
         window: Observations between verdicts.
         min_samples: See :class:`DeadReLUMonitor`, as for all that follow.
-        threshold: The dead share of a site from which on it is warned of, and repaired.
+        threshold: Warn, and repair, when more than this share of a site is dead.
         remedy: What to do about dead units.
         include: Patterns over site names, or kinds, to watch.
         exclude: Patterns or kinds to leave out.
         tau: The share of the layer's mean output up to which a unit is dormant.
         mask: Called with the keyword arguments that the model is called with, or without any with the first positional
             one; returns True for data and False for padding, shape ``(batch, time)``.
-        gradient_evidence: Also take gradients for signs of life.
+        gradient_evidence: Also use the gradients of every training batch.
         unit_dims: The dimension that holds the units, by pattern over site names.
         checkup: Look on the first observed batch for what is going to kill units.
         report_dir: A folder for ``report.html`` and ``report.json``, written when the block ends.

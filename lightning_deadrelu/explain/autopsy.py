@@ -99,11 +99,11 @@ class Autopsy:
 def autopsy(model: nn.Module, optimizers: Optimizer | Sequence[Optimizer]) -> Autopsy:
     """Say which units have had no gradient, and for how many steps, without data and without running the model.
 
-    Of a unit that is dead, the optimizer's momentum fades by a known factor at each step. The units of linear and
-    convolutional layers are looked at, whatever follows these; a unit without gradient is dead, or nothing reads it.
-    Nothing is said where momentum does not tell: with weight decay inside the gradient (``Adam(weight_decay=...)``), of
-    units that were edited, and of those that had a gradient in the last 30 steps or so (SGD: 60). A penalty on the
-    weights gives all units gradients.
+    The optimizer's momentum of a dead unit fades by a known factor at each step. The units of linear and convolutional
+    layers are looked at, whatever follows these; a unit without gradient is dead, or nothing reads it. Left out is what
+    momentum does not tell: with weight decay inside the gradient (``Adam(weight_decay=...)``), of units that were
+    edited, and of those that had a gradient in the last 30 steps or so (SGD: 60). A penalty on the weights gives all
+    units gradients.
 
     Args:
         model: Whose weights.

@@ -29,7 +29,7 @@ class Passed(NamedTuple):
 
 
 class Watchpoint(nn.Module):
-    """Make units of what passes, wherever a model selects rather than rectifies: latents, experts, codes, gates.
+    """Watch what a model selects rather than rectifies: latents, experts, codes, gates.
 
     It returns its argument unchanged, and costs nothing until a monitor or :func:`find_dead_units` looks. Its site has
     all that a rectifier's has, under the module's path and the kind ``"watchpoint"``. No remedy touches it;
@@ -39,7 +39,7 @@ class Watchpoint(nn.Module):
         units: How many there are.
         threshold: A unit fires where it is above; by default where it is not zero.
         indices: Whether numbers of units pass, of any shape, and not activations of shape ``(..., units)``. Then each
-            number is a sample; what is no unit's number, as -1 for a token that no expert takes, is one of nobody's.
+            number is a sample; other numbers, such as -1 for a token that no expert takes, count for no unit.
 
     Raises:
         ValueError: If an argument makes no sense.

@@ -231,23 +231,23 @@ class _Derivable:
 class Remedy(_Derivable):
     """What to do about the dead units of a site, and when.
 
-    Derive a frozen dataclass from it and write :meth:`propose` to make your own: say which entries become what, and
-    leave writing to the monitor, which repairs the optimizer's state along. ``needs`` says what has to be known of a
-    site; others are left alone. The fields below come with it; a ``__post_init__`` of your own has to call this one.
+    To make your own, derive a frozen dataclass and write :meth:`propose`: it says which entries get which values; the
+    monitor writes them and adjusts the optimizer's state. ``needs`` says what has to be known of a site; other sites
+    are left alone. The fields below are inherited; a ``__post_init__`` of your own has to call this one.
 
     Args:
         patience: Verdicts in a row with a dead fraction above the monitor's ``threshold`` before it acts.
         cooldown: Windows after an edit until its outcome is judged; a site is left alone meanwhile.
-        attempts: Edits of a site without success, one after the other, until the next remedy takes over or, behind the
-            last, the site is given up.
+        attempts: Failed edits of a site in a row until the next remedy takes over or, after the last, the site is only
+            watched.
         max_edits: Edits in a run, over all sites; None for no limit.
         max_edits_per_site: Edits of one site in a run; None for no limit.
         start_step: First training batch at which it may act.
         stop_step: Training batch from which on it acts no more; None for never.
         evidence: Samples for which a unit has to have been silent; None for the monitor's ``min_samples``.
-        significance: If given, a unit is treated once its silence is as improbable as this under its own
-            history, whatever its age: self-normalised resets (Farias and Jozefiak 2024, arXiv 2410.20098). Units
-            that have never fired go by ``evidence``.
+        significance: If given, a unit is repaired once its silence is as improbable as this under its own history,
+            whatever its age: self-normalised resets (Farias and Jozefiak 2024, arXiv 2410.20098). Units that have never
+            fired go by ``evidence``.
         seed: Of what is drawn; the same edit draws the same numbers on all ranks, and other numbers at another step.
         dry_run: Say what it would do, and do nothing.
 
@@ -302,16 +302,16 @@ class Remedy(_Derivable):
 
     @property
     def treats_frozen(self) -> bool:
-        """Whether units that fire, but put out one value whatever the input, are treated too."""
+        """Whether units that fire, but put out one value whatever the input, are repaired too."""
         return False
 
     @property
     def treats_blind(self) -> float | None:
-        """From which share of samples on a layer is treated if no unit of it fires on them; None for never."""
+        """The share of samples from which on a layer is repaired if none of its units fires on them; None for never."""
         return None
 
     def to_free(self, view: SiteView) -> Tensor:
-        """Choose the units that fire and are treated nevertheless, because the layer leaves samples out.
+        """Choose units that fire and are repaired nevertheless, because the whole layer is silent on some samples.
 
         Args:
             view: The site; its units are those that fire.
@@ -320,7 +320,7 @@ class Remedy(_Derivable):
 
     @property
     def is_exact(self) -> bool:
-        """Whether the network's output changes by nothing when an edit is made: a loss that rises is not its doing."""
+        """Whether an edit leaves the network's output as it is, so that a rise of the loss cannot come from it."""
         return False
 
     def propose(self, view: SiteView, generator: torch.Generator) -> Edits:

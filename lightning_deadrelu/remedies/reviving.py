@@ -28,15 +28,15 @@ _NORMAL_SPREAD = 2.56
 
 @dataclass(frozen=True, kw_only=True)
 class BiasWarming(Remedy):
-    """Lift dead units, little by little, until they fire on a share of the inputs; what they had learnt is kept.
+    """Raise dead units step by step until they fire on a share of the inputs; what they had learnt is kept.
 
     After each optimizer step the parameters that feed a unit are raised by an equal part of the distance by which its
     inputs lie too low: the shift of a norm, else bias and weights, see
     :func:`~lightning_deadrelu.remedies.lifting.raised`. After ``steps`` of them the unit fires on ``firing_rate`` of
     the confirming batch, as far as the layers before have stayed what they were; if it is dead again, it is lifted
     again. Nothing else is written, and no gradient is needed: learning rate, optimizer, weight decay and the depth at
-    which the unit lies do not decide whether it comes back. The output changes by nothing at first, and slowly then.
-    Only what feeds the unit has to be known, not what reads it.
+    which the unit lies do not decide whether it comes back. The output changes slowly, and not at all at first. Only
+    what feeds the unit has to be known, not what reads it.
 
     With ``at_once`` the units fire from the next batch on: a term in training forwards, which no optimizer, average or
     checkpoint of the weights sees, brings the whole distance, and falls to zero as the parameters rise. The output
@@ -54,8 +54,8 @@ class BiasWarming(Remedy):
         at_once: Whether a term makes the unit fire in training meanwhile.
         cap: Largest distance, relative to that from the unit's peak to the hinge plus the spread of its inputs (the
             middle 80 %); None for no limit.
-        margin: What comes on top, relative to the same measure of a typical treated unit, so that the unit fires at
-            the quantile itself.
+        margin: What comes on top, relative to the same measure of a typical unit, so that the unit fires at the
+            quantile itself.
         attempts: As for all remedies; no limit by default, since another lift costs nothing.
 
     Example:
@@ -107,10 +107,10 @@ class WakeUp(Remedy):
     and computed weights are as good as any, and nothing is left in the model but what training did. Compiled code runs
     eagerly meanwhile.
 
-    The way up leads through the optimizer, at its learning rate: Adam moves a unit by about the rate times its number
-    of inputs a step, so that units which lie deep, small rates and norms (where the shift moves alone) may take longer
-    than ``max_steps``. What else the gradient reaches, the layers before, is trained along. So :class:`BiasWarming` is
-    to be preferred wherever the parameters that feed the site are known.
+    The push works through the optimizer, at its learning rate: Adam moves a unit by about the rate times its number of
+    inputs a step. So units far below zero, small rates and norms (where the shift moves alone) may take longer than
+    ``max_steps``. The gradient also trains the layers before. Prefer :class:`BiasWarming` wherever the parameters that
+    feed the site are known.
 
     Refused where units compete (``topk``, ``batch_topk``): pushed latents of a sparse autoencoder were selected on all
     inputs alike, and its error rose (``examples/08_sparse_autoencoder.py``).
@@ -139,7 +139,7 @@ class WakeUp(Remedy):
         return True
 
     def propose(self, view: SiteView, generator: torch.Generator) -> Edits:
-        """Push the treated units."""
+        """Push the dead units."""
         if view.report.kind in COMPETITIONS:
             raise NotApplicable("units that compete would be pushed to be selected on all inputs alike")
         units = view.units & ~view.report.frozen
@@ -152,13 +152,13 @@ class LeakySlope(Remedy):
     """Give dead units a small slope below the hinge while they are brought back.
 
     A slope alone revives few units: what comes through it is as small as the slope, and has no reason to point upward
-    (1 of 95 came back in the shock benchmark). So it goes along with :class:`BiasWarming` where what feeds the site is
+    (1 of 95 came back in the shock benchmark). So it is combined with :class:`BiasWarming` where what feeds the site is
     known, and with :class:`WakeUp` elsewhere. The slope rises and falls back to 0 over ``ramp_steps``; in the end the
     model is a plain rectifier again. It is smaller for units that lie deep, such that a unit puts out no more than
     ``slope`` times the spread of its inputs. Where the rectifier is no module of its own, the slope is left out.
 
-    With ``ramp_steps=None`` the slope itself stays for good, without a lift, and the model needs it from then on. It
-    cannot be given twice, and units come back as fast as their weights move: give ``attempts=1, cooldown=10`` along.
+    With ``ramp_steps=None`` the slope stays for good, without a lift, and the model needs it from then on. It cannot be
+    given twice, and units come back only as fast as their weights move, so use ``attempts=1, cooldown=10``.
 
     Source: leaky rectifiers (Maas et al. 2013); larger slopes, up to 1 / 5.5, did better in Xu et al. 2015
     (arXiv 1505.00853).
@@ -182,7 +182,7 @@ class LeakySlope(Remedy):
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def propose(self, view: SiteView, generator: torch.Generator) -> Edits:
-        """Give a slope to the treated units, or to all, and lift or push the treated ones."""
+        """Give a slope to the dead units, or to all, and lift or push the dead ones."""
         units = view.units & ~view.report.frozen  # those fire
         if not units.any():
             return Edits()

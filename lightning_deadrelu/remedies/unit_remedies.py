@@ -42,13 +42,13 @@ class Reset(Remedy):
         tries: Draws for each unit; 1 for a plain redraw, with a bias from its own law.
         bias: What biases become, and shifts of norms; None for the above, and 0 for shifts.
         frozen: Whether frozen units, which fire but put out one value whatever the input, are redrawn too. Their
-            readers are kept, and the output changes. Mostly they come back by themselves once the dead layer before
-            them has.
-        blind: If given, a layer is helped too whose units are all silent on more than this share of the samples: there
-            the network is constant, although nobody is dead. Of the units that resemble another, the one that is missed
-            least is folded into it: the other's readers take its part over. It is redrawn to fire where the layer is
-            silent. Units that are multiples of another are folded and redrawn too, by which the output changes by
-            nothing. Only where one linear layer feeds a ReLU and linear layers read it; then the layer rests for 600
+            readers are kept, and the output changes. Most of them recover by themselves once the dead layer before them
+            has.
+        blind: If given, also repair a layer whose units are all silent on more than this share of the samples: there
+            the network is constant, although no unit is dead. Of the units that resemble another, the one that is
+            missed least is folded into it (the other's readers take over its part) and redrawn to fire where the layer
+            is silent. Exact multiples of another unit are folded and redrawn too, which leaves the output as it is.
+            Only where one linear layer feeds a ReLU and linear layers read it; then the layer is left alone for 600
             training batches.
 
     Example:
@@ -65,7 +65,7 @@ class Reset(Remedy):
 
     @property
     def treats_blind(self) -> float | None:
-        """From which share of samples on a layer is helped that is silent on them."""
+        """The share of samples from which on a layer that is silent on them is repaired."""
         return self.blind
 
     def to_free(self, view: SiteView) -> Tensor:
@@ -75,7 +75,7 @@ class Reset(Remedy):
 
     @property
     def treats_frozen(self) -> bool:
-        """Whether frozen units are treated too."""
+        """Whether frozen units are repaired too."""
         return self.frozen
 
     @property
@@ -115,18 +115,17 @@ class Reset(Remedy):
 
 @dataclass(frozen=True, kw_only=True)
 class ThermalKick(Remedy):
-    """Shake dead units at random, so that some of them fire again; what they have learnt is mostly kept.
+    """Add noise to dead units, so that some of them fire again; most of what they have learnt is kept.
 
-    Two things decide whether a kick can revive a unit. Against the unit's own weights, noise has to be large enough
-    to turn them: its standard deviation is ``strength`` times their root mean square, or the standard deviation of
-    the layer's initial law where that is larger. And against the depth at which the unit lies, noise has to bridge the
+    Two things decide whether a kick can revive a unit. Against the unit's own weights, noise has to be large enough to
+    turn them: its standard deviation is ``strength`` times their root mean square, or the standard deviation of the
+    layer's initial law where that is larger. And against the depth at which the unit lies, noise has to bridge the
     distance from its peak to the hinge: the entry that is added last (a norm's shift, else the bias) is lifted by the
-    absolute value of normal noise with ``depth`` times that distance as its standard deviation (plus ``strength``
-    times the law's), always upwards, since a kick down would bury it. With ``depth=1`` a third of the units comes above
-    the hinge by this alone, whatever their scale: P(abs(N) > 1) = 0.32. A site without a bias has to bridge
-    the distance by its weights: there their noise grows in proportion to the distance over the spread of the unit's
-    inputs. A norm's scale is shaken by ``strength``. Running statistics and readers stay, so that revived units are
-    read at once: the output changes.
+    absolute value of normal noise with ``depth`` times that distance as its standard deviation (plus ``strength`` times
+    the law's), always upwards. With ``depth=1`` a third of the units comes above the hinge by this alone, whatever
+    their scale: P(abs(N) > 1) = 0.32. A site without a bias has to bridge the distance by its weights: there their
+    noise grows in proportion to the distance over the spread of the unit's inputs. A norm's scale is shaken by
+    ``strength``. Running statistics and readers stay, so that revived units are read at once: the output changes.
 
     Args:
         strength: Noise on weights, relative to their own size and that of the initial law.

@@ -17,11 +17,11 @@ from lightning_deadrelu.repair.substitute_modules import Original, original_of
 def restore_activations(
     model: nn.Module, checkpoint: Mapping[str, Any] | str | PathLike[str], *, weights_only: bool = True
 ) -> nn.Module:
-    """Put the activations into a model that a remedy put there in the run behind a checkpoint.
+    """Put the activations into a model that a remedy had put there in the run that wrote a checkpoint.
 
-    A checkpoint holds weights, and the model's code says what is done with them: what
-    :class:`~lightning_deadrelu.DeadReLUMonitor` exchanged in the run, ``load_from_checkpoint`` does not know. Fitting,
-    validating and testing with the monitor and ``ckpt_path`` do this by themselves.
+    ``load_from_checkpoint`` builds the model from its code, which does not know what
+    :class:`~lightning_deadrelu.DeadReLUMonitor` exchanged in the run. Fitting, validating and testing with the monitor
+    and ``ckpt_path`` restore it by themselves.
 
     Args:
         model: The model, as its code builds it; changed in place. It may be a part of the one that was trained, or hold
