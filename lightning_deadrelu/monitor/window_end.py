@@ -133,7 +133,7 @@ def _settle(monitor: Monitor) -> None:
     if not monitor.guard.ended:
         with monitor.guard():
             monitor.ranks.settle()
-            monitor.repair.settle()
+            monitor.repair.mark_in_step()
     if monitor.guard.failure:
         monitor.repair.forget()
 

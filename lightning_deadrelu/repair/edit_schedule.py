@@ -120,11 +120,11 @@ class EditSchedule:
         reshard_(self._model)
         return tensors_of(self._model)
 
-    def settle(self) -> None:
+    def mark_in_step(self) -> None:
         """Note that no rank has failed so far, so that all have lifted alike."""
         self.unsettled = set().union(*(lift.names for lift in self._of_kind(ScheduledLift)))
 
-    def let_go(self, firing_rates: Mapping[str, Tensor]) -> list[str]:
+    def end_pushes(self, firing_rates: Mapping[str, Tensor]) -> list[str]:
         """End the pushes of sites that fire as they are meant to.
 
         Args:
@@ -172,4 +172,4 @@ class EditSchedule:
         self.drop(self.sites)
         for edit in (*state.pushes, *state.lifts, *state.offsets, *state.ramps):
             self.add(edit)
-        self.settle()
+        self.mark_in_step()

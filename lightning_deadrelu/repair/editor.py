@@ -97,17 +97,17 @@ class Editor:
             slopes = slopes.maximum(earlier["slopes"])  # units that were edited before keep theirs
         substitute_(model, path, activation.kind, slopes, self._dims(name))
 
-    def settle(self, report: LivenessReport) -> None:
+    def end_woken_pushes(self, report: LivenessReport) -> None:
         """Let go of sites that fire as they are meant to."""
         busy = self.schedule.sites
-        self.schedule.let_go({site.name: site.firing_rate for site in report.sites if site.name in busy})
+        self.schedule.end_pushes({site.name: site.firing_rate for site in report.sites if site.name in busy})
 
     def advance(self) -> None:
         """Go on with all that takes many batches, behind an optimizer step."""
         if self.schedule.advance():
             self.mark_substitutes()
 
-    def share_lifted(self) -> None:
+    def broadcast_lifted(self) -> None:
         """Have on all ranks what rank 0 has lifted, after some rank could not do so."""
         tensors = tensors_of(self._context.model)
         for name in self._context.ranks.union(self.schedule.unsettled):

@@ -181,7 +181,7 @@ class Repair:
             return
         self._loss = Loss.of(sums[:3])
         shares = {name: sums[3:][place] for name, place in places.items()}
-        self._editor.settle(report)
+        self._editor.end_woken_pushes(report)
         requests, events = self.policy.decide(report, self._loss, self._editor.schedule.sites, shares)
         self._measured = {name: self.context.site(name).units for name in self.policy.in_review}
         self.sums = self.sums.new_zeros(3 + sum(self._measured.values()))
@@ -215,7 +215,7 @@ class Repair:
         look = ranks.attempt(lambda: confirming or ConfirmingBatch(self.context, pending))
         all_met = self._traces >= _MOST_TRACES
         for proposal in look.conclude(self.remedies, self._init, step, batch, all_met=all_met):
-            self._settle(proposal, step)
+            self._carry_out(proposal, step)
 
     def forget(self) -> None:
         """Ask no more about the units asked about."""
@@ -223,7 +223,7 @@ class Repair:
             self._confirming.end()
         self._pending = self._confirming = None
 
-    def _settle(self, proposal: Proposal, step: int) -> None:
+    def _carry_out(self, proposal: Proposal, step: int) -> None:
         """Carry a proposal out, or turn to the next remedy."""
         request, view, edits, reason = proposal
         remedy = self.remedies[request.index]
@@ -257,14 +257,14 @@ class Repair:
         while len(self.events) > _MOST_EVENTS or sum(len(e.units) for e in self.events) > _MOST_UNITS_IN_EVENTS:
             self.events.popleft()
 
-    def settle(self) -> None:
+    def mark_in_step(self) -> None:
         """Note that all ranks have come to a window's end without a failure."""
-        self._editor.schedule.settle()
+        self._editor.schedule.mark_in_step()
 
     def reunite(self) -> None:
         """Have equal parameters on all ranks again, once all know that one has failed, and lift nothing any more."""
         if self._context is not None:
-            self._editor.share_lifted()
+            self._editor.broadcast_lifted()
             self._editor.schedule.drop_lifts()
 
     def stop(self, step: int) -> None:

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from lightning_deadrelu.checkpoint import decode, encode
 from lightning_deadrelu.remedies import Edits, Remedy
+from lightning_deadrelu.repair.candidates import candidates, improbable
 from lightning_deadrelu.repair.event import Event, Loss
-from lightning_deadrelu.repair.policy import EscalationPolicy, PolicyState, candidates, improbable
+from lightning_deadrelu.repair.policy import EscalationPolicy, PolicyState
 from lightning_deadrelu.statistics import LivenessReport, SiteReport
 
 

@@ -166,7 +166,7 @@ def test_sites_whose_units_all_fire_are_let_go():
     model = Shared()
     schedule = pushing(model, [True, True, False], *sites_of(model, torch.randn(8, 4)))
     rates = {"act0": torch.tensor([0.5, 0.12, 0.0]), "act1": torch.tensor([0.5, 0.09, 0.0])}
-    assert schedule.let_go(rates) == ["act0"]
+    assert schedule.end_pushes(rates) == ["act0"]
     assert schedule.sites == ["act1"]
 
 
