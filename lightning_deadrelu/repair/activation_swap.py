@@ -127,14 +127,7 @@ def _no_kind(kind: str, slopes: Tensor | float | None) -> str:
 
 
 def rectifiers(model: nn.Module) -> dict[str, Rectifier]:
-    """Tell, by path, which rectifiers the substitutes in a model stand for.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
-        >>> _ = substitute_(model, "1", "gelu")
-        >>> rectifiers(model)["1"].kind
-        'relu'
-    """
+    """Tell, by path, which rectifiers the substitutes in a model stand for."""
     return {path: Original(**mark["original"]).rectifier for path, mark in _marks(model)}
 
 

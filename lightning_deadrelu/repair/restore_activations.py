@@ -77,10 +77,6 @@ def apply_record(model: nn.Module, record: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: If the model has another module in that place.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
-        >>> apply_record(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), substitute_(model, "1", "silu"))
     """
     if not _takes(model, record, record["path"]):
         raise ValueError(

@@ -23,19 +23,6 @@ class TaylorShares(RectifierCallTaker):
     Args:
         sums: What is added to, shape ``(units,)``, for the units of all sites end to end, float64.
         places: Where the units of each site are.
-
-    Example:
-        >>> from torch import nn
-        >>> from lightning_deadrelu.observe.probe import Probe
-        >>> model, site = nn.Sequential(nn.Linear(2, 2), nn.ReLU()), Site("1", False, "relu", ("0.bias", "0.weight"), 2)
-        >>> _ = nn.init.eye_(model[0].weight), nn.init.zeros_(model[0].bias)
-        >>> sums, probe = torch.zeros(2, dtype=torch.float64), Probe(model, lambda *call: None)
-        >>> handle = probe.router.subscribe_calls(TaylorShares(sums, {site: slice(0, 2)}))
-        >>> with probe:
-        ...     loss = (model(torch.tensor([[1.0, -1.0], [2.0, 3.0]])) * torch.tensor([10.0, 1.0])).sum()
-        >>> loss.backward()
-        >>> sums
-        tensor([30.,  3.], dtype=torch.float64)
     """
 
     def __init__(self, sums: Tensor, places: Mapping[Site, slice]) -> None:

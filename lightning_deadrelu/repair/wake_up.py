@@ -46,18 +46,6 @@ class PushProbe(RectifierCallTaker):
     It hangs a hook on each call's node of the autograd graph, which adds to the gradient of the rectifier's input. No
     forward is changed, nothing is written, and what the push does passes through the optimizer like any other
     gradient. Compiled code runs eagerly meanwhile.
-
-    Example:
-        >>> _ = torch.manual_seed(0)
-        >>> model, site = nn.Sequential(nn.Linear(3, 2), nn.ReLU()), Site("1", False, "relu", ("0.bias", "0.weight"), 2)
-        >>> _ = nn.init.constant_(model[0].bias, -9.0)
-        >>> probe, push = PushProbe(model), Push(torch.tensor([True, False]))
-        >>> probe.arm([ScheduledPush(site="1", steps=1, push=push, place=site)])
-        >>> loss = model(torch.ones(5, 3)).mean()
-        >>> probe.disarm()
-        >>> loss.backward()
-        >>> model[0].bias.grad
-        tensor([-0.5000,  0.0000])
     """
 
     def __init__(self, model: nn.Module, unit_dims: Mapping[str, int] = MappingProxyType({})) -> None:

@@ -23,14 +23,7 @@ class RunHistoryState:
 
 
 class RunHistory:
-    """The history of all units over the windows of a run, and a forecast of who is about to fall silent.
-
-    Example:
-        >>> history = RunHistory()
-        >>> history.close(LivenessReport((), step=9), {})
-        >>> history.raster.steps, history.at_risk_fraction
-        ((9,), 0.0)
-    """
+    """The history of all units over the windows of a run, and a forecast of who is about to fall silent."""
 
     def __init__(self) -> None:
         self.raster = Raster()

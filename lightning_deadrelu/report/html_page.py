@@ -51,13 +51,7 @@ def write(run: RunReport, folder: str | Path) -> tuple[Path, Path]:
 
 
 def to_html(run: RunReport) -> str:
-    """Write a page that stands alone: pictures are in it, and it asks for nothing.
-
-    Example:
-        >>> from lightning_deadrelu.statistics import LivenessReport
-        >>> to_html(RunReport(LivenessReport(()))).startswith("<!DOCTYPE html>")
-        True
-    """
+    """Write a page that stands alone: pictures are in it, and it asks for nothing."""
     sites = run.history.sites
     page: str = _template().render(
         run=run,

@@ -13,13 +13,7 @@ from lightning_deadrelu.report.site_summary import SiteSummary
 
 
 def to_json(run: RunReport) -> str:
-    """Write verdicts, curves, events and refusals as strict JSON; what is not finite becomes null.
-
-    Example:
-        >>> from lightning_deadrelu.statistics import LivenessReport
-        >>> json.loads(to_json(RunReport(LivenessReport(()))))["conclusion"]
-        'No rectifier was watched.'
-    """
+    """Write verdicts, curves, events and refusals as strict JSON; what is not finite becomes null."""
     content = {
         "name": run.name,
         "about": run.about,

@@ -12,12 +12,7 @@ _RARER_THAN = (1e-5, 1e-6)
 
 
 def latents_of(report: LivenessReport) -> tuple[SiteReport, ...]:
-    """List the sites that are selected or watched as latents; where there are none, all rectifiers.
-
-    Example:
-        >>> latents_of(LivenessReport(()))
-        ()
-    """
+    """List the sites that are selected or watched as latents; where there are none, all rectifiers."""
     hard = tuple(site for site in report.sites if not site.smooth)
     return tuple(site for site in hard if site.kind in SELECTIONS or site.kind == WATCHPOINT) or hard
 
@@ -31,10 +26,6 @@ def latent_metrics(report: LivenessReport, name: str = "dead_relu") -> dict[str,
     seem rare. Passes are training batches, and as exact as ``every_n_steps``.
 
     Source: SAELens, ``sae_lens/training/sae_trainer.py``.
-
-    Example:
-        >>> latent_metrics(LivenessReport(()))
-        {}
     """
     found: dict[str, float] = {}
     for site in latents_of(report):

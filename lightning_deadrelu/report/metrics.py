@@ -15,12 +15,7 @@ _HEADLINE = frozenset(("dead_fraction", "newly_dead_units", "revived_units", "at
 def headline_metrics(
     report: LivenessReport, remedied_units: int = 0, at_risk_fraction: float = 0.0
 ) -> dict[str, float]:
-    """Turn a report into the scalars of the whole model.
-
-    Example:
-        >>> headline_metrics(LivenessReport(()), remedied_units=2)["remedied_units"]
-        2.0
-    """
+    """Turn a report into the scalars of the whole model."""
     totals: dict[str, float] = {"dead_fraction": report.dead_fraction, "dead_units": report.dead_units}
     totals["judged_fraction"] = report.fraction("judged")
     totals |= {key: report.total(mask) for mask, key in _COUNTED.items()}
@@ -30,12 +25,7 @@ def headline_metrics(
 
 
 def site_metrics(report: LivenessReport) -> dict[str, float]:
-    """Tell the dead fraction of each site, by name; of smooth activations, of which none is ever dead, the dormant one.
-
-    Example:
-        >>> site_metrics(LivenessReport(()))
-        {}
-    """
+    """Tell the dead fraction of each site, by name; of smooth activations, which are never dead, the dormant one."""
     return {
         site.name: int(site.dormant.sum()) / site.units if site.smooth else site.dead_fraction for site in report.sites
     }
@@ -63,10 +53,6 @@ def metrics_of(
         ``<name>/...`` for what to look at first, ``<name>_details/...`` for the rest of the whole model, and
         ``<name>_sites/<site>`` for the dead fraction of each site; for smooth activations, of which none is ever
         dead, ``<name>_dormant/<site>``. Trackers make a section of what stands before the ``/``.
-
-    Example:
-        >>> metrics_of(LivenessReport(()))["dead_relu/dead_fraction"]
-        0.0
     """
     totals = headline_metrics(report, remedied_units, at_risk_fraction) | {"useful_units": float(useful_units)}
     metrics = {f"{name if key in _HEADLINE else f'{name}_details'}/{key}": value for key, value in totals.items()}

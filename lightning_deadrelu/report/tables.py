@@ -42,11 +42,6 @@ def summary(run: RunReport, width: int | None = None) -> Summary:
     Args:
         run: What to show.
         width: Characters per line; by default those of the terminal, from 80 to 140.
-
-    Example:
-        >>> from lightning_deadrelu.statistics import LivenessReport
-        >>> print(summary(RunReport(LivenessReport(()))))
-        No rectifier was watched.
     """
     width = width or terminal_width()
     names = [summary.site.name for summary in run.sites]

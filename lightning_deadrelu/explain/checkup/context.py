@@ -160,14 +160,7 @@ def _row(head: SiteReport, following: Mapping[str, SiteReport | None]) -> list[S
 
 
 def groups_of(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, ParameterGroup]:
-    """Tell how each parameter is trained, by name.
-
-    Example:
-        >>> import torch
-        >>> layer = nn.Linear(2, 1)
-        >>> groups_of(layer, [torch.optim.SGD(layer.parameters(), lr=0.1)])["bias"].lr
-        0.1
-    """
+    """Tell how each parameter is trained, by name."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(clean(name))

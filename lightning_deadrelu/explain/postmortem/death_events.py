@@ -157,10 +157,6 @@ def still_true(
         deaths: In the order of time.
         report: The latest verdict.
         repairs: Whether a remedy is on.
-
-    Example:
-        >>> still_true([DeathEvent("born dead", "born_dead", ("fc",), (7,), 0, 9, "they never fired")], None)
-        ()
     """
     left = {site.name: int(site.born_dead.sum()) for site in report.sites} if report else {}
     kept: list[DeathEvent] = []
@@ -177,12 +173,7 @@ def still_true(
 
 
 def described(deaths: Sequence[DeathEvent], most: int = 5) -> str:
-    """Describe the largest events that have a cause, with what mends it, in the order of time, and count the others.
-
-    Example:
-        >>> described(())
-        ''
-    """
+    """Describe the largest events that have a cause, with what mends it, in the order of time, and count the others."""
     large = [death for death in deaths if death.is_large and death.finding]
     large.sort(key=lambda death: -sum(death.units))
     shown = sorted(large[:most], key=_in_time)

@@ -71,10 +71,6 @@ class IncomingWeights:
 
     Of a unit three biases are kept, those at the start of training, of the window, and of the window in which it fired
     last: 12 bytes. Of the weights of a layer 1,024 evenly strided entries are read at a window's end.
-
-    Example:
-        >>> IncomingWeights().read([], [], torch.device("cpu")).shape
-        torch.Size([2, 2, 0])
     """
 
     def __init__(self) -> None:

@@ -77,10 +77,6 @@ class FlightRecorder:
     Args:
         watch: Counts what the units do.
         rows: Steps to keep, from 1,024 to 8,192.
-
-    Example:
-        >>> FlightRecorder(Watch(torch.nn.ReLU())).deaths
-        ()
     """
 
     def __init__(self, watch: Watch, rows: int = _LEAST_ROWS) -> None:

@@ -72,13 +72,7 @@ def is_due(windows: int, stride: int = 1) -> bool:
 
 
 def media_of(run: RunReport, latents: bool = False) -> Media:
-    """Make what trackers show.
-
-    Example:
-        >>> from lightning_deadrelu.statistics import LivenessReport
-        >>> media_of(RunReport(LivenessReport((), step=3))).step
-        3
-    """
+    """Make what trackers show."""
     chosen = {summary.site.name for summary in worst_first(run.sites)[:MOST_SITES]}
     shown = [summary.site for summary in run.sites if summary.site.name in chosen]
     histories, curves = run.history.sites, run.history.site_curves

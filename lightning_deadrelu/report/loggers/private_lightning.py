@@ -8,11 +8,6 @@ T = TypeVar("T")
 
 
 def read_private(owner: object, name: str, otherwise: T) -> T:
-    """Read a private attribute of one of Lightning's objects.
-
-    Example:
-        >>> read_private(object(), "_prefix", "")
-        ''
-    """
+    """Read a private attribute of one of Lightning's objects."""
     found: T = getattr(owner, name, otherwise)
     return found
