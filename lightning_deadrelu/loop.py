@@ -226,7 +226,7 @@ class LoopMonitor(MonitorOwner):
 
     def _note_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._monitor:
-            self._monitor.note_batch(kwargs or next(iter(args), None))
+            self._monitor.note_batch(kwargs or (args[0] if args else None))
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Look at the gradients before a step; those that a closure makes, as soon as it has made them."""

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from torch import Tensor
 
 from lightning_deadrelu.guarded import guarded
 from lightning_deadrelu.render.names import cut_name
@@ -123,6 +122,15 @@ class Adapter:
         return f"{prefix}-{key}" if prefix else key
 
 
+def _histograms(media: Media) -> dict[str, tuple[dict[str, Any], Any]]:
+    """List by section the values of each site that a tracker bins, and the bins."""
+    sections = {"rates": (media.rates, _BINS), "log_density": (media.log_densities, _LOG_BINS)}
+    return {
+        section: ({site: one.clamp(bins[0], bins[-1]).numpy() for site, one in sites.items()}, bins)
+        for section, (sites, bins) in sections.items()
+    }
+
+
 class WandbAdapter(Adapter):
     """Weights & Biases: all media of a window are one row of the history."""
 
@@ -150,10 +158,9 @@ class WandbAdapter(Adapter):
 
         table = wandb.Table(columns=[*media.columns], data=[list(row.values()) for row in media.rows])
         row: dict[str, Any] = {f"{self.name}_table/sites": table}
-        for key, rates in self._by_site("rates", media.rates).items():
-            row[key] = wandb.Histogram(np_histogram=_histogram(rates, _BINS))
-        for key, densities in self._by_site("log_density", media.log_densities).items():
-            row[key] = wandb.Histogram(np_histogram=_histogram(densities, _LOG_BINS))
+        for section, (sites, bins) in _histograms(media).items():
+            for key, values in self._by_site(section, sites).items():
+                row[key] = wandb.Histogram(np_histogram=np.histogram(values, bins=bins))
         for key, picture in self._pictures(media).items():
             row[key] = wandb.Image(picture, caption=_caption(media) if key.endswith("_overview/sites") else None)
         self.logger.log_metrics(metrics=row, step=media.step)
@@ -163,10 +170,6 @@ class WandbAdapter(Adapter):
     def alert(self, title: str, text: str) -> None:
         """Send an alert."""
         self.logger.experiment.alert(title=title, text=text, level="WARN")
-
-
-def _histogram(values: Tensor, bins: Any) -> tuple[Any, Any]:
-    return np.histogram(values.clamp(bins[0], bins[-1]).numpy(), bins=bins)
 
 
 def _caption(media: Media) -> str:
@@ -185,12 +188,9 @@ class TensorBoardAdapter(Adapter):
         writer, step = self.logger.experiment, media.step
         if not self._laid_out:
             self._lay_out(writer)
-        for site, rates in media.rates.items():
-            tag = self._prefixed(f"{self.name}_rates/{site}")
-            writer.add_histogram(tag, rates.clamp(0, 1).numpy(), step, bins=_BINS.tolist())
-        for site, densities in media.log_densities.items():
-            tag = self._prefixed(f"{self.name}_log_density/{site}")
-            writer.add_histogram(tag, densities.clamp(-10, 0).numpy(), step, bins=_LOG_BINS.tolist())
+        for section, (sites, bins) in _histograms(media).items():
+            for site, values in sites.items():
+                writer.add_histogram(self._prefixed(f"{self.name}_{section}/{site}"), values, step, bins=bins.tolist())
         for key, picture in self._pictures(media).items():
             writer.add_image(self._prefixed(key), picture, step, dataformats="HWC")
         text = f"{markdown_table(_MARKDOWN, media.rows)}\n\n{LEGEND}"
