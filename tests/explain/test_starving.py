@@ -28,6 +28,14 @@ def test_sizes_are_those_of_the_updates_that_muon_makes():
     assert sizes[0] < 0.1
 
 
+def test_a_muon_that_keeps_its_coefficients_to_itself_has_the_usual_ones():
+    """Others than torch's have `ns_steps` alone in their groups."""
+    weight, muon, _ = stepped()
+    known = update_sizes([muon], weight)
+    del muon.param_groups[0]["ns_coefficients"], muon.param_groups[0]["eps"]
+    torch.testing.assert_close(update_sizes([muon], weight), known)
+
+
 @pytest.mark.parametrize("shape", [(6, 6), (6, 24)])
 def test_of_matrices_that_are_not_tall_nothing_is_said(shape):
     weight, muon, _ = stepped(*shape)
