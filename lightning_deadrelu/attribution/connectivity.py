@@ -75,6 +75,7 @@ class Connectivity:
 
     def feed(self, site: Site, flow: Flow, units: Tensor) -> None:
         """Note what arrives at a site."""
+        self._note_outlets(site, flow)
         fed = self.fed.setdefault(site, {})
         for origin, labels in flow.before:
             assert isinstance(origin, Origin)
@@ -90,6 +91,15 @@ class Connectivity:
             why = f"it rectifies what `{self._name_of(other)}` puts out"
         if why and not self.why.get(site):
             self.why[site] = why
+
+    def _note_outlets(self, site: Site, flow: Flow) -> None:
+        """Give up the outlets through which not all calls of a site go."""
+        ends = {stream.origin for stream in flow.streams if stream.is_outlet}
+        known = {origin for origin in self.fed.get(site, ()) if origin.role == OUTLET}
+        for end in ends ^ known if site in self.fed else ():
+            assert isinstance(end, Origin)
+            part = f"some calls of `{self._name_of(site)}` alone"
+            self.note_unaccounted([UnaccountedRead(end, torch.arange(end.rows, device="cpu"), part)])
 
     def is_refused(self, stream: Stream) -> bool:
         """Whether a stream was read where it cannot be accounted for, so that following it further brings nothing."""

@@ -610,6 +610,14 @@ def test_a_layer_whose_output_has_another_shape_elsewhere_is_no_outlet() -> None
     assert one.outlet is None
 
 
+def test_a_layer_on_the_way_to_some_calls_of_a_site_is_no_outlet() -> None:
+    layers = {"a": linear(4, 6, bias=False), "norm": lambda: nn.BatchNorm1d(6, affine=False).eval(), "b": linear(6, 2)}
+    model = net(lambda m, x: m.b(F.relu(z := m.a(x)) * F.relu(m.norm(z))), **layers)()
+    (one,) = oracle.check(model, lambda: model(torch.rand(5, 4))).values()
+    assert one.incoming
+    assert "some calls of" in one.no_outlet
+
+
 def test_flattening_gives_a_unit_all_its_columns() -> None:
     model = Net(flattened, conv=nn.Conv2d(4, 6, 3), fc=nn.Linear(24, 2))
     (one,) = oracle.attribute(model, lambda: model(torch.randn(2, 4, 6, 6))).values()
