@@ -19,7 +19,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
-FORMAT = 9
+FORMAT = 10
 """The number of the layout of a saved monitor; states of another number are not read."""
 
 _NARROWED = frozenset({"narrowed", "dtype"})
@@ -30,7 +30,8 @@ def encode(value: Any) -> Any:
     """Turn a value into tensors, numbers, strings, booleans, None, lists and dictionaries of these.
 
     Whole numbers in tensors are stored in the smallest type that holds them, on the CPU. Fields of a dataclass that
-    its constructor does not take (``init=False``) are left out.
+    its constructor does not take (``init=False``) are left out. A mapping of other than numbers and strings becomes a
+    list of pairs.
 
     Raises:
         TypeError: If something in it is none of these.
@@ -52,7 +53,9 @@ def encode(value: Any) -> Any:
     if _has_fields(type(value)):
         return {name: encode(getattr(value, name)) for name in _fields_of(type(value))}
     if isinstance(value, Mapping):
-        return {key: encode(item) for key, item in value.items()}
+        plainly = all(isinstance(key, (int, str)) for key in value)
+        pairs = [(encode(key), encode(item)) for key, item in value.items()]
+        return dict(pairs) if plainly else pairs
     if isinstance(value, (set, frozenset)):
         return [encode(item) for item in sorted(value)]
     if isinstance(value, (Sequence, deque)):
@@ -130,7 +133,8 @@ def _decoded_union(kinds: Sequence[Any], plain: Any) -> Any:
 def _decoded_collection(origin: type, kinds: Sequence[Any], plain: Any) -> Any:
     if issubclass(origin, Mapping):
         key, item = kinds or (Any, Any)
-        return {decode(key, name): decode(item, value) for name, value in plain.items()}
+        pairs = plain.items() if isinstance(plain, Mapping) else plain
+        return {decode(key, name): decode(item, value) for name, value in pairs}
     if issubclass(origin, tuple):
         kinds = [kinds[0]] * len(plain) if len(kinds) == 2 and kinds[1] is ... else kinds or [Any] * len(plain)
         return tuple(decode(kind, item) for kind, item in zip(kinds, plain, strict=True))

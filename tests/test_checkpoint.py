@@ -26,6 +26,7 @@ class State:
     last: deque[int] = field(default_factory=deque)
     names: frozenset[str] = frozenset()
     by_number: dict[int, Pair] = field(default_factory=dict)
+    by_pair: dict[Pair, int] = field(default_factory=dict)
 
 
 text = st.text(max_size=5)
@@ -44,6 +45,7 @@ states = st.builds(
     st.lists(st.integers(), max_size=3).map(deque),
     st.frozensets(text, max_size=3),
     st.dictionaries(st.integers(), pairs, max_size=3),
+    st.dictionaries(pairs, st.integers(), max_size=3),
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -28,23 +29,42 @@ _UNREAD = "nothing was seen to read it"
 _MIXED = "`{}` also multiplies other things"
 
 
+@dataclass(eq=False)
 class Connectivity:
-    """Collects who feeds and who reads whom, over any number of calls and batches; holds no activations."""
+    """Collects who feeds and reads whom, over any number of calls and batches; holds no activations.
 
-    def __init__(self, name_of: Callable[[Site], str] = own_name) -> None:
-        self._name_of = name_of
-        self.fed: dict[Site, dict[Origin, Tensor]] = {}
-        self.why: dict[Site, str] = {}
-        self.nonzero_when_silent: dict[Site, str] = {}
-        self.unaccounted: dict[Origin | Site, dict[str, Tensor]] = {}
-        self.other_uses: dict[str, str] = {}
-        self.sharded: set[str] = set()
-        self.sharing: dict[str, str] = {}
-        self.views: dict[str, set[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
-        self.reads: dict[Origin, list[Read]] = {}
-        self.frozen: set[str] = set()
-        self.reached: set[str] = set()  # by a gradient
-        self.multiplied: set[Site] = set()  # with other activations
+    A checkpoint holds all of it: a run that goes on must not forget readers that take turns.
+
+    Args:
+        fed: What arrives at a site, as pairs of a row and a unit.
+        why: Why not all is known of what feeds a site.
+        nonzero_when_silent: Why a silent unit of a site puts out something; empty if it does not.
+        unaccounted_rows: Which rows are read where it cannot be accounted for, by reason.
+        unaccounted_units: Which units are.
+        other_uses: What else uses a parameter.
+        sharded: Parameters that are split over ranks.
+        sharing: Parameters and buffers that share memory, each with another one.
+        views: The ways in which a parameter is used.
+        reads: What reads the same rows.
+        frozen: Readers that were not trained.
+        reached: Readers of whose output a loss has heard.
+        multiplied: Sites that are multiplied with other activations.
+    """
+
+    fed: dict[Site, dict[Origin, Tensor]] = field(default_factory=dict)
+    why: dict[Site, str] = field(default_factory=dict)
+    nonzero_when_silent: dict[Site, str] = field(default_factory=dict)
+    unaccounted_rows: dict[Origin, dict[str, Tensor]] = field(default_factory=dict)
+    unaccounted_units: dict[Site, dict[str, Tensor]] = field(default_factory=dict)
+    other_uses: dict[str, str] = field(default_factory=dict)
+    sharded: set[str] = field(default_factory=set)
+    sharing: dict[str, str] = field(default_factory=dict)
+    views: dict[str, set[tuple[tuple[int, ...], tuple[int, ...]]]] = field(default_factory=dict)
+    reads: dict[Origin, list[Read]] = field(default_factory=dict)
+    frozen: set[str] = field(default_factory=set)
+    reached: set[str] = field(default_factory=set)
+    multiplied: set[Site] = field(default_factory=set)
+    name_of: Callable[[Site], str] = field(default=own_name, init=False)
 
     # -- what was seen
 
@@ -53,11 +73,10 @@ class Connectivity:
         for read in unaccounted:
             if isinstance(read.origin, str):
                 self.other_uses.setdefault(read.origin, read.reason)
-                continue
-            count = read.origin.units if isinstance(read.origin, Site) else read.origin.rows
-            reasons = self.unaccounted.setdefault(read.origin, {})
-            mask = reasons.setdefault(read.reason, torch.zeros(count, dtype=torch.bool, device="cpu"))
-            mask[read.labels[read.labels >= 0].flatten()] = True
+            elif isinstance(read.origin, Site):
+                _mark(self.unaccounted_units.setdefault(read.origin, {}), read, read.origin.units)
+            else:
+                _mark(self.unaccounted_rows.setdefault(read.origin, {}), read, read.origin.rows)
 
     def note(self, outcome: Outcome) -> None:
         """Note what a call read, and which entries it used."""
@@ -81,14 +100,14 @@ class Connectivity:
             assert isinstance(origin, Origin)
             new = pairs(labels, units)
             if origin.role == OUTLET and bool((labels < 0).any()):
-                part = f"only a part of each unit of `{self._name_of(site)}`"
+                part = f"only a part of each unit of `{self.name_of(site)}`"
                 self.note_unaccounted([UnaccountedRead(origin, labels, part)])
             fed[origin] = distinct(torch.cat([fed[origin], new])) if origin in fed else new
         why = flow.why or flow.indirect or ("" if flow.before else _UNFED)
         if flow.behind:
             other = flow.behind[0].origin
             assert isinstance(other, Site)
-            why = f"it rectifies what `{self._name_of(other)}` puts out"
+            why = f"it rectifies what `{self.name_of(other)}` puts out"
         if why and not self.why.get(site):
             self.why[site] = why
 
@@ -98,30 +117,27 @@ class Connectivity:
         known = {origin for origin in self.fed.get(site, ()) if origin.role == OUTLET}
         for end in ends ^ known if site in self.fed else ():
             assert isinstance(end, Origin)
-            part = f"some calls of `{self._name_of(site)}` alone"
+            part = f"some calls of `{self.name_of(site)}` alone"
             self.note_unaccounted([UnaccountedRead(end, torch.arange(end.rows, device="cpu"), part)])
 
     def is_refused(self, stream: Stream) -> bool:
         """Whether a stream was read where it cannot be accounted for, so that following it further brings nothing."""
-        reasons = self.unaccounted.get(stream.origin)
-        if not reasons:
-            return False
         if isinstance(stream.origin, Site):
-            return True
-        mask = torch.stack(list(reasons.values())).any(0)
-        return bool(mask[stream.labels[stream.labels >= 0]].all())
+            return stream.origin in self.unaccounted_units
+        reasons = self.unaccounted_rows.get(stream.origin)
+        return bool(reasons) and bool(_any(reasons)[stream.labels[stream.labels >= 0]].all())
 
     def refusal_of(self, stream: Stream) -> str:
         """Say why a stream is followed no further."""
         assert isinstance(stream.origin, Origin)
-        return f"`{stream.origin.name}` also feeds {next(iter(self.unaccounted[stream.origin]))}"
+        return f"`{stream.origin.name}` also feeds {next(iter(self.unaccounted_rows[stream.origin]))}"
 
     # -- what follows
 
     @property
     def used(self) -> frozenset[str]:
         """Names of the parameters and buffers in use, whatever for."""
-        others = {one.name for one in self.unaccounted if isinstance(one, Origin) and one.role != OUTLET}
+        others = {one.name for one in self.unaccounted_rows if one.role != OUTLET}
         return frozenset(self.views) | frozenset(self.other_uses) | others
 
     @property
@@ -131,7 +147,7 @@ class Connectivity:
 
     def other_readers(self, name: str) -> frozenset[str]:
         """Name the functions that read what a layer's weight puts out, where they read it not unit by unit."""
-        mine = (reasons for one, reasons in self.unaccounted.items() if isinstance(one, Origin) and one.name == name)
+        mine = (reasons for one, reasons in self.unaccounted_rows.items() if one.name == name)
         return frozenset[str]().union(*mine)
 
     def attributions(self) -> dict[Site, Attribution]:
@@ -182,12 +198,12 @@ class Connectivity:
         rows = self.fed[site][origin][:, 0]
         if len(rows.unique()) < len(rows):
             return f"a slice of `{origin.name}` feeds several units"
-        for reason, mask in self.unaccounted.get(origin, {}).items():
+        for reason, mask in self.unaccounted_rows.get(origin, {}).items():
             if mask[rows].any():
                 return f"`{origin.name}` also feeds {reason}"
         for other, fed in self.fed.items():
             if other != site and origin in fed and torch.isin(rows, fed[origin][:, 0]).any():
-                return f"`{origin.name}` also feeds `{self._name_of(other)}`"
+                return f"`{origin.name}` also feeds `{self.name_of(other)}`"
         return self._conflict(origin.name)
 
     def _conflict(self, name: str) -> str:
@@ -202,7 +218,7 @@ class Connectivity:
         return ""
 
     def _outgoing(self, site: Site) -> tuple[tuple[Slice, ...], str]:
-        if refused := self.nonzero_when_silent.get(site) or next(iter(self.unaccounted.get(site, ())), ""):
+        if refused := self.nonzero_when_silent.get(site) or next(iter(self.unaccounted_units.get(site, ())), ""):
             return (), refused
         slices, idle = [], self._idle_readers(site)
         for rows, reads in self.reads.items():
@@ -237,9 +253,18 @@ class Connectivity:
 
     def _other_layout(self, end: Origin) -> str:
         """Say so where a module's output has its channels elsewhere in another call."""
-        met = (one for known in (self.unaccounted, *self.fed.values()) for one in known if isinstance(one, Origin))
+        met = (one for known in (self.unaccounted_rows, *self.fed.values()) for one in known)
         other = any(one.role == OUTLET and one.name == end.name and one != end for one in met)
         return f"the output of `{end.name}` has several shapes" if other else ""
+
+
+def _mark(reasons: dict[str, Tensor], read: UnaccountedRead, count: int) -> None:
+    mask = reasons.setdefault(read.reason, torch.zeros(count, dtype=torch.bool, device="cpu"))
+    mask[read.labels[read.labels >= 0].flatten()] = True
+
+
+def _any(reasons: Mapping[str, Tensor]) -> Tensor:
+    return torch.stack(list(reasons.values())).any(0)
 
 
 def _no_outlet(name: str) -> str:

@@ -72,7 +72,8 @@ def _is_used(part: str, used: str, known: Attributions) -> bool:
 
 def plain(attribution: Attribution) -> dict[str, Any]:
     """Turn into plain values that are equal where the attributions are."""
-    values = {part: list(_uses(part, attribution).items()) for part in _PARTS}
+    values: dict[str, Any] = {part: list(_uses(part, attribution).items()) for part in _PARTS}
+    values["multiplied"] = attribution.multiplied
     return values | {f"no_{part}": getattr(attribution, f"no_{part}") for part in _PARTS}
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_deadrelu.attribution.connectivity import Connectivity, merged
-from lightning_deadrelu.attribution.connectivity_state import ConnectivityState, restore_, state_of
 from lightning_deadrelu.attribution.labels import Flow, Outcome, Stream, TracedCall, UnaccountedRead, unaccounted_reads
 from lightning_deadrelu.attribution.propagation import follow
 from lightning_deadrelu.attribution.result import Attribution
@@ -58,8 +57,8 @@ class Tracer:
     """
 
     def __init__(self, model: nn.Module, name_of: Callable[[Site], str] = own_name) -> None:
-        self._connectivity = Connectivity(name_of)
-        self._flows = TensorFlows(model, self._connectivity)
+        self._model, self._name_of = model, name_of
+        self.restore(Connectivity())
         self.error: Exception | None = None
         """What went wrong; nothing is attributed from then on."""
         self.batches = 0
@@ -113,13 +112,14 @@ class Tracer:
         return merged({}, known, self.failure) if self.failure else known
 
     @property
-    def state(self) -> ConnectivityState | None:
+    def state(self) -> Connectivity | None:
         """What is known, for a run that goes on; None where nothing is attributed."""
-        return None if self.failure else state_of(self._connectivity)
+        return None if self.failure else self._connectivity
 
-    def restore(self, state: ConnectivityState) -> None:
+    def restore(self, known: Connectivity) -> None:
         """Go on from what was known."""
-        restore_(self._connectivity, state)
+        known.name_of = self._name_of
+        self._connectivity, self._flows = known, TensorFlows(self._model, known)
 
     def sole_readers(self) -> dict[Site, tuple[Slice, ...]]:
         """Say, for every site met so far, which entries feed its units and nothing else."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_deadrelu.attribution.connectivity_state import ConnectivityState
+from lightning_deadrelu.attribution.connectivity import Connectivity
 from lightning_deadrelu.checkpoint import FORMAT
 from lightning_deadrelu.explain.finding import Finding
 from lightning_deadrelu.explain.postmortem.recorder import RecorderState
@@ -99,7 +99,7 @@ class RunState:
     recorder: RecorderState
     announced: Announced
     report: LivenessReport | None = None
-    connectivity: ConnectivityState | None = None
+    connectivity: Connectivity | None = None
 
 
 @dataclass

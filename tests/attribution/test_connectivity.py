@@ -6,7 +6,7 @@ from torch import nn
 from toys import mlp
 
 from lightning_deadrelu.attribution import Tracer, plain
-from lightning_deadrelu.attribution.connectivity_state import ConnectivityState
+from lightning_deadrelu.attribution.connectivity import Connectivity
 from lightning_deadrelu.checkpoint import decode, encode
 from lightning_deadrelu.observe.probe import Probe
 
@@ -24,10 +24,25 @@ class Tied(nn.Module):
         return self.second(hidden + odd).relu()
 
 
+class Gated(nn.Module):
+    """Multiplies two rectifiers' outputs; a frozen layer reads them, and no loss hears of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.idle = nn.Linear(4, 2).requires_grad_(False)
+
+    def forward(self, x):
+        hidden = self.first(x).relu() @ self.second(x).relu().T @ self.first(x).relu()
+        self.idle(hidden)
+        return self.head(hidden)
+
+
 MODELS = {
     "a chain": (mlp(), (5, 4)),
     "convolutions": (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2)), (2, 3, 6, 6)),
     "tied weights": (Tied(), (5, 4)),
+    "products": (Gated(), (5, 4)),
 }
 
 
@@ -38,10 +53,10 @@ def test_what_is_known_outlasts_a_checkpoint(name):
     probe = Probe(model, lambda *call: None)
     probe.router.subscribe_calls(tracer)
     with probe:
-        model(torch.randn(shape))
+        model(torch.randn(shape)).sum().backward()
     torch.save(encode(tracer.state), buffer := io.BytesIO())
     buffer.seek(0)
-    again.restore(decode(ConnectivityState, torch.load(buffer, weights_only=True)))
+    again.restore(decode(Connectivity, torch.load(buffer, weights_only=True)))
     expected, found = tracer.attributions(), again.attributions()
     assert {site: plain(one) for site, one in found.items()} == {site: plain(one) for site, one in expected.items()}
     assert found
