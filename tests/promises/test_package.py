@@ -18,7 +18,7 @@ PACKAGE = ROOT / "lightning_deadrelu"
 
 # From the ground up: a part may import those on the floors below its own, and nothing beside or above it.
 FLOORS = (
-    {"validation", "checkpoint", "guarded", "render", "warn"},
+    {"validation", "checkpoint", "guarded", "progress", "render", "warn"},
     {"model"},
     {"statistics", "attribution"},
     {"observe", "remedies"},
