@@ -148,7 +148,7 @@ def _as_row(call: TracedCall, tensor: Tensor, role: str) -> Flow:
     return Flow((Stream(origin, over(tensor.shape, call.output.ndim)),))
 
 
-def multiply(call: TracedCall) -> Outcome:
+def scale(call: TracedCall) -> Outcome:
     """Scale: what is silent stays so, whatever it is multiplied by."""
     operands = _rows_last(call)
     flows = [_as_row(call, tensor, "scale") for tensor in operands]

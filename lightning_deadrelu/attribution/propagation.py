@@ -198,7 +198,7 @@ _RULES: dict[str, Callable[[TracedCall], Outcome]] = {
     **dict.fromkeys(SCATTERS, products.scatter),
     **dict.fromkeys(NORMS, layers.normalise),
     **dict.fromkeys(SUMS, arithmetic.add),
-    **dict.fromkeys(("mul", "div"), arithmetic.multiply),
+    **dict.fromkeys(("mul", "div"), arithmetic.scale),
     **dict.fromkeys(JOINS, _join),
     "neg": arithmetic.negate,
 }

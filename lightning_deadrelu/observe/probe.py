@@ -251,25 +251,17 @@ class Probe(TorchFunctionMode):
             return self._call_unwatched(function, backends, func, args, kwargs)
         found = self._find(function, args, kwargs) if function.may_rectify else None
         output = call_for_caller(func, args, kwargs)
-        if holds_another(Probe):
-            with unseen_by_modes():  # it would take what is counted here for the model's
-                self._take(function, func, args, kwargs, output, found)
-        else:
-            self._take(function, func, args, kwargs, output, found)
-        return output
-
-    def _take(
-        self, function: TorchFunction, func: Any, args: Any, kwargs: Any, output: Any, found: Rectified | None
-    ) -> None:
         try:  # not `guarded`, which would take longer than what it guards
-            if found is None and function.selects:
-                found = self._resolver.select(function, args, kwargs, output)
-            if found is not None or self._call_takers:
-                self.router.take_call(function, (function.name, func, args, kwargs, output), found)
-            elif not self._repeat(function, args, kwargs, output):
-                self._resolver.follow(function, args, kwargs, output)
+            with unseen_by_modes():  # another probe would take it for the model's
+                if found is None and function.selects:
+                    found = self._resolver.select(function, args, kwargs, output)
+                if found is not None or self._call_takers:
+                    self.router.take_call(function, (function.name, func, args, kwargs, output), found)
+                elif not self._repeat(function, args, kwargs, output):
+                    self._resolver.follow(function, args, kwargs, output)
         except Exception as error:
             self.failure = error
+        return output
 
     def _find(self, function: TorchFunction, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rectified | None:
         try:

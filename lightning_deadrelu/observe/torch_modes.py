@@ -15,6 +15,8 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack,
 
 set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
 """What ``torch.no_grad()`` calls, without what it does around it."""
+unseen_by_modes: Callable[[], AbstractContextManager[None]] = torch._C.DisableTorchFunction
+"""Hides what is done from function modes, which would take it for the model's; the official one is for subclasses."""
 _GLOBAL_HOOKS = re.compile(r"Using `torch\.compile\(module\)` when there are global hooks")
 
 
@@ -154,12 +156,6 @@ class WithoutGradients:
         set_grad_enabled(self._before)
 
 
-def unseen_by_modes() -> AbstractContextManager[None]:
-    """Hide what is done from function modes: within a hook they would see it, and take it for the model's."""
-    unseen: AbstractContextManager[None] = torch._C.DisableTorchFunction()  # the official one is for subclasses alone
-    return unseen
-
-
 def push_mode(mode: TorchFunctionMode) -> None:
     """Put a mode on the stack; a ``with`` statement would take it off in order, and others may be entered meanwhile."""
     _push_mode(mode)
@@ -177,9 +173,7 @@ def remove_mode(mode: TorchFunctionMode) -> None:
 
 def holds_another(kind: type[TorchFunctionMode]) -> bool:
     """Tell within a mode whether one of a kind is still to see the call that is being made."""
-    return bool(torch._C._len_torch_function_stack()) and any(
-        isinstance(mode, kind) for mode in _get_current_function_mode_stack()
-    )
+    return any(isinstance(mode, kind) for mode in _get_current_function_mode_stack())
 
 
 def innermost_backend(callback: Any) -> Any:

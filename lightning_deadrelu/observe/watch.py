@@ -169,7 +169,7 @@ class Watch:
         if place in self.offsets:
             x, out, rectifier = _without(self.offsets[place], x, dims, rectifier)
         wanted = self.liveness.wants_rates(place), self.liveness.rules.redundancy
-        chose = count_indices(x, site.units, valid) if rectifier.indexed else None
+        chose = count_indices(x, site.units, valid, wanted[1]) if rectifier.indexed else None
         self._add_counts(place, chose or count(x, out, dims, rectifier, valid, *wanted), trains)
         for taker in self._takers.values():
             taker(place, rectifier, x, dims, valid)

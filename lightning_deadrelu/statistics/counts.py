@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_deadrelu.model.layout import Layout
 from lightning_deadrelu.model.rectifiers import Rectifier
-from lightning_deadrelu.statistics.redundancy import projection, samples_in, silent_samples
+from lightning_deadrelu.statistics.redundancy import projection, projection_of_choices, samples_in, silent_samples
 from lightning_deadrelu.warn import warn
 
 RELU = Rectifier("relu", plain=True)
@@ -175,7 +175,7 @@ def count(
     return Counts(fired, magnitude, peak, trough, samples, elements, *extra)
 
 
-def count_indices(x: Tensor, units: int, valid: Tensor | None = None) -> Counts:
+def count_indices(x: Tensor, units: int, valid: Tensor | None = None, redundancy: bool = False) -> Counts:
     """Count how often each unit was chosen, on the device and without waiting for it.
 
     Args:
@@ -183,6 +183,7 @@ def count_indices(x: Tensor, units: int, valid: Tensor | None = None) -> Counts:
         units: How many there are.
         valid: Boolean, True for data and False for padding, of the shape of ``x``, perhaps without its last
             dimension, or None.
+        redundancy: Whether what concerns the whole layer is wanted too: what chooses nobody is a silent sample.
 
     Example:
         >>> counts = count_indices(torch.tensor([0, 2, 2, -1]), 4)
@@ -190,15 +191,15 @@ def count_indices(x: Tensor, units: int, valid: Tensor | None = None) -> Counts:
         (tensor([1, 0, 2, 0]), 4)
     """
     chosen, elements = x.long().flatten(), x.numel()
-    nobody = (chosen < 0) | (chosen >= units)
+    chosen = chosen.where((chosen >= 0) & (chosen < units), units)
     if valid is not None:
         shown = valid.view(*valid.shape, *[1] * (x.ndim - valid.ndim)).expand(x.shape).flatten()
-        nobody, elements = nobody | ~shown, shown.sum()  # type: ignore[assignment]
-    fired = chosen.new_zeros(units + 1)
-    fired.scatter_add_(0, chosen.masked_fill(nobody, units), torch.ones_like(chosen))
-    fired = fired[:units]
+        chosen, elements = chosen.where(shown, units + 1), shown.sum()  # type: ignore[assignment]
+    fired = chosen.new_zeros(units + 2).scatter_add_(0, chosen, torch.ones_like(chosen))
+    fired, silent = fired[:units], fired[units]
     peak, trough = (fired > 0).float(), (fired == elements).float()
-    return Counts(fired, fired.float(), peak, trough, elements, elements)
+    extra = (silent, projection_of_choices(chosen, units + 2)[:units]) if redundancy else ()
+    return Counts(fired, fired.float(), peak, trough, elements, elements, *extra)
 
 
 def _redundancy(

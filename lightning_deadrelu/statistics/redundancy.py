@@ -7,7 +7,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-_GOLDEN = 0.6180339887498949  # its multiples fill the unit interval evenly, and never repeat
+_FIRST, _SECOND = 0x9E3779B1, 0x85EBCA77  # odd factors that spread bits, as those of common hash functions
+_LOW = 2**32 - 1
 _FEW = 4096  # weights that are kept
 _SAME = 2.0**-16  # relative; sums in single precision are closer
 _FEWEST = 2  # elements on which a unit has to fire: any two that fire once each are proportional
@@ -67,6 +68,22 @@ def projection(out: Tensor, dims: tuple[int, ...]) -> Tensor:
     return rows.flatten(1).T.mv(_weights(rows.shape[0], rows))  # `len` would tie compiled code to one size
 
 
+def projection_of_choices(chosen: Tensor, units: int) -> Tensor:
+    """Add up the weights of the elements that choose each unit, shape ``(units,)``.
+
+    Args:
+        chosen: The number of the unit that each element chooses, one dimension.
+        units: How many there are.
+
+    Example:
+        >>> first, second, nobody = projection_of_choices(torch.tensor([0, 1, 1, 0]), 3).tolist()
+        >>> first != second, nobody
+        (True, 0.0)
+    """
+    weights = _weights(len(chosen), chosen.new_empty(0, dtype=torch.float32))
+    return weights.new_zeros(units).scatter_add_(0, chosen, weights)
+
+
 def _weights(number: int, like: Tensor) -> Tensor:
     """Spread numbers from 0.5 to 1.5; few are kept, since making them takes more calls than using them."""
     if type(like) is Tensor and number <= _FEW:  # a compiler's stand-ins must not be kept
@@ -81,7 +98,10 @@ def _kept_weights(number: int, device: torch.device, dtype: torch.dtype) -> Tens
 
 
 def _spread(number: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return (torch.arange(1, number + 1, device=device, dtype=dtype) * _GOLDEN).frac() + 0.5
+    """Hash the places: of multiples of one number, the first and fourth would weigh what second and third do."""
+    mixed = (torch.arange(1, number + 1, device=device) * _FIRST) & _LOW
+    mixed = ((mixed ^ (mixed >> 15)) * _SECOND) & _LOW
+    return (mixed ^ (mixed >> 13)).to(dtype) / 2**32 + 0.5
 
 
 def duplicates(fired: Tensor, size: Tensor, projected: Tensor, peak: Tensor) -> Tensor:

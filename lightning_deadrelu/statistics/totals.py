@@ -90,11 +90,13 @@ class Totals:
         return self.maxima[_ROWS[name]]
 
     @property
-    def blind_share(self) -> list[float]:
-        """Share of the samples whose rates were read on which no unit fired, for each site; 0 where there are none."""
+    def blind_share(self) -> list[float | None]:
+        """Share of the samples whose rates were read on which no unit fired, for each site; None where none was."""
         rated = (self.samples * (self.elements > 0)).sum(1)
-        shares: list[float] = (self.blind.sum(1) / rated.clamp(min=1)).tolist()
-        return shares
+        return [
+            silent / samples if samples else None
+            for silent, samples in zip(self.blind.sum(1).tolist(), rated.tolist(), strict=True)
+        ]
 
     def constant(self, layout: Layout) -> Tensor:
         """Tell whose output was the same for all inputs of one observation, boolean, shape ``(units,)``.

@@ -17,6 +17,7 @@ from lightning_deadrelu.model.rectifiers import WATCHPOINT, Rectifier
 from lightning_deadrelu.model.sites import Site
 from lightning_deadrelu.remedies import Reset
 from lightning_deadrelu.statistics import Rules, UnitHistory, UnitLiveness, count, judge
+from lightning_deadrelu.statistics.counts import count_indices
 
 
 def samples_of(x, dims):
@@ -162,6 +163,27 @@ def test_latents_which_are_counted_on_every_observation_are_silent_on_a_share_of
         rows += x.tolist()
     (site,) = metric.report().sites
     assert site.blind_fraction == pytest.approx(sum(max(row) <= 0 for row in rows) / len(rows))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_indices_that_choose_nobody_are_silent_samples_and_units_chosen_as_often_are_no_multiples(masked):
+    metric, silent, samples = UnitLiveness(window=2, rules=Rules(redundancy=True)), 0, 0
+    metric.add_site(Site("experts", False, WATCHPOINT, (), 5))
+    for number in range(2):
+        chosen = torch.tensor([0, 1, 2, 3, -1, 7, 3, 2, 1, 0, -2, 5])
+        valid = (torch.arange(12) % 3 > 0) if masked else None
+        metric.observation = number
+        metric.add(0, count_indices(chosen, 5, valid, redundancy=True))
+        for place, unit in enumerate(chosen.tolist()):
+            if not masked or place % 3:
+                silent, samples = silent + (not 0 <= unit < 5), samples + 1
+    (site,) = metric.report().sites
+    assert site.samples == samples
+    assert site.blind_fraction == pytest.approx(silent / samples)
+    assert not site.duplicate.any()
+    without = UnitLiveness(window=2, rules=Rules(redundancy=True))
+    without.add_site(Site("experts", False, WATCHPOINT, (), 5))
+    assert without.report().sites[0].blind_fraction is None  # nothing was seen
 
 
 def test_an_audit_shows_both_and_wide_layers_have_neither():
