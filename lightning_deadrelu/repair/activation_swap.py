@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_deadrelu.model.rectifiers import Rectifier
 from lightning_deadrelu.model.sites import Site, clean, matches
+from lightning_deadrelu.remedies.site_remedies import PRELU
 from lightning_deadrelu.repair.substitute_modules import MARK, SUBSTITUTES, Original, build, original_of
 
 RESTORING = "who loads weights without the monitor calls `restore_activations(model, path)` before"
@@ -68,7 +69,7 @@ def _fused(parent: nn.Module, path: str) -> str:
 
 
 def substitute_(
-    model: nn.Module, path: str, kind: str, slopes: Tensor | float | None = None, dims: Sequence[int] = (-1,)
+    model: nn.Module, path: str, kind: str, slopes: Tensor | None = None, dims: Sequence[int] = (-1,)
 ) -> dict[str, Any]:
     """Put another activation in the place of a rectifier module, wherever the model holds that module.
 
@@ -79,8 +80,8 @@ def substitute_(
         model: The model, changed in place.
         path: Of the module, without the prefixes of wrappers.
         kind: ``"leaky_relu"``, ``"rrelu"``, ``"elu"``, ``"selu"``, ``"gelu"`` or ``"silu"``.
-        slopes: For ``"leaky_relu"``: one for the whole site, or of each unit, shape ``(units,)``, 0 where nothing is
-            to change; None for torch's 0.01.
+        slopes: For ``"leaky_relu"``: of each unit, shape ``(units,)``, 0 where nothing is to change; None for torch's
+            0.01.
         dims: The dimensions that hold the units, counted from the end.
 
     Returns:
@@ -101,7 +102,7 @@ def substitute_(
     assert old is not None
     original = original_of(old)
     assert original is not None
-    slopes = slopes.detach().cpu().clone() if isinstance(slopes, Tensor) and slopes.ndim else _number(slopes)
+    slopes = None if slopes is None else slopes.detach().cpu().clone()
     new = build(kind, slopes, dims, original)
     first = next((tensor for tensor in model.parameters() if tensor.is_floating_point()), torch.empty(0))
     # of a half-precision model too the slopes stay exact; they are rounded where they are used
@@ -111,16 +112,9 @@ def substitute_(
     return {"path": path, **mark}
 
 
-def _number(slopes: Tensor | float | None) -> float | None:
-    return None if slopes is None else float(slopes)
-
-
-def _no_kind(kind: str, slopes: Tensor | float | None) -> str:
+def _no_kind(kind: str, slopes: Tensor | None) -> str:
     if kind == "prelu":
-        return (
-            "it brings parameters, which no optimizer would know; call `swap_activations_(model, nn.PReLU)` in"
-            " `__init__` or `configure_model`"
-        )
+        return PRELU
     if kind not in SUBSTITUTES:
         return f"there is no such kind; choose one of {', '.join(sorted(SUBSTITUTES))}"
     return "`slopes` go with `leaky_relu` alone; drop them" if slopes is not None and kind != "leaky_relu" else ""
@@ -136,9 +130,9 @@ def records(model: nn.Module) -> list[dict[str, Any]]:
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
-        >>> _ = substitute_(model, "1", "leaky_relu", 0.1)
+        >>> _ = substitute_(model, "1", "leaky_relu", torch.tensor([0.0, 0.5]))
         >>> [(record["path"], record["kind"], record["slopes"]) for record in records(model)]
-        [('1', 'leaky_relu', 0.1)]
+        [('1', 'leaky_relu', tensor([0.0000, 0.5000]))]
     """
     return [{"path": path, **mark} for path, mark in _marks(model)]
 

@@ -93,7 +93,7 @@ class Editor:
         """Exchange an activation for good."""
         model, path, slopes = self._context.model, self._context.site(name).owner, activation.slopes
         self._earlier[name] = earlier = next((one for one in records(model) if one["path"] == path), None)
-        if slopes is not None and earlier and isinstance(earlier["slopes"], Tensor):
+        if slopes is not None and earlier and earlier["slopes"] is not None:
             slopes = slopes.maximum(earlier["slopes"])  # units that were edited before keep theirs
         substitute_(model, path, activation.kind, slopes, self._dims(name))
 

@@ -87,7 +87,7 @@ class LeakyUnits(nn.Module):
     validation: an input whose size is not that of the slopes is rectified as before.
 
     Args:
-        slope: Of each unit, shape ``(units,)``, or one for all, shape ``()``.
+        slope: Of each unit, shape ``(units,)``.
         dims: The dimensions of the input that hold the units, counted from the end; a unit's number runs over them in
             their order in the tensor.
         original: The rectifier it stands for.
@@ -125,13 +125,9 @@ class LeakyUnits(nn.Module):
 
     def _fits(self, x: Tensor) -> bool:
         """Whether the input has as many units as there are slopes."""
-        if self.slope.ndim == 0:
-            return True
         return x.ndim >= -min(self.dims) and math.prod(self._shape(x)) == self.slope.numel()
 
     def _shape(self, x: Tensor) -> list[int]:
-        if self.slope.ndim == 0:
-            return []
         return [x.shape[dim] if dim in self.dims else 1 for dim in range(min(self.dims), 0)]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LeakyUnits:
@@ -181,17 +177,15 @@ def original_of(module: nn.Module) -> Original | None:
     return Original("hardswish", hinge=-3.0, inplace=inplace) if kind is nn.Hardswish else None
 
 
-def build(kind: str, slopes: Tensor | float | None, dims: Sequence[int], original: Original) -> nn.Module:
+def build(kind: str, slopes: Tensor | None, dims: Sequence[int], original: Original) -> nn.Module:
     """Make what takes a rectifier's place; see :func:`~lightning_deadrelu.repair.activation_swap.substitute_`.
 
     Example:
-        >>> build("leaky_relu", 0.1, (-1,), Original("relu"))
-        LeakyReLU(negative_slope=0.1)
+        >>> build("leaky_relu", None, (-1,), Original("relu"))
+        LeakyReLU(negative_slope=0.01)
     """
-    if kind == "leaky_relu" and slopes is not None:
-        if isinstance(slopes, Tensor) or original.kind != "relu":
-            return LeakyUnits(torch.as_tensor(slopes), dims, original)
-        return nn.LeakyReLU(slopes, original.inplace)
+    if slopes is not None:
+        return LeakyUnits(slopes, dims, original)
     if math.isinf(original.cap):
         return SUBSTITUTES[kind](original.inplace)
     return Written(SUBSTITUTES[kind](False), original.cap, original.inplace)
