@@ -47,7 +47,13 @@ class Monitor:
         self.guard = Guard(self.pause, self._say_failure, lambda: self.repair.reunite(), but=(Misuse,))
         """Keeps the first failure, after which nothing is watched."""
         self.announcer = Announcer(settings, host)
-        self.repair = _repair_of(settings, self.announcer)
+        self.repair = Repair(
+            settings.remedies,
+            settings.threshold,
+            settings.min_samples,
+            self.announcer.tell_event,
+            trace=settings.gradient_evidence,
+        )
         """Carries remedies out."""
         self.watch = _watch_of(settings, host)
         """Counts what the rectifiers do."""
@@ -288,11 +294,6 @@ class Monitor:
             counted = merged(self)
             saved["run"] = None if counted is None else encode(run_state(self, counted))
         return dict(saved)
-
-
-def _repair_of(settings: Settings, announcer: Announcer) -> Repair:
-    remedies, traces = settings.remedies, settings.gradient_evidence
-    return Repair(remedies, settings.threshold, settings.min_samples, announcer.tell_event, traces)
 
 
 def _watch_of(settings: Settings, host: Host) -> Watch:

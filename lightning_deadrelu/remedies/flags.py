@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from functools import partial
 
 from lightning_deadrelu.remedies.base import Remedy
 from lightning_deadrelu.remedies.reviving import BiasWarming, LeakySlope, WakeUp
 from lightning_deadrelu.remedies.site_remedies import KINDS, PRELU, SwapActivation
 from lightning_deadrelu.remedies.unit_remedies import Reset, ThermalKick
-
-
-def _swap(kind: str) -> Callable[[], Remedy]:
-    return lambda: SwapActivation(activation=kind)
-
 
 _FLAGS: dict[str, Callable[[], Remedy]] = {
     "reset": Reset,
@@ -21,7 +17,7 @@ _FLAGS: dict[str, Callable[[], Remedy]] = {
     "bias_warming": BiasWarming,
     "wake_up": WakeUp,
     "leaky": LeakySlope,
-    **{kind: _swap(kind) for kind in KINDS},
+    **{kind: partial(SwapActivation, activation=kind) for kind in KINDS},
 }
 _AUTO = ("reset", "bias_warming", "wake_up")
 """Each takes over where the one before cannot be applied, or did not help: less has to be known of the site."""

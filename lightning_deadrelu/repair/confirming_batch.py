@@ -17,7 +17,7 @@ from lightning_deadrelu.attribution.result import Attribution
 from lightning_deadrelu.model.parameters import tensors_of, values_of
 from lightning_deadrelu.model.rectifiers import SELECTIONS
 from lightning_deadrelu.model.sharding import reshard_
-from lightning_deadrelu.observe.watch import NOT_TRACED, Watch
+from lightning_deadrelu.observe.watch import NOT_TRACED
 from lightning_deadrelu.remedies import InitDistribution, NotApplicable, Remedy, SiteView
 from lightning_deadrelu.repair.policy import Request
 from lightning_deadrelu.repair.proposals import (
@@ -73,9 +73,12 @@ class ConfirmingBatch:
         watch, number = self._context.watch, self._context.number
         self._handles = [watch.subscribe(self._confirmation)]
         for site, path in self._pending.layers.items():
-            listen = partial(_listen, self._confirmation, number(site), watch)
+            listen = partial(self._listen, number(site))
             self._handles.append(watch.probe.router.subscribe_input(path, listen))
         watch.trace()
+
+    def _listen(self, number: int, x: Tensor) -> None:
+        self._confirmation.listen(number, x, self._context.watch.valid)
 
     def end(self) -> None:
         """Look no more."""
@@ -209,7 +212,3 @@ def _rows_of(known: Sequence[_Known], site: str) -> Tensor | None:
     """Put the rows of all ranks together, the same on each; None if none has any."""
     rows = [one.rows[site] for one in known if site in one.rows]
     return torch.cat(rows) if rows else None
-
-
-def _listen(confirmation: Confirmation, number: int, watch: Watch, x: Tensor) -> None:
-    confirmation.listen(number, x, watch.valid)

@@ -111,14 +111,13 @@ class EditSchedule:
             RuntimeError: The calls of rectifiers could not be followed.
         """
         self._push_probe.check()
-        tensors = self._tensors() if self._of_kind(ScheduledLift) else {}
+        tensors: Mapping[str, Tensor] = {}
+        if self._of_kind(ScheduledLift):
+            reshard_(self._model)
+            tensors = tensors_of(self._model)
         for edit in self._edits:
             edit.advance(tensors)
         return [edit.site for edit in self._remove(lambda edit: edit.is_over)]
-
-    def _tensors(self) -> Mapping[str, Tensor]:
-        reshard_(self._model)
-        return tensors_of(self._model)
 
     def mark_in_step(self) -> None:
         """Note that no rank has failed so far, so that all have lifted alike."""

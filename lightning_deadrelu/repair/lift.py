@@ -53,12 +53,10 @@ class ScheduledLift(ScheduledEdit):
     @override
     def advance(self, tensors: Mapping[str, Tensor]) -> None:
         super().advance(tensors)
-        rest = self.rest or [torch.zeros(()) for _ in self.rises]
-        self.rest = [self._add(*pair, tensors) for pair in zip(self.rises, rest, strict=True)]
-
-    def _add(self, rise: Write, rest: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        with whole(tensors[rise.slice.name]) as full:
-            return add_(full, rise, rest, self.steps)
+        self.rest = self.rest or [torch.zeros(()) for _ in self.rises]
+        for number, rise in enumerate(self.rises):
+            with whole(tensors[rise.slice.name]) as full:
+                self.rest[number] = add_(full, rise, self.rest[number], self.steps)
 
 
 def add_(tensor: Tensor, rise: Write, rest: Tensor, steps: int) -> Tensor:

@@ -44,18 +44,16 @@ def restore_activations(
         >>> restore_activations(model, {"callbacks": {"DeadReLUMonitor": state}})[1]
         LeakyUnits(relu, units=2, dims=(-1,))
     """
-    loaded = checkpoint if isinstance(checkpoint, Mapping) else _read(fspath(checkpoint), weights_only)
-    if "callbacks" not in loaded:
+    if not isinstance(checkpoint, Mapping):
+        call = f"restore_activations(model, {fspath(checkpoint)!r}"
+        trust = f"try `{call}, weights_only=False)`"
+        checkpoint = read_checkpoint(checkpoint, f"{call})", trust, weights_only=weights_only)
+    if "callbacks" not in checkpoint:
         raise ValueError(
             "`restore_activations`: this checkpoint has no `callbacks`, so it does not tell which activations were"
             " exchanged. Give one that was saved without `save_weights_only=True`."
         )
-    return restore(model, _recorded(loaded))
-
-
-def _read(path: str, weights_only: bool) -> Mapping[str, Any]:
-    call = f"restore_activations(model, {path!r}"
-    return read_checkpoint(path, f"{call})", f"try `{call}, weights_only=False)`", weights_only=weights_only)
+    return restore(model, _recorded(checkpoint))
 
 
 def restore(model: nn.Module, records: Sequence[Mapping[str, Any]]) -> nn.Module:

@@ -176,11 +176,8 @@ def _shaped_like(tensor: Tensor) -> Tensor:
 
 def _live_for(entries: Slice, live: Sequence[Slice]) -> Slice | None:
     """Find the live units' rows of the same tensor, along the same dimensions."""
-    return next((one for one in live if _is_alike(one, entries) and len(one.index)), None)
-
-
-def _is_alike(one: Slice, other: Slice) -> bool:
-    return (one.name, one.dims, one.shape) == (other.name, other.dims, other.shape)
+    alike = (one for one in live if (one.name, one.dims, one.shape) == (entries.name, entries.dims, entries.shape))
+    return next((one for one in alike if len(one.index)), None)
 
 
 def _why_absent(name: str, tensor: Tensor) -> str:
