@@ -110,14 +110,15 @@ class EditSchedule:
         Raises:
             RuntimeError: The calls of rectifiers could not be followed.
         """
-        self._push_probe.check()
         tensors: Mapping[str, Tensor] = {}
         if self._of_kind(ScheduledLift):
             reshard_(self._model)
             tensors = tensors_of(self._model)
         for edit in self._edits:
             edit.advance(tensors)
-        return [edit.site for edit in self._remove(lambda edit: edit.is_over)]
+        over = [edit.site for edit in self._remove(lambda edit: edit.is_over)]
+        self._push_probe.check()  # last: what needs no probe goes on all the same
+        return over
 
     def mark_in_step(self) -> None:
         """Note that no rank has failed so far, so that all have lifted alike."""

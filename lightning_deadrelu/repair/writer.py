@@ -16,19 +16,18 @@ from lightning_deadrelu.remedies import InitDistribution, Write
 from lightning_deadrelu.repair.optimizer_state import repair_, repaired_state, unknown_state
 
 
-def init_distributions(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, InitDistribution]:
+def init_distributions(model: nn.Module) -> dict[str, InitDistribution]:
     """Tell what parameters were drawn from, to be called when training begins.
 
     Example:
         >>> init_distributions(nn.BatchNorm1d(2))["bias"]
         InitDistribution(mean=0.0, std=0.0, uniform=False)
     """
-    chosen = None if names is None else set(names)
     drawn = {clean(name): one for name, one in model.named_parameters(remove_duplicate=False)}
     return {
         name: InitDistribution.of(gathered(one))
         for name, one in drawn.items()
-        if (chosen is None or name in chosen) and one.is_floating_point() and not _why_absent(name, one)
+        if one.is_floating_point() and not _why_absent(name, one)
     }
 
 
@@ -111,7 +110,7 @@ def write_(
     pending, tensors = _pending(writes), tensors_of(model)
     if why := check_writes(pending, model, optimizers):
         raise ValueError(f"{why}. Nothing was written; leave the site out with `exclude`, or only watch it.")
-    overwritten = Overwritten.by(pending, tensors, optimizers)
+    overwritten = Overwritten(pending, tensors, optimizers)
     try:
         _write_all(pending, tensors, optimizers, live)
     except Exception:
@@ -123,15 +122,10 @@ def write_(
 class Overwritten:
     """Entries of parameters, buffers and optimizers' state as they were, to be put back if an edit fails halfway."""
 
-    def __init__(self, entries: Sequence[tuple[Tensor, Slice, Tensor]] = ()) -> None:
-        self._entries = tuple(entries)
-
-    @classmethod
-    def by(cls, writes: Iterable[Write], tensors: Mapping[str, Tensor], optimizers: Sequence[Optimizer]) -> Overwritten:
-        """Copy what writes are going to change."""
+    def __init__(self, writes: Iterable[Write], tensors: Mapping[str, Tensor], optimizers: Sequence[Optimizer]) -> None:
         pairs = [(tensors[write.slice.name], write.slice) for write in writes]
         changed = [(one, entries) for tensor, entries in pairs for one in (tensor, *repaired_state(optimizers, tensor))]
-        return cls([(one, entries, entries.read(gathered(one)).clone()) for one, entries in changed])
+        self._entries = [(one, entries, entries.read(gathered(one)).clone()) for one, entries in changed]
 
     def put_back(self) -> None:
         """Write it all back."""

@@ -24,6 +24,7 @@ from lightning_deadrelu.repair.bias_offset import BiasOffset, offset_left
 from lightning_deadrelu.repair.edit_schedule import EditSchedule, ScheduleState
 from lightning_deadrelu.repair.slope_ramp import SlopeRamp, slope_share
 from lightning_deadrelu.repair.substitute_modules import LeakyUnits
+from lightning_deadrelu.repair.wake_up import PushProbe
 from lightning_deadrelu.statistics import Rules
 
 GAMMA = torch.tensor([0.0, 3.0, 0.0, 1.5, 0.1, 0.0])
@@ -376,6 +377,20 @@ def test_the_model_is_not_kept_alive(make):
     gc.collect()
     assert gone() is None
     assert len(hooks) + isinstance(module, LeakyUnits) == 1  # what entered the model still lives, and holds it not
+
+
+def test_a_constant_fades_also_where_the_calls_of_rectifiers_cannot_be_followed(monkeypatch):
+    def fails(self):
+        raise RuntimeError("the calls of rectifiers could not be followed")
+
+    monkeypatch.setattr(PushProbe, "check", fails)
+    schedule = warmed(mlp(), steps=2)
+    for left in (0.5, 0.0):
+        value = schedule.offsets["1"]
+        with pytest.raises(RuntimeError, match="could not be followed"):
+            schedule.advance()
+        assert torch.equal(value.value, GAMMA * left)
+    assert schedule.sites == []
 
 
 def test_a_place_that_is_not_there():

@@ -12,6 +12,7 @@ from lightning_deadrelu.statistics import LivenessReport
 Kind = Literal["born dead", "shock", "drift", "upstream"]
 
 _UNITS = 3
+_MOST_DESCRIBED = 5
 _CLOSE = 10  # steps; an estimate is no closer
 _UNNAMED = ("unknown", "born_dead")
 
@@ -172,11 +173,11 @@ def still_true(
     return tuple(kept)
 
 
-def described(deaths: Sequence[DeathEvent], most: int = 5) -> str:
+def described(deaths: Sequence[DeathEvent]) -> str:
     """Describe the largest events that have a cause, with what mends it, in the order of time, and count the others."""
     large = [death for death in deaths if death.is_large and death.finding]
     large.sort(key=lambda death: -sum(death.units))
-    shown = sorted(large[:most], key=_in_time)
+    shown = sorted(large[:_MOST_DESCRIBED], key=_in_time)
     lines: list[str] = []
     for death in shown:
         lines += [f"{death}.", *(advice for advice in _advice(death) if advice not in lines)]
