@@ -24,16 +24,16 @@ class Tied(nn.Module):
         return self.second(hidden + odd).relu()
 
 
-class Gated(nn.Module):
-    """Multiplies two rectifiers' outputs; a frozen layer reads them, and no loss hears of it."""
+class Attending(nn.Module):
+    """Mixes units over samples by scores; a frozen layer reads them too, and no loss hears of it."""
 
     def __init__(self):
         super().__init__()
-        self.first, self.second, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.first, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
         self.idle = nn.Linear(4, 2).requires_grad_(False)
 
     def forward(self, x):
-        hidden = self.first(x).relu() @ self.second(x).relu().T @ self.first(x).relu()
+        hidden = (x @ x.T).softmax(-1) @ self.first(x).relu()
         self.idle(hidden)
         return self.head(hidden)
 
@@ -42,7 +42,7 @@ MODELS = {
     "a chain": (mlp(), (5, 4)),
     "convolutions": (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2)), (2, 3, 6, 6)),
     "tied weights": (Tied(), (5, 4)),
-    "products": (Gated(), (5, 4)),
+    "scores and an idle reader": (Attending(), (5, 4)),
 }
 
 
