@@ -218,16 +218,17 @@ def first_indirect(flows: Iterable[Flow]) -> str:
     return next((flow.indirect for flow in flows if flow.indirect), "")
 
 
-def along(count: int, ndim: int, dim: int) -> Tensor:
-    """Number the places along one dimension, counted from the end.
+def numbered(sizes: Sequence[int], dims: Sequence[int], ndim: int) -> Tensor:
+    """Number the places along some dimensions, in order.
 
     Example:
-        >>> along(3, 4, -3).shape
-        torch.Size([1, 3, 1, 1])
+        >>> numbered([2, 3], [-3, -1], 4).shape
+        torch.Size([1, 2, 1, 3])
     """
     shape = [1] * ndim
-    shape[dim] = count
-    return torch.arange(count, device="cpu").view(shape)
+    for dim, size in zip(dims, sizes, strict=True):
+        shape[dim] = size
+    return torch.arange(math.prod(sizes), device="cpu").view(shape)
 
 
 def over(shape: Sequence[int], ndim: int) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from lightning_deadrelu.attribution.labels import (
@@ -19,7 +18,7 @@ from lightning_deadrelu.attribution.labels import (
     TracedCall,
     UnaccountedRead,
     Weight,
-    along,
+    numbered,
     over,
     shrunk,
     unaccounted_reads,
@@ -78,7 +77,11 @@ def apply(call: TracedCall) -> Outcome:
     if layer.meets is not None:
         reads, unaccounted = _read(call, layer, layer.meets)
     own, more = _bias(call, layer)
-    streams = [Stream(makes, _places_of(makes, layer.out, ndim)), *own, *_outlet(call, makes.rows, layer.out[-1])]
+    streams = [
+        Stream(makes, numbered(_sizes(makes, layer.out), layer.out, ndim)),
+        *own,
+        *_outlet(call, makes.rows, layer.out[-1]),
+    ]
     why = JOINED if isinstance(bias, Tensor) and bias.ndim > 1 else ""
     if call.name == "embedding" and call.argument(2, "padding_idx") is not None:
         why = PADDED
@@ -134,14 +137,6 @@ def _product(call: TracedCall, named: Weight, x: Tensor, weight: Tensor, bias: T
 
     into, out = (tuple(term.index(one) - len(term) for one in own) for term, own in ((other, met), (result, made)))
     return Layer(x, bias, rows("weight", made), out, rows("reader", met), into)
-
-
-def _places_of(origin: Origin, dims: tuple[int, ...], ndim: int) -> Tensor:
-    """Number the rows of an origin where they are in a tensor."""
-    shape = [1] * ndim
-    for dim, size in zip(dims, _sizes(origin, dims), strict=True):
-        shape[dim] = size
-    return torch.arange(origin.rows, device="cpu").view(shape)
 
 
 def _sizes(origin: Origin, dims: tuple[int, ...]) -> tuple[int, ...]:
@@ -213,7 +208,7 @@ def _bias(call: TracedCall, layer: Layer) -> tuple[list[Stream], tuple[Unaccount
     if flow.weight is None or layer.bias.ndim != 1:
         return [], unaccounted_reads(flow, *_readers(call))
     origin = Origin(flow.weight.name, "bias", (0,), flow.weight.shape)
-    return [Stream(origin, along(origin.rows, call.output.ndim, layer.out[-1]))], ()
+    return [Stream(origin, numbered([origin.rows], layer.out[-1:], call.output.ndim))], ()
 
 
 # -- norms -----------------------------------------------------------------------------------------------
@@ -267,7 +262,7 @@ def _own_rows(call: TracedCall) -> tuple[list[Stream], list[UnaccountedRead]]:
             continue
         origin = Origin(name, role, tuple(range(tensor.ndim)), tuple(tensor.shape))
         last = call.name in LAST_NORMS
-        own.append(Stream(origin, over(tensor.shape, ndim) if last else along(origin.rows, ndim, 1)))
+        own.append(Stream(origin, over(tensor.shape, ndim) if last else numbered([origin.rows], [1], ndim)))
     return own, unaccounted
 
 
@@ -297,7 +292,7 @@ def _outlet(call: TracedCall, count: int, dim: int) -> list[Stream]:
     if not isinstance(call.module, _OUTLETS) or not _is_plain(call.module):
         return []
     origin = Origin(call.path, OUTLET, (dim,), (count,))
-    return [Stream(origin, along(count, call.output.ndim, dim))]
+    return [Stream(origin, numbered([count], [dim], call.output.ndim))]
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from lightning_deadrelu.attribution import arithmetic, layers, products, reshapi
 from lightning_deadrelu.attribution.labels import (
     Flow,
     NotFollowable,
+    Origin,
     Outcome,
     Stream,
     TracedCall,
@@ -20,6 +21,7 @@ from lightning_deadrelu.attribution.labels import (
     first_reason,
     unaccounted_reads,
 )
+from lightning_deadrelu.model.sites import Site
 from lightning_deadrelu.model.torch_calls import (
     ACTIVATION_PRODUCTS,
     ELEMENTWISE,
@@ -163,34 +165,21 @@ def _move(call: TracedCall) -> Outcome:
 def _join(call: TracedCall) -> Outcome:
     flows = [call.look(tensor) for tensor in call.operands]
     names = [read for flow in flows for read in unaccounted_reads(flow._replace(streams=()), f"`{call.name}`", "")]
+    labels = [_by_origin(flow) for flow in flows]
     streams = [
         Stream(
-            origin,
-            reshaping.joined(call, [(tensor, _labels(flow, origin, place)) for tensor, flow in _zip(call, flows)]),
+            key[0], reshaping.joined(call, [(x, own.get(key)) for x, own in zip(call.operands, labels, strict=True)])
         )
-        for origin, place in _numbered(flows)
+        for key in dict.fromkeys(key for own in labels for key in own)
     ]
     constant = all(flow.constant for flow in flows)
     return Outcome((Flow(tuple(streams), first_reason(flows), first_indirect(flows), constant=constant),), tuple(names))
 
 
-def _zip(call: TracedCall, flows: list[Flow]) -> list[tuple[Tensor, Flow]]:
-    return list(zip(call.operands, flows, strict=True))
-
-
-def _numbered(flows: list[Flow]) -> list[tuple[Any, int]]:
-    """List the origins of all flows; one that a flow holds several times, as often."""
-    most: dict[Any, int] = {}
-    for flow in flows:
-        origins = [stream.origin for stream in flow.streams]
-        for origin in origins:
-            most[origin] = max(most.get(origin, 0), origins.count(origin))
-    return [(origin, place) for origin, count in most.items() for place in range(count)]
-
-
-def _labels(flow: Flow, origin: Any, place: int) -> Tensor | None:
-    mine = [stream.labels for stream in flow.streams if stream.origin == origin]
-    return mine[place] if place < len(mine) else None
+def _by_origin(flow: Flow) -> dict[tuple[Origin | Site, int], Tensor]:
+    """List the labels by their origin; one that a flow holds several times is numbered."""
+    origins = [stream.origin for stream in flow.streams]
+    return {(one, origins[:n].count(one)): flow.streams[n].labels for n, one in enumerate(origins)}
 
 
 _RULES: dict[str, Callable[[TracedCall], Outcome]] = {

@@ -115,23 +115,10 @@ def order(call: TracedCall) -> tuple[int, ...]:
     return tuple(permuted(call, main, torch.empty((), device="cpu").expand(tuple(range(main.ndim))))[0].shape)
 
 
-def _split(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
-    dim = call.argument(2, "dim", 0)
-    return [labels] * len(call.outputs) if labels.shape[dim] == 1 else _replayed(call, main, labels)
-
-
-def _unbound(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
-    dim = call.argument(1, "dim", 0)
-    return [labels.squeeze(dim)] * len(call.outputs) if labels.shape[dim] == 1 else _replayed(call, main, labels)
-
-
-def _narrowed(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
-    return [labels] if labels.shape[call.argument(1, "dim")] == 1 else _replayed(call, main, labels)
-
-
-def _selected(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
-    dim = call.argument(1, "dim")
-    return [labels.squeeze(dim)] if labels.shape[dim] == 1 else _replayed(call, main, labels)
+def _cut(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
+    """Make the same call, with all places along the dimension that is cut."""
+    dim = call.argument(_CUTS[call.name], "dim", 0)
+    return [tidy(part) for part in _replayed(call, main, filled(labels, main.shape, [dim]))]
 
 
 def is_plain_index(call: TracedCall) -> bool:
@@ -293,20 +280,19 @@ def tidy_along(labels: Tensor, dim: int) -> Tensor:
     return labels if less is None else less
 
 
+_CUTS = {**dict.fromkeys(SPLITS, 2), "unbind": 1, "narrow": 1, "select": 1}
+"""Calls that cut along one dimension, each with the place of that argument."""
 _MOVERS: dict[str, Callable[[TracedCall, Tensor, Tensor], list[Tensor]]] = {
     **dict.fromkeys(IDENTITIES | DROPOUTS, _same),
     **dict.fromkeys(RESHAPES, _reshaped),
     **dict.fromkeys(PERMUTES, permuted),
-    **dict.fromkeys(SPLITS, _split),
+    **dict.fromkeys(_CUTS, _cut),
     **dict.fromkeys(EXPANDS, _expanded),
     **dict.fromkeys(SHUFFLES, _shuffled),
     **dict.fromkeys(REDUCTIONS | SPREADS, _reduced),
     **dict.fromkeys(ALONG, _taken_along),
     **dict.fromkeys(RESIZES, _resized),
     "gather": _picked,
-    "unbind": _unbound,
-    "narrow": _narrowed,
-    "select": _selected,
     "getitem": _got,
     "repeat": _repeated,
     "tile": _repeated,

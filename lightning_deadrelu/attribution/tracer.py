@@ -7,11 +7,18 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_deadrelu.attribution.connectivity import Connectivity, merged
-from lightning_deadrelu.attribution.labels import Flow, Outcome, Stream, TracedCall, UnaccountedRead, unaccounted_reads
+from lightning_deadrelu.attribution.labels import (
+    Flow,
+    Outcome,
+    Stream,
+    TracedCall,
+    UnaccountedRead,
+    numbered,
+    unaccounted_reads,
+)
 from lightning_deadrelu.attribution.propagation import follow
 from lightning_deadrelu.attribution.result import Attribution
 from lightning_deadrelu.attribution.tensor_flows import TensorFlows
@@ -182,9 +189,8 @@ class Tracer:
             self._flows.remember(out, self._pruned(flow)._replace(pending=pending))
 
     def _follow(self, call: TracedCall) -> Outcome:
-        if makes_zeros(call.name, call.args) or not any(
-            out.numel() for out in call.outputs
-        ):  # an expert without tokens reads nothing
+        is_empty = not any(out.numel() for out in call.outputs)  # an expert without tokens reads nothing
+        if is_empty or makes_zeros(call.name, call.args):
             return Outcome((Flow(constant=True, zero=True),) * len(call.outputs))
         if any(operand.is_nested for operand in (*call.operands, *call.outputs)):
             call.name = f"{call.name} of nested tensors"
@@ -204,7 +210,7 @@ class Tracer:
 
     def _rectify(self, call: TracedCall, site: Site, rectifier: Rectifier, dims: tuple[int, ...], x: Tensor) -> Outcome:
         """Close what feeds a site, and open what it feeds."""
-        units = _units(site, tuple(call.output.shape), dims)
+        units = numbered([call.output.shape[dim] for dim in sorted(dims)], sorted(dims), call.output.ndim)
         flow = call.look(x)
         unaccounted: list[UnaccountedRead] = []
         if rectifier.fused:
@@ -238,13 +244,6 @@ def _tensors(output: Any) -> list[Tensor]:
     if isinstance(output, Tensor):
         return [output]
     return tensors_in(output) if isinstance(output, (list, tuple)) else []
-
-
-def _units(site: Site, shape: tuple[int, ...], dims: tuple[int, ...]) -> Tensor:
-    """Number the units where they are in the site's output."""
-    own = {dim % len(shape) for dim in dims}
-    sizes = [size if place in own else 1 for place, size in enumerate(shape)]
-    return torch.arange(site.units, device="cpu").view(sizes)
 
 
 def _nonzero_when_silent(call: TracedCall, rectifier: Rectifier) -> str:
