@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_deadrelu.repair.scheduled_edit import ScheduledEdit, beside, module_for
+from lightning_deadrelu.repair.scheduled_edit import ForwardEdit
 
 
 def offset_left(step: int, steps: int) -> float:
@@ -25,31 +25,24 @@ def offset_left(step: int, steps: int) -> float:
 
 
 @dataclass(kw_only=True, eq=False)
-class BiasOffset(ScheduledEdit):
+class BiasOffset(ForwardEdit):
     """A constant added to the units' inputs, that falls linearly to 0: bias warming.
 
     Args:
-        path: Of the module to whose output it is added.
-        values: For each unit at the start, shape ``(units,)``.
         channels: The place of each unit in the module's output, shape ``(units,)``.
         dim: The dimension of these places, counted from the end.
     """
 
-    path: str
-    values: Tensor
     channels: Tensor
     dim: int
     _hook: _AddOffset = field(init=False, repr=False)
     _handle: RemovableHandle | None = field(default=None, init=False, repr=False)
 
-    undone: ClassVar[str] = "its term was dropped"
-
     @override
     def attach(self, model: nn.Module) -> None:
-        self._module = module_for(model, self.path, self.site)
-        self._full = beside(self.values, self._module, model)
+        super().attach(model)
         self._hook = _AddOffset(self.channels.to(self._full.device), self.dim)
-        self._update()
+        self.update()
 
     @property
     def value(self) -> Tensor:
@@ -60,7 +53,8 @@ class BiasOffset(ScheduledEdit):
         """Give what a sum with the constant was made of; None where the tensor is another one."""
         return self._hook.before(x)
 
-    def _update(self) -> None:
+    @override
+    def update(self) -> None:
         self._hook.value = self._full * offset_left(self.step, self.steps)
 
     @override
@@ -73,11 +67,6 @@ class BiasOffset(ScheduledEdit):
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
-
-    @override
-    def advance(self, tensors: Mapping[str, Tensor]) -> None:
-        super().advance(tensors)
-        self._update()
 
 
 class _AddOffset:

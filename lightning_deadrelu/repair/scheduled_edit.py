@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_deadrelu.repair.activation_swap import find_module
 
@@ -55,19 +56,37 @@ class ScheduledEdit:
         self.step += 1
 
 
-def module_for(model: nn.Module, path: str, site: str) -> nn.Module:
-    """Find the module that an edit goes to."""
-    module = find_module(model, path)
-    if module is None:
-        raise ValueError(
-            f"A term of `{site}` goes to the module `{path}`, which this model does not have. Give"
-            " the model that was trained, or drop the checkpoint's callback states."
-        )
-    return module
+@dataclass(kw_only=True, eq=False)
+class ForwardEdit(ScheduledEdit):
+    """What changes the output of a module for a time.
 
+    Args:
+        path: Of the module.
+        values: Of each unit, shape ``(units,)``, of which a share is there that follows from the step.
+    """
 
-def beside(values: Tensor, module: nn.Module, model: nn.Module) -> Tensor:
-    """Bring values to a module's device, in the model's precision: at least that of 32 bits."""
-    first = next(model.parameters(), torch.empty(0))
-    dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-    return values.detach().to(next(module.parameters(), first).device, dtype)
+    path: str
+    values: Tensor
+
+    undone: ClassVar[str] = "its term was dropped"
+
+    @override
+    def attach(self, model: nn.Module) -> None:
+        module = find_module(model, self.path)
+        if module is None:
+            raise ValueError(
+                f"A term of `{self.site}` goes to the module `{self.path}`, which this model does not have. Give"
+                " the model that was trained, or drop the checkpoint's callback states."
+            )
+        self._module = module
+        first = next(model.parameters(), torch.empty(0))
+        dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+        self._full = self.values.detach().to(next(module.parameters(), first).device, dtype)
+
+    def update(self) -> None:
+        """Have the share of the values there that belongs to the step."""
+
+    @override
+    def advance(self, tensors: Mapping[str, Tensor]) -> None:
+        super().advance(tensors)
+        self.update()

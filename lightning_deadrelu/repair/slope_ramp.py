@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_deadrelu.model.rectifiers import Rectifier
 from lightning_deadrelu.repair.activation_swap import places_of, take_over
-from lightning_deadrelu.repair.scheduled_edit import ScheduledEdit, beside, module_for
+from lightning_deadrelu.repair.scheduled_edit import ForwardEdit
 from lightning_deadrelu.repair.substitute_modules import LeakyUnits, Original, original_of
 
 
@@ -28,24 +28,18 @@ def slope_share(step: int, steps: int) -> float:
 
 
 @dataclass(kw_only=True, eq=False)
-class SlopeRamp(ScheduledEdit):
+class SlopeRamp(ForwardEdit):
     """A slope below the hinge that rises to its value and falls back to 0.
 
     Args:
-        path: Of the rectifier module.
-        values: The highest slope of each unit, shape ``(units,)``.
         dims: The dimensions of its input that hold the units, counted from the end.
     """
 
-    path: str
-    values: Tensor
     dims: tuple[int, ...]
-
-    undone: ClassVar[str] = "its term was dropped"
 
     @override
     def attach(self, model: nn.Module) -> None:
-        self._module = module_for(model, self.path, self.site)
+        super().attach(model)
         original = original_of(self._module)
         if original is None:
             raise ValueError(
@@ -53,16 +47,16 @@ class SlopeRamp(ScheduledEdit):
                 f" `{type(self._module).__name__}`. Put an `nn.ReLU` there."
             )
         self._places = places_of(model, self._module)
-        self._full = beside(self.values, self._module, model)
         self._substitute = _TemporaryLeakyUnits(self._module, self._full, self.dims, original)
-        self._update()
+        self.update()
 
     @property
     def rectifier(self) -> Rectifier:
         """What the module in the rectifier's place has to be judged as."""
         return self._substitute.original.rectifier
 
-    def _update(self) -> None:
+    @override
+    def update(self) -> None:
         # in place: compiled code looks at the tensor's values, not at what it is
         self._substitute.slope.copy_(self._full * slope_share(self.step, self.steps))
 
@@ -73,11 +67,6 @@ class SlopeRamp(ScheduledEdit):
     @override
     def leave(self) -> None:
         self._replace(self._substitute, self._module)
-
-    @override
-    def advance(self, tensors: Mapping[str, Tensor]) -> None:
-        super().advance(tensors)
-        self._update()
 
     def _replace(self, old: nn.Module, new: nn.Module) -> None:
         held = [(parent, name) for parent, name in self._places if parent._modules.get(name) is old]
