@@ -13,6 +13,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
+from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -237,13 +238,13 @@ def _found(spec: str) -> object:
     if not (place and colon and name):
         raise ValueError(f"`{spec}`: the name is missing. Try `{spec.rstrip(':')}:make_model`.")
     module = _module(place)
-    value: object = module
-    for part in name.split("."):
-        if not hasattr(value, part):
-            public = ", ".join(f"`{each}`" for each in vars(module) if callable(vars(module)[each]) and each[0] != "_")
-            raise ValueError(f"`{spec}`: there is no `{name}` in `{place}`. It has {public or 'nothing to call'}.")
-        value = getattr(value, part)
-    return value
+    try:
+        return attrgetter(name)(module)
+    except AttributeError as error:
+        public = ", ".join(f"`{each}`" for each in vars(module) if callable(vars(module)[each]) and each[0] != "_")
+        raise ValueError(
+            f"`{spec}`: there is no `{name}` in `{place}`. It has {public or 'nothing to call'}."
+        ) from error
 
 
 def _module(place: str) -> ModuleType:
@@ -269,10 +270,11 @@ def _file(path: Path) -> ModuleType:
     if not path.is_file():
         raise ValueError(f"`{path}`: there is no such file. Write the path from the folder you are in.")
     sys.path.insert(0, str(path.parent))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    name = path.stem if path.stem not in sys.modules else f"{path.stem}_of_{path.parent.name}"  # as `random.py`
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
-    module = sys.modules.setdefault(path.stem, importlib.util.module_from_spec(spec))
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 

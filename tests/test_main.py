@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import random
 import re
 import subprocess
 import sys
@@ -75,6 +76,13 @@ def test_it_prints_what_is_dead(place, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("2 of 8 units are dead (25.0%), all in `1`")
     assert printed[3].split()[:4] == ["1", "relu", "8", "2"]
+
+
+def test_a_file_of_the_name_of_a_loaded_module_runs_beside_it(tmp_path, capsys):
+    (tmp_path / "nets.py").rename(tmp_path / "random.py")
+    assert main(["audit", "random.py:broken", "--data", "random.py:batches"]) == 0
+    assert "2 of 8 units are dead" in capsys.readouterr().out
+    assert not hasattr(random, "broken")
 
 
 @pytest.mark.slow
