@@ -265,7 +265,11 @@ def _add_counts(graph: fx.Graph, call: Found) -> tuple[fx.Node, ...]:
             before, out = before.unsqueeze(0), out.unsqueeze(0)
         over, hinge = call.over or (0,), call.rectifier.hinge
         fired = (before > hinge).sum(over).flatten()
-        magnitude = (out if call.rectifier.plain else out.abs()).sum(over, dtype=call.exact).flatten().to(call.wide)
+        if not call.rectifier.plain:
+            out = out.abs()
+        elif call.rectifier.cap == math.inf:  # rectified anew, it is read along with the rest, which the output is not
+            out = before.clamp(min=0.0)
+        magnitude = out.sum(over, dtype=call.exact).flatten().to(call.wide)
         peak, trough = before.amax(over).flatten().to(call.wide), before.amin(over).flatten().to(call.wide)
         if hinge:
             peak, trough = peak - hinge, trough - hinge

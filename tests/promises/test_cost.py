@@ -18,6 +18,7 @@ import turns
 from lightning.pytorch import Callback
 from rich.console import Console
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from toys import Loader, Net, fit
@@ -192,6 +193,27 @@ def test_an_observation_reads_each_input_once_and_five_times_where_rates_are_rea
         share.append(sum(reads) / sum(inputs))
     assert watch.probe.failure is None
     assert share == [5, 1, 5]
+
+
+@pytest.mark.slow
+def test_compiled_code_reads_each_input_once_more_and_has_no_kernel_more():
+    torch.compiler.reset()
+    net = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 80), nn.ReLU(), nn.Linear(80, 1))
+    run, watch, x = torch.compile(net), Watch(net, window=1), torch.randn(40, 64)
+    _, (plain, *_) = run_and_get_code(run, x)
+    with watch.probe:
+        run(x)  # as it stands: that all rectifiers are in compiled code is known afterwards
+    with watch.probe:
+        _, (observed, *_) = run_and_get_code(run, x)
+    assert watch.probe.failure is None
+    kernels = [code.count("async_compile.cpp_pybinding(") for code in (plain, observed)]
+    assert kernels == [2, 2]
+    for units in (96, 80):  # both without a rest behind the last full vector, for which there would be a second loop
+        by_unit = [len(re.findall(rf"\(x0 \+ {units}L\*x1\)", code)) for code in (plain, observed)]
+        assert by_unit == [0, 1]
+        all_over = [code.count(f"x0<static_cast<int64_t>({40 * units}L)") for code in (plain, observed)]
+        assert all_over == [1, 1]
+    torch.compiler.reset()
 
 
 def test_the_way_of_a_torch_call_takes_no_more_python_calls_than_it_did():
