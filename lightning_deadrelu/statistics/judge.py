@@ -112,7 +112,8 @@ def _units(
     found["always_on"] &= rated
     units = {key: torch.from_numpy(values) for key, values in found.items()}
     units["fired_ever"] = before.fired + totals.fired
-    units["peak"], units["projection"] = totals.peak.clone(), totals.projection.clone()
+    units["peak"], projection = totals.peak.clone(), totals.projection
+    units["projection"] = projection.clone() if len(projection) else projection.new_zeros(1).expand(layout.units)
     return units, UnitHistory(
         age=units["age"],
         ever=torch.from_numpy(ever | shown),

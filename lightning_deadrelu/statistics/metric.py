@@ -115,6 +115,8 @@ class UnitLiveness(Metric):
             return
         for name, default in self._defaults.items():
             assert isinstance(default, Tensor)
+            if name == "projection" and not self.rules.redundancy:
+                continue  # nobody asks for it
             fresh = _fresh(name, default, new)  # the defaults stay empty: they would double the memory
             setattr(self, name, torch.cat([getattr(self, name), fresh], dim=_UNIT_DIM.get(name, 0)))
 
@@ -200,8 +202,9 @@ class UnitLiveness(Metric):
     def _add_rates(self, flat: FlatCounts) -> None:
         self.fired.add_(flat.of("fired", 0).to(self.fired.dtype))
         self.magnitude.add_(flat.of("magnitude", 0))
-        self.projection.add_(flat.of("projection", 0))
-        self.blind[:, self._observation].add_(flat.of_sites("blind"))
+        if self.rules.redundancy:
+            self.projection.add_(flat.of("projection", 0))
+            self.blind[:, self._observation].add_(flat.of_sites("blind"))
         self._begin_latest()
         _raise_to(self.maxima[_LATEST], *_latest_rows(flat))
 
@@ -262,7 +265,9 @@ class UnitLiveness(Metric):
         self.make_room()
         self._pending = {}
         for f in fields(Totals):
-            getattr(self, f.name).copy_(getattr(totals, f.name))
+            own, given = getattr(self, f.name), getattr(totals, f.name)
+            if own.shape == given.shape or f.name != "projection":  # which the run that saved them may not have counted
+                own.copy_(given)
 
     def reset(self) -> None:
         """Forget all counts, in place, and start at observation 0; the sites stay."""

@@ -39,7 +39,8 @@ class Totals:
             0 where the peaks alone were read.
         blind: Samples of these on which no unit of the site fired, shape ``(sites, window)``, int64; merges by sum.
         magnitude: Sum of the absolute output of these elements, shape ``(units,)``; merges by sum.
-        projection: The same, each element with a weight of its own, shape ``(units,)``; merges by sum.
+        projection: The same, each element with a weight of its own, shape ``(units,)``, or ``(0,)`` where nobody asks
+            for what concerns whole layers; merges by sum.
         maxima: What merges by maximum, shape ``(7, units)``; the properties below name its rows.
     """
 
