@@ -30,7 +30,7 @@ from lightning_deadrelu.observe.torch_function import MetFunctions, TorchFunctio
 from lightning_deadrelu.observe.torch_modes import (
     EagerCompiler,
     holds_another,
-    is_scripting,
+    is_out_of_sight,
     push_mode,
     recomputes,
     remove_mode,
@@ -243,7 +243,7 @@ class Probe(TorchFunctionMode):
             function = self._functions[func]
         except TypeError:  # nothing that a dictionary takes
             function = torch_function(func)
-        if function.ignored or self.failure or self._hooks.substitutes.is_running or recomputes() or is_scripting():
+        if function.ignored or self.failure or self._hooks.substitutes.running is not None or is_out_of_sight():
             if function.name == "backward" and self.on_backward and not recomputes():
                 self.on_backward()
             return call_for_caller(func, args, kwargs)

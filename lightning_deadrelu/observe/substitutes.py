@@ -22,31 +22,27 @@ class Substitutes:
     def __init__(self, rectifiers: Mapping[str, Rectifier]) -> None:
         self.rectifiers = {name: one._replace(plain=False, smooth=False) for name, one in rectifiers.items()}
         """By path, what each module stands for; whatever its output is, its input says who is silent."""
-        self._running: tuple[nn.Module, Rectified] | None = None
-
-    @property
-    def is_running(self) -> bool:
-        """Whether one is running, so that the functions that it calls are no calls of their own."""
-        return self._running is not None
+        self.running: tuple[nn.Module, Rectified] | None = None
+        """The one that is running, and its call, so that the functions that it calls are no calls of their own."""
 
     def enter(self, path: str, module: nn.Module, args: Any) -> str:
         """Start a call, and say why it cannot be judged; empty if it can."""
-        if path not in self.rectifiers or self.is_running:
+        if path not in self.rectifiers or self.running is not None:
             return ""
         if not args or not isinstance(args[0], Tensor):
             return "its substitute was not called with a tensor by position"
         with torch.no_grad():
             values = args[0].detach().clone() if getattr(module, "inplace", False) else args[0]
-        self._running = module, Rectified(self.rectifiers[path], args[0], values)
+        self.running = module, Rectified(self.rectifiers[path], args[0], values)
         return ""
 
     def leave(self, module: nn.Module) -> Rectified | None:
         """End the call of a module; None if it is none of these."""
-        if self._running is None or self._running[0] is not module:
+        if self.running is None or self.running[0] is not module:
             return None
-        (_, call), self._running = self._running, None
+        (_, call), self.running = self.running, None
         return call
 
     def forget(self) -> None:
         """Let go of a call that an error ended."""
-        self._running = None
+        self.running = None

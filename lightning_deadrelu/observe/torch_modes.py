@@ -116,6 +116,11 @@ def is_scripting() -> bool:
     return torch._C._get_tracing_state() is not None  # the official way wraps the same in two calls more
 
 
+def is_out_of_sight() -> bool:
+    """Tell whether what runs is a forward run again within backward, or ``torch.jit.trace``'s: both in one call."""
+    return torch._C._current_graph_task_id() != -1 or torch._C._get_tracing_state() is not None
+
+
 def is_transformed(tensor: Tensor) -> bool:
     """Tell whether a tensor is one of ``torch.func``'s, whose values stand for those of a whole batch."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))  # its type is `Tensor` all the same
@@ -173,6 +178,8 @@ def remove_mode(mode: TorchFunctionMode) -> None:
 
 def holds_another(kind: type[TorchFunctionMode]) -> bool:
     """Tell within a mode whether one of a kind is still to see the call that is being made."""
+    if not torch._C._len_torch_function_stack():  # as at almost every call; to list them takes longer
+        return False
     return any(isinstance(mode, kind) for mode in _get_current_function_mode_stack())
 
 
