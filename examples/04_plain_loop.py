@@ -18,7 +18,7 @@ from lightning_deadrelu import watch
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("out"))
+    parser.add_argument("--out", type=Path, default=Path("outputs"))
     parser.add_argument("--remedy", default=None)
     parser.add_argument("--epochs", type=int, default=6)
     options = parser.parse_args()

@@ -112,7 +112,7 @@ def train(data: Tensor, steps: int, kill: bool, remedy: str | None, out: Path) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("out"))
+    parser.add_argument("--out", type=Path, default=Path("outputs"))
     parser.add_argument("--steps", type=int, default=1500)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)

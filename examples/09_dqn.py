@@ -125,12 +125,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     found: dict[str, list[Curves]] = {arm: [] for arm in options.arms}
-    print(f"{'arm':12}{'seed':>6}{'dead':>8}{'dormant':>9}{'return':>8}")
     for seed in range(options.seeds):
         for arm, runs in found.items():
-            runs.append(one := train(arm, seed, options))
+            runs.append(train(arm, seed, options))
+    print(f"\n{'arm':12}{'seed':>6}{'dead':>8}{'dormant':>9}{'return':>8}")
+    for arm, runs in found.items():
+        for seed, one in enumerate(runs):
             numbers = f"{one.last('dead'):8.1%}{one.last('dormant'):9.1%}{one.last('returns'):8.0f}"
-            print(f"{arm:12}{seed:6}{numbers}", flush=True)
+            print(f"{arm:12}{seed:6}{numbers}")
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "dqn.json").write_text(json.dumps(found))
