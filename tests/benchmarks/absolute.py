@@ -210,7 +210,7 @@ class Batched:
     def step(self, step: int) -> None:
         """Do what a training batch does, observed by the monitor."""
         x = torch.stack(next(self.data))
-        looked = [s for s, one in enumerate(self.ones) if step == 0 or one.asks]
+        looked = [s for s, one in enumerate(self.ones) if step == 0 or one.is_pending]
         for s in looked:
             self.ones[s].take(self.weights[s].detach(), {})
             self.ones[s].look(x[s])
