@@ -124,7 +124,7 @@ class Connectivity:
         """Whether a stream was read where it cannot be accounted for, so that following it further brings nothing."""
         if isinstance(stream.origin, Site):
             return stream.origin in self.unaccounted_units
-        reasons = self.unaccounted_rows.get(stream.origin)
+        reasons = self.unaccounted_rows.get(stream.origin, {})
         return bool(reasons) and bool(_any(reasons)[stream.labels[stream.labels >= 0]].all())
 
     def refusal_of(self, stream: Stream) -> str:
