@@ -310,7 +310,7 @@ def _watch_of(settings: Settings, host: Host) -> Watch:
     )
     watch.substitutes = rectifiers(host.model)
     watch.masked = settings.mask is not None
-    watch.observes = lambda: host.in_step
+    watch.probe.router.observes = lambda: host.in_step
     return watch
 
 

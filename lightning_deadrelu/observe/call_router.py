@@ -37,6 +37,8 @@ class CallRouter:
         self.sink = sink
         self.is_training = False
         """Whether the call that is handed on is of a forward that trains."""
+        self.observes: Callable[[], bool] = lambda: True
+        """Asked whether the loop's own step is running: what a callback computes is handed to nobody."""
         self._resolver, self._trains = resolver, trains
         self.call_takers: OrderedDict[int, CallTaker] = OrderedDict()
         """Who takes the calls of all functions."""
@@ -156,6 +158,8 @@ class CallRouter:
         self, call: tuple[str, Any, Any, Any, Any], met: tuple[Site, Rectifier, tuple[int, ...], Tensor] | None
     ) -> None:
         """Hand a call to all who take calls, as a site's if it was one; see :meth:`CallTaker.see`."""
+        if not self.observes():
+            return
         stack = self._resolver.stack
         frame = (stack[-1].path, stack[-1].module) if stack else ("", None)
         with no_caching_modes():

@@ -139,7 +139,7 @@ class Probe(TorchFunctionMode):
 
     def passes_over(self) -> bool:
         """Whether a forward that starts now is none that trains."""
-        return self._rests or (self.needs_gradients and not torch.is_grad_enabled())
+        return self._rests or not self.router.observes() or (self.needs_gradients and not torch.is_grad_enabled())
 
     @property
     def armed(self) -> bool:

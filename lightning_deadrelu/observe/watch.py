@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -109,8 +109,6 @@ class Watch:
         """Whether batches may hold padding."""
         self.mask_fits = False
         """Whether the mask has spoken of a site."""
-        self.observes: Callable[[], bool] = lambda: True
-        """Asked at each call of a rectifier whether it is of the loop's own step; one of a callback does not count."""
         self._trained: set[int] = set()
         self._untrained: list[tuple[int, Counts]] = []  # forwards without gradients, until the batch is over
         self.probe.ended = self._count_untrained
@@ -149,7 +147,7 @@ class Watch:
         return self.layout.sites
 
     def _take(self, site: Site, rectifier: Rectifier, x: Tensor, out: Tensor, dims: tuple[int, ...]) -> None:
-        if not self.observes():
+        if not self.probe.router.observes():  # called outside of any module
             return
         place = self._places.get(site)
         if place is None:
@@ -220,7 +218,7 @@ class Watch:
     def add_counts(self, number: int, counts: Counts) -> None:
         """See :class:`~lightning_deadrelu.observe.compiled.Counter`."""
         trains = self.probe.trains()
-        if self.observes() and (trains or number not in self._trained):
+        if self.probe.router.observes() and (trains or number not in self._trained):
             self._add_counts(number, counts, trains)
 
     def name_of(self, number: int) -> str:

@@ -49,9 +49,14 @@ class EditSchedule:
         (tensor([0.0000, 2.5000]), ['1'])
     """
 
-    def __init__(self, model: nn.Module, unit_dims: Mapping[str, int] = MappingProxyType({})) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        unit_dims: Mapping[str, int] = MappingProxyType({}),
+        observes: Callable[[], bool] = lambda: True,
+    ) -> None:
         self._model = model
-        self._push_probe = PushProbe(model, unit_dims)
+        self._push_probe = PushProbe(model, unit_dims, observes)
         self._edits: list[ScheduledEdit] = []
         self.unsettled: set[str] = set()
         """Names of the parameters that were lifted since all ranks last met without a failure."""

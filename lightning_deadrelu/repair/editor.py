@@ -42,7 +42,8 @@ class Editor:
 
     def __init__(self, context: TrainingContext) -> None:
         self._context = context
-        self.schedule = EditSchedule(context.model, context.watch.probe.unit_dims)
+        probe = context.watch.probe
+        self.schedule = EditSchedule(context.model, probe.unit_dims, lambda: probe.router.observes())
         """Edits under way."""
         self._earlier: dict[str, Any] = {}
 

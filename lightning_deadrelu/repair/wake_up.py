@@ -48,8 +48,14 @@ class PushProbe(RectifierCallTaker):
     gradient. Compiled code runs eagerly meanwhile.
     """
 
-    def __init__(self, model: nn.Module, unit_dims: Mapping[str, int] = MappingProxyType({})) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        unit_dims: Mapping[str, int] = MappingProxyType({}),
+        observes: Callable[[], bool] = lambda: True,
+    ) -> None:
         self._probe = Probe(model, lambda *call: None, unit_dims)
+        self._probe.router.observes = observes
         self._pushes: dict[Site, Push] = {}
         self._looks = False  # from a batch's begin to its end
 

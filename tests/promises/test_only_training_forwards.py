@@ -55,6 +55,43 @@ def test_log_graph_is_no_observation(tmp_path):
     assert monitor.report.sites[0].samples == 20
 
 
+class Peeking(Callback):
+    """Calls the model, or parts of it, in training batches."""
+
+    def __init__(self, call):
+        self.call, self.seen = call, torch.full((9, 4), -3.0)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        x = self.seen.clone().requires_grad_()
+        with torch.set_grad_enabled(self.call != "without gradients"):
+            out = pl_module.net[0](x).relu() if self.call == "a layer" else pl_module.net(x)
+        if out.requires_grad:
+            again = torch.autograd.grad(out.sum(), x, retain_graph=True)[0]
+            assert torch.allclose(again, torch.autograd.grad(self.plain(x, pl_module.net), x)[0])
+
+    def plain(self, x, net):
+        """Sum up the output as no probe sees it."""
+        with torch._C.DisableTorchFunction():
+            x = (x @ net[0].weight.T + net[0].bias).relu()
+            whole = (x @ net[2].weight.T + net[2].bias).relu() @ net[4].weight.T + net[4].bias
+            return (x if self.call == "a layer" else whole).sum()
+
+    on_before_backward = on_before_zero_grad = lambda self, trainer, pl_module, _: pl_module.net(self.seen)
+
+
+@pytest.mark.parametrize("remedy", ["reset", "bias_warming", "wake_up"])
+@pytest.mark.parametrize("call", ["without gradients", "with gradients", "a layer"])
+def test_what_another_callback_computes_changes_no_repair_and_is_pushed_by_none(remedy, call):
+    told = []
+    for peeking in ([], [Peeking(call)]):
+        torch.manual_seed(0)
+        model, monitor = Net(), DeadReLUMonitor(**EVERYTHING, threshold=0.0, remedy=remedy)
+        fit(model, batches(24), monitor, *peeking)
+        told.append(([str(event) for event in monitor.events], torch.stack(model.losses).tolist()))
+    assert told[0] == told[1]
+    assert any("repaired" in event for event in told[0][0])
+
+
 SAMPLES = {
     "plain": ({}, 60),
     "fast_dev_run": ({"fast_dev_run": True}, 5),
