@@ -108,7 +108,7 @@ def _units(
     }
     found |= {"born_dead": dead & ~(ever | proven), "redied": newly_dead & returned, "nonfinite": nonfinite > FINITE}
     found |= {"rare": lives & found["rare"], "frozen": fires & sane & totals.constant(layout).numpy()}
-    found["dormant"] = rated & sane & (found["dormancy"] <= rules.tau)
+    found["dormant"] = rated & sane & (totals.peak.numpy() < math.inf) & (found["dormancy"] <= rules.tau)
     found["always_on"] &= rated
     units = {key: torch.from_numpy(values) for key, values in found.items()}
     units["fired_ever"] = before.fired + totals.fired

@@ -9,18 +9,31 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from lightning_deadrelu.model.layout import Layout
 from lightning_deadrelu.model.sites import Site
 from lightning_deadrelu.statistics import Rules, Totals, UnitHistory, UnitLiveness, count, judge
 from lightning_deadrelu.statistics.judge import _least_usual
 
 
-def report_of(windows, min_samples, ranks=1, all_rates=False):
-    """Run windows of observations; an observation is a list of calls, dealt out to ranks in turn."""
+def report_of(windows, min_samples, ranks=1, all_rates=False, proofs=()):
+    """Run windows of observations; an observation is a list of calls, dealt out to ranks in turn.
+
+    A smooth site sees what the rectifier does, and a site is left out between the two.
+
+    Args:
+        windows: The inputs.
+        min_samples: The age from which on units are dead.
+        ranks: How many there are.
+        all_rates: Whether rates are read on all observations.
+        proofs: By number of the observation in the run, the units that a gradient proves to have fired by its end,
+            if the site ran.
+    """
     rules = Rules(min_samples, all_rates=all_rates)
-    history, reports = UnitHistory.empty(), []
+    history, reports, step = UnitHistory.empty(), [], 0
     for window in windows:
-        metrics = [UnitLiveness({"relu": _width(windows)}, window=len(window), rules=rules) for _ in range(ranks)]
+        metrics, steps = [UnitLiveness(window=len(window), rules=rules) for _ in range(ranks)], []
+        for metric in metrics:
+            for name, units in (("relu", _width(windows)), ("left out", 0), ("gelu", _width(windows))):
+                metric.add_site(Site(name, False, name, (), units, smooth=name == "gelu"))
         for number, observation in enumerate(window):
             for metric in metrics:
                 metric.observation = number
@@ -28,9 +41,14 @@ def report_of(windows, min_samples, ranks=1, all_rates=False):
                 if len(x):
                     metric = metrics[place % ranks]
                     metric.add(0, count(x, x.relu(), rates=metric.wants_rates(0)))
+                    metric.add(2, count(x, x.relu(), rates=metric.wants_rates(0)))
+            if step < len(proofs) and any(map(len, _calls(observation))):
+                proved = torch.tensor([unit in proofs[step] for unit in range(_width(windows))] * 2)
+                metrics[-1].record_gradient_proof(torch.stack([proved * (number + 2) - 1, proved]))
+            steps, step = [*steps, step], step + 1
         for metric in metrics:
             metric.observation = len(window)
-        report, history = judge(merge(metrics), history, metrics[0].layout, rules)
+        report, history = judge(merge(metrics), history, metrics[0].layout, rules, steps=steps)
         reports.append(report)
     return reports
 
@@ -50,58 +68,50 @@ def _calls(observation):
     return observation if isinstance(observation, list) else [observation]
 
 
-def slow_verdicts(windows, min_samples, all_rates=False):
+def slow_verdicts(windows, min_samples, all_rates=False, proofs=()):
     """Walk over all numbers, unit by unit, with plain Python lists."""
-    verdicts = []
+    verdicts, step = [], 0
     units = _width(windows)
     age, ever, was_dead, came_back = [0] * units, [False] * units, [False] * units, [False] * units
-    hits_ever, so_far, seen = [0] * units, [0] * units, [0] * units
+    hits_ever, so_far, seen, last_fired = [0] * units, [0] * units, [0] * units, [-1] * units
     for window in windows:
         rated = window if all_rates or len(window) == 1 else [window[0], window[-1]]
-        row = {
-            "silent": [],
-            "dead": [],
-            "age": [],
-            "born_dead": [],
-            "newly_dead": [],
-            "revived": [],
-            "redied": [],
-            "frozen": [],
-            "rate": [],
-            "usual": [],
-            "always_on": [],
-            "rare": [],
-        }
+        rows = []
         for unit in range(units):
             fired = samples = 0
-            for observation in window:
+            proven = strange = False
+            for place, observation in enumerate(window):
                 numbers = _numbers(observation, unit)
                 hits = sum(z > 0 for z in numbers)
                 fired, samples = fired + hits, samples + len(numbers)
+                strange |= any(map(math.isnan, numbers))
                 age[unit] = 0 if hits else age[unit] + len(numbers)
+                last_fired[unit] = step + place if hits else last_fired[unit]
+                if numbers and step + place < len(proofs) and unit in proofs[step + place]:
+                    proven, age[unit] = True, 0
             counted = [z for observation in rated for z in _numbers(observation, unit)]
             rated_hits = sum(z > 0 for z in counted)
-            silent = samples > 0 and fired == 0
+            silent = samples > 0 and fired == 0 and not strange
             dead = silent and age[unit] >= min_samples
-            row["silent"].append(silent)
+            lives = fired > 0 or (proven and not dead)
             stands = dead if samples else was_dead[unit]  # without data the last verdict stands
-            row["dead"].append(stands)
-            row["age"].append(age[unit])
-            row["born_dead"].append(stands and not ever[unit])
-            row["newly_dead"].append(dead and not was_dead[unit])
-            row["revived"].append(fired > 0 and was_dead[unit])
-            row["redied"].append(dead and not was_dead[unit] and came_back[unit])
-            row["frozen"].append(fired > 0 and _is_constant(window[-1], unit))
-            row["rate"].append(rated_hits / len(counted) if counted else 0.0)
-            row["always_on"].append(rated_hits == len(counted) > 0)
-            row["rare"].append(fired > 0 and max(rated_hits, 1) < 0.01 * len(counted))
+            row = {"silent": silent, "dead": stands, "age": age[unit], "last_fired": last_fired[unit]}
+            row |= {"born_dead": stands and not ever[unit] and not proven, "newly_dead": dead and not was_dead[unit]}
+            row |= {"revived": lives and was_dead[unit], "redied": row["newly_dead"] and came_back[unit]}
+            row |= {"nonfinite": strange, "judged": lives or dead or (not samples and ever[unit]) or stands}
+            row["frozen"] = fired > 0 and not strange and _is_constant(window[-1], unit)
+            row["always_on"] = rated_hits == len(counted) > 0
+            row["rare"] = lives and max(rated_hits, 1) < 0.01 * len(counted)
+            row["firing_rate"] = rated_hits / len(counted) if counted else 0.0
             hits_ever[unit], so_far[unit] = hits_ever[unit] + rated_hits, so_far[unit] + len(counted)
             seen[unit] = so_far[unit] if fired else seen[unit]
-            row["usual"].append(hits_ever[unit] / seen[unit] if seen[unit] else 0.0)
-            came_back[unit] |= fired > 0 and was_dead[unit]
-            was_dead[unit] = dead or (was_dead[unit] and not fired)
-            ever[unit] |= fired > 0
-        verdicts.append(row)
+            row["usual_rate"] = hits_ever[unit] / seen[unit] if seen[unit] else 0.0
+            came_back[unit] |= row["revived"]
+            was_dead[unit] = stands or (was_dead[unit] and not lives)
+            ever[unit] |= fired > 0 or proven
+            rows.append(row)
+        verdicts.append({name: [row[name] for row in rows] for name in rows[0]})
+        step += len(window)
     return verdicts
 
 
@@ -118,7 +128,7 @@ def _is_constant(observation, unit):
 batches = arrays.arrays(
     "float32",
     st.tuples(st.integers(0, 5), st.just(3)),
-    elements=st.sampled_from([-2.0, -1.0, 0.0, 0.5, 3.0]),
+    elements=st.sampled_from([-2.0, -1.0, 0.0, 0.5, 3.0, math.nan]),
     fill=st.just(-1.0),
 ).map(torch.from_numpy)
 windows_strategy = st.lists(
@@ -127,21 +137,25 @@ windows_strategy = st.lists(
 
 
 NOTHING, SILENT = torch.empty(0, 3), torch.full((1, 3), -1.0)
+proofs_strategy = st.lists(st.sets(st.integers(0, 2)), max_size=12)
 
 
 @settings(max_examples=150)
-@given(windows_strategy, st.integers(1, 12), st.integers(1, 3), st.booleans())
-@example([[[NOTHING], [SILENT], [NOTHING]], [[NOTHING]]], 1, 1, False)  # it ran where no rates are read
-@example([[[SILENT]], [[NOTHING], [SILENT], [NOTHING]]], 1, 1, False)
-def test_verdicts_equal_a_loop_over_all_activations_on_any_number_of_ranks(windows, min_samples, ranks, all_rates):
-    expected = slow_verdicts(windows, min_samples, all_rates)
-    for report, verdict in zip(report_of(windows, min_samples, ranks, all_rates), expected, strict=True):
-        site = report.sites[0]
-        masks = ("born_dead", "newly_dead", "revived", "redied", "frozen", "always_on", "rare")
-        for name in ("silent", "dead", "age", *masks):
-            assert getattr(site, name).tolist() == verdict[name], name
-        assert site.firing_rate.tolist() == pytest.approx(verdict["rate"])
-        assert site.usual_rate.tolist() == pytest.approx(verdict["usual"])
+@given(windows_strategy, st.integers(1, 12), st.integers(1, 3), st.booleans(), proofs_strategy)
+@example([[[NOTHING], [SILENT], [NOTHING]], [[NOTHING]]], 1, 1, False, [])  # it ran where no rates are read
+@example([[[SILENT]], [[NOTHING], [SILENT], [NOTHING]]], 1, 1, False, [])
+def test_verdicts_equal_a_loop_over_all_activations_on_any_number_of_ranks(
+    windows, min_samples, ranks, all_rates, proofs
+):
+    expected = slow_verdicts(windows, min_samples, all_rates, proofs)
+    reports = report_of(windows, min_samples, ranks, all_rates, proofs)
+    for report, verdict in zip(reports, expected, strict=True):
+        rectifier, smooth = report.sites
+        for name, values in verdict.items():
+            assert getattr(rectifier, name).tolist() == pytest.approx(values), name
+        assert not (smooth.dead | smooth.silent | smooth.newly_dead).any()
+        for name in ("age", "frozen", "firing_rate", "usual_rate", "last_fired", "nonfinite"):
+            assert getattr(smooth, name).tolist() == pytest.approx(verdict[name]), name
 
 
 def test_dormancy_is_the_share_of_the_layers_mean_output():
@@ -152,6 +166,9 @@ def test_dormancy_is_the_share_of_the_layers_mean_output():
     assert site.dormant.tolist() == [mean / (sum(means) / 6) <= 0.025 for mean in means]
     dead = report_of([[torch.full((3, 2), -1.0)]], 1)[0].sites[0]
     assert dead.dormancy.tolist() == [0, 0]  # a wholly dead layer is no division by zero
+    odd = report_of([[torch.tensor([[math.nan, 1.0, math.inf, 4.0, 0.0]])]], 1)[0].sites[0]
+    assert odd.dormancy.tolist() == [0.0, 1.0, 0.0, 4.0, 0.0]  # what is not finite counts as nothing
+    assert odd.dormant.tolist() == [False, False, False, False, True]
 
 
 @pytest.mark.parametrize("size", [32, 100])
@@ -206,100 +223,6 @@ def test_a_site_met_late_starts_with_no_history():
     report, _ = judge(metric.totals().to_host(), history, metric.layout, Rules(5))
     assert report["a"].age.tolist() == [18, 18]
     assert report["b"].age.tolist() == [3]
-
-
-def random_totals(units, window, seed, dtype=torch.float64):
-    """Make up counts: sites without data, units that are silent, always on, frozen, or met NaN and infinity."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def drawn(*shape):
-        return torch.rand(*shape, generator=generator, dtype=torch.float64)
-
-    samples = (drawn(len(units), window) * 50).long()
-    samples[::4] = 0
-    elements = samples * 3
-    most = elements.sum(1).repeat_interleave(torch.tensor(units))
-    fired = (drawn(len(most)) * 1.5 * most).long().clamp(max=most) * (drawn(len(most)) > 0.3)
-    fired[drawn(len(most)) < 0.1] = 1
-    magnitude = (drawn(len(most)) * fired).to(dtype)
-    for value in (math.nan, math.inf):
-        magnitude[drawn(len(most)) < 0.05] = value
-    last = torch.where((fired > 0) | (drawn(len(most)) < 0.05), (drawn(len(most)) * window).floor(), -1)
-    nonfinite = (drawn(len(most)) * 2.2).floor()
-    latest = (drawn(2, len(most)) * 2 - 1).round()
-    proved = torch.where(drawn(len(most)) < 0.1, (drawn(len(most)) * (window + 1)).floor(), -1)
-    maxima = torch.stack([drawn(len(most)), last, nonfinite, *latest, proved, (proved >= 0).double()])
-    blind = (drawn(*samples.shape) * (samples + 1)).long()
-    projection = magnitude * (0.5 + drawn(len(most)))
-    return Totals(fired, samples, elements, blind, magnitude, projection, maxima.to(dtype))
-
-
-def slowly_judged(totals, at, index, smooth, rules, known, steps):
-    """Judge one unit with plain numbers; ``known`` is its history, changed in place."""
-    samples, elements = totals.samples[index].tolist(), int(totals.elements[index].sum())
-    fired = int(totals.fired[at])
-    peak, last, nonfinite, high, depth, proved, _ = totals.maxima[:, at].tolist()
-    last, proved, fires, proven, ran = int(last), int(proved), last >= 0, proved >= 0, sum(samples) > 0
-    since = max(last + 1 if fires else -1, proved)
-    age = sum(samples[max(since, 0) :]) + (known["age"] if since < 0 else 0)
-    silent = ran and not fires and nonfinite != 2 and not smooth
-    dead = silent and age >= rules.min_samples
-    lives = fires or (proven and not dead)
-    row = {"silent": silent, "dead": dead, "age": age, "judged": lives or dead, "nonfinite": nonfinite > 0}
-    row |= {"rare": lives and max(fired, 1) / max(elements, 1) < 0.01, "always_on": ran and fired == elements}
-    last_counted = [one for one in totals.elements[index].tolist() if one][-1:]
-    enough = last_counted and last_counted[0] > 1
-    row |= {
-        "frozen": fires and nonfinite < 2 and bool(enough) and high == -depth,
-        "firing_rate": fired / max(elements, 1),
-    }
-    row |= {"born_dead": dead and not known["ever"] and not proven, "newly_dead": dead and not known["dead"]}
-    row |= {"revived": lives and known["dead"], "redied": row["newly_dead"] and known["revived"]}
-    if fires:
-        known["last_fired"] = steps[last]
-    known |= {"age": age, "ever": known["ever"] or fires or proven, "revived": known["revived"] or row["revived"]}
-    known |= {"dead": dead or (known["dead"] and not lives), "fired": known["fired"] + fired}
-    known["so_far"] += elements
-    known["seen"] = known["so_far"] if fires else known["seen"]
-    usual = known["fired"] / max(known["seen"], 1)
-    return row | {"last_fired": known["last_fired"], "usual_rate": usual, "peak": peak}
-
-
-def slow_scores(magnitudes, elements):
-    """Divide each unit's mean output by the layer's, with plain numbers; what is not finite counts as nothing."""
-    finite = [value / max(elements, 1) if math.isfinite(value) else 0.0 for value in magnitudes]
-    layer = math.fsum(finite) / len(finite)
-    return [value / layer if layer > 0 else 0.0 for value in finite]
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("units", [(3, 0, 17, 1, 64, 5, 40, 8, 30, 2, 9), (0,), (5,)])
-def test_judging_all_sites_at_once_equals_a_loop_over_units(units, dtype):
-    sites = [Site(f"act{n}", False, "relu", (), count, smooth=n % 5 == 4) for n, count in enumerate(units)]
-    nothing = {"age": 0, "ever": False, "dead": False, "revived": False, "fired": 0, "seen": 0}
-    nothing |= {"last_fired": -1, "so_far": 0}
-    known, history, rules = [dict(nothing) for _ in range(sum(units))], UnitHistory.empty(), Rules(60)
-    for window, length in enumerate((4, 4, 1, 4, 4)):
-        totals = random_totals(units, length, window, dtype)
-        steps = [window * 100 + 7 * number for number in range(length)]
-        report, history = judge(totals, history, Layout(sites), rules, steps=steps)
-        at, found = 0, {site.name: site for site in report.sites}
-        for index, site in enumerate(sites):
-            rows = []
-            for unit in range(at, at + site.units):
-                rows.append(slowly_judged(totals, unit, index, site.smooth, rules, known[unit], steps))
-            for name in rows[0] if rows else ():
-                assert getattr(found[site.owner], name).tolist() == [row[name] for row in rows], name
-            if rows:
-                place = slice(at, at + site.units)
-                score = slow_scores(totals.magnitude[place].tolist(), int(totals.elements[index].sum()))
-                ran, sane = bool(totals.samples[index].sum()), totals.nonfinite[place] < 2
-                assert found[site.owner].dormancy.nan_to_num(0, 0).tolist() == pytest.approx(score, rel=1e-5)
-                assert torch.equal(found[site.owner].dormant, ran & sane & (found[site.owner].dormancy <= rules.tau))
-            at += site.units
-        for name, values in vars(history).items():
-            if name not in ("elements", "ran"):  # by site
-                assert values.tolist() == [one[name] for one in known], name
 
 
 def test_a_report_shares_no_memory_with_the_counts():

@@ -3,7 +3,6 @@
 import copy
 import math
 import pickle
-from itertools import pairwise
 
 import pytest
 import torch
@@ -33,49 +32,12 @@ def test_not_a_number_is_not_silence_and_infinity_is_noted():
     assert site.dormancy.isfinite().all()
 
 
-def test_not_a_number_does_not_stick():
-    metric = UnitLiveness({"relu": 1}, rules=Rules(1))
-    metric.update(torch.tensor([[math.nan]]))
-    metric.update(torch.tensor([[2.0]]))
-    site = metric.report()["relu"]
-    assert (site.peak.item(), site.judged.item(), site.nonfinite.item()) == (2.0, True, True)
-
-
-def test_a_unit_that_fires_beside_a_not_a_number_is_alive():
-    metric = UnitLiveness({"relu": 2}, window=2, rules=Rules(99))
-    for number in range(2):
-        metric.observation = number
-        x = torch.ones(50, 2)
-        x[7, 0] = math.nan
-        metric.update(x)
-    site = metric.report()["relu"]
-    assert site.age.tolist() == [0, 0]
-    assert site.judged.all()
-    assert not site.dormant.any()
-
-
 def test_an_empty_batch_says_nothing():
     metric = UnitLiveness({"relu": 3}, rules=Rules(1))
     metric.update(torch.zeros(0, 3))
     site = metric.report()["relu"]
     assert site.samples == 0
     assert not (site.silent | site.dead | site.judged | site.always_on | site.dormant).any()
-
-
-def test_one_sample_cannot_show_that_a_unit_is_frozen():
-    metric = UnitLiveness({"relu": 2})
-    metric.update(torch.tensor([[1.0, 2.0]]))
-    assert not metric.report()["relu"].frozen.any()
-    metric.update(torch.tensor([[1.0, 2.0], [1.0, 3.0]]))
-    assert metric.report()["relu"].frozen.tolist() == [True, False]
-
-
-def test_a_unit_that_always_hits_the_cap_is_frozen():
-    metric = UnitLiveness()
-    metric.add_site(Site("relu6", False, "relu6", (), 2, cap=6.0))
-    x = torch.tensor([[7.0, 1.0], [9.0, 2.0]])
-    metric.update(x, F.relu6(x), rectifier=Rectifier("relu6", cap=6.0, plain=True))
-    assert metric.report()["relu6"].frozen.tolist() == [True, False]
 
 
 def test_counts_do_not_stop_at_the_limits_of_float32_and_int32():
@@ -176,13 +138,6 @@ def test_state_is_small():
     states = [getattr(metric, name) for name in metric._defaults]
     assert bytes_of(*states, *metric._defaults.values(), *pending) / 1000 < 76
     assert bytes_of(*vars(UnitHistory.empty(1000)).values()) / 1000 < 40
-
-
-def test_layout_is_end_to_end():
-    metric = UnitLiveness({"a": 3, "b": 2, "c": 4})
-    places = [metric.layout.place(i) for i in range(3)]
-    assert [p.stop - p.start for p in places] == [3, 2, 4]
-    assert all(a.stop == b.start for a, b in pairwise(places))
 
 
 def test_forward_counts_into_the_present_observation():
