@@ -287,7 +287,7 @@ class Remedy(_Derivable):
     dry_run: bool = checked(False, Argument.check_flag)
 
     needs: ClassVar[frozenset[str]] = frozenset({"incoming"})
-    """What has to be known of a site: ``"incoming"``, ``"outgoing"``, ``"outlet"``, ``"module"``."""
+    """What has to be known of a site, of ``"incoming"``, ``"outgoing"``, ``"outlet"`` and ``"module"``."""
 
     def __post_init__(self) -> None:
         check_fields(self, type(self).__name__)

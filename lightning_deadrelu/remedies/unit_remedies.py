@@ -80,7 +80,7 @@ class Reset(Remedy):
 
     @property
     def is_exact(self) -> bool:
-        """Whether the output changes by nothing when the edit is made: frozen units are read on."""
+        """Whether the output changes by nothing when the edit is made; it does where frozen units are redrawn."""
         return not self.frozen
 
     def propose(self, view: SiteView, generator: torch.Generator) -> Edits:

@@ -113,7 +113,7 @@ class SiteReport:
 
     @property
     def log_density(self) -> Tensor:
-        """Firing rate as a power of ten, -10 for what was silent: what histograms of sparse autoencoders show."""
+        """Firing rate as a power of ten, -10 for what was silent, as histograms of sparse autoencoders show it."""
         return (self.firing_rate + 1e-10).log10()
 
     @property
@@ -145,16 +145,16 @@ class SiteReport:
 
     @property
     def perplexity(self) -> float:
-        """How many units are in use, weighed by how often: exp of the entropy of who fires, in nats; 0 if nobody does.
+        """How many units are in use, weighed by how often; 0 if none fires.
 
-        As VQ-VAE reports it for a codebook; from 1 to the number of units.
+        It is exp of the entropy of who fires, in nats: from 1 to the number of units, as VQ-VAE reports of its codebook.
         """
         shares = self.fired.double() / max(int(self.fired.sum()), 1)
         return float(torch.special.entr(shares).sum().exp()) if self.fired.any() else 0.0
 
     @property
     def largest_violation(self) -> float:
-        """How far the busiest unit is above the mean, over the mean: 0 where all fire alike; NaN if nobody does.
+        """How far the busiest unit is above the mean, over the mean; 0 where all fire alike, NaN if none fires.
 
         Source: MaxVio of Wang et al. 2024, arXiv 2408.15664, for the load of experts.
         """
@@ -226,7 +226,7 @@ class LivenessReport:
 
     @cached_property
     def headline(self) -> tuple[SiteReport, ...]:
-        """The rectifier sites that are being trained: the denominators of all totals."""
+        """The sites that are being trained, which all totals count."""
         return tuple(site for site in self.sites if site.in_headline)
 
     @property

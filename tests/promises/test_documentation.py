@@ -1,5 +1,6 @@
 """Code on the pages of the site runs, links between them lead somewhere, and each public name has its place."""
 
+import inspect
 import re
 import subprocess
 import sys
@@ -57,6 +58,18 @@ def test_every_public_name_has_its_place_among_the_pages():
     api = (DOCS / "api.md").read_text(encoding="utf-8")
     listed = set(re.findall(r"auto(?:class|function):: (\w+)", api))
     assert set(lightning_deadrelu.__all__) <= listed
+
+
+def test_no_first_sentence_of_a_property_is_taken_for_its_type():
+    """Napoleon takes what stands before a colon in it for the type, and tears the sentence apart."""
+    classes = [one for name in lightning_deadrelu.__all__ if isinstance(one := getattr(lightning_deadrelu, name), type)]
+    properties = {
+        f"{one.__name__}.{name}": value.__doc__ or ""
+        for one in classes
+        for name, value in inspect.getmembers(one, lambda member: isinstance(member, property))
+    }
+    assert len(properties) > 20
+    assert not [name for name, text in properties.items() if re.match(r"[^`\n]*: ", text)]
 
 
 def test_files_that_the_pages_name_exist():
