@@ -147,7 +147,7 @@ class SiteReport:
     def perplexity(self) -> float:
         """How many units are in use, weighed by how often; 0 if none fires.
 
-        It is exp of the entropy of who fires, in nats: from 1 to the number of units, as VQ-VAE reports of its codebook.
+        The exponential of the entropy of who fires, from 1 to the number of units, as VQ-VAE reports of its codebook.
         """
         shares = self.fired.double() / max(int(self.fired.sum()), 1)
         return float(torch.special.entr(shares).sum().exp()) if self.fired.any() else 0.0
