@@ -42,9 +42,9 @@ def merged(monitor: Monitor) -> Counted | None:
     if guard.ended or (guard.failure and not ranks.joint):
         return None
     _flush(monitor)
-    totals, losses = ranks.merge(monitor.watch, repair.sums)
+    totals, losses = ranks.merge(monitor.watch, repair.sums.values)
     if ranks.joint:
-        repair.sums = losses if ranks.holds_merged else torch.zeros_like(losses)
+        repair.sums.values = losses if ranks.holds_merged else torch.zeros_like(losses)
     return _on_host(monitor, totals, losses)
 
 

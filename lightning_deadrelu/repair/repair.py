@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from lightning_deadrelu.repair.optimizer_state import left_alone
 from lightning_deadrelu.repair.policy import EscalationPolicy, PolicyState
 from lightning_deadrelu.repair.proposals import Proposal
 from lightning_deadrelu.repair.training_context import TrainingContext, edited_names
-from lightning_deadrelu.repair.usefulness import TaylorShares
+from lightning_deadrelu.repair.usefulness import WindowSums
 from lightning_deadrelu.repair.writer import Overwritten, init_distributions
 from lightning_deadrelu.statistics import LivenessReport
 
@@ -37,7 +36,6 @@ class RepairState:
 
     Args:
         init: What parameters were drawn from when training began, by name.
-        measured: Of how many units it is measured how much they matter, by site.
         loss: Over the window behind the edits that are pending.
     """
 
@@ -45,8 +43,7 @@ class RepairState:
     editor: EditorState
     init: dict[str, InitDistribution]
     pending: PendingEdits | None
-    sums: Tensor
-    measured: dict[str, int]
+    sums: WindowSums
     loss: Loss | None
     edited: dict[str, list[int]]
     events: list[Event]
@@ -82,13 +79,12 @@ class Repair:
         """Units edited since the last report, by site."""
         self.refusal = ""
         """Why nothing can be repaired here; empty if it can."""
-        self.sums = torch.zeros(3, dtype=torch.float64)
-        """Over the open window: number, sum and sum of squares of the losses, then Taylor shares of sites in review."""
+        self.sums = WindowSums()
+        """Over the open window."""
         self._context: TrainingContext | None = None
         self._init: dict[str, InitDistribution] = {}
         self._pending: PendingEdits | None = None  # edits that wait to be confirmed
         self._confirming: ConfirmingBatch | None = None
-        self._measured: dict[str, int] = {}  # units of the sites in review, by name
         self._traces = 0  # batches traced, but for those before an edit
         self._tracing = False  # whether the present one is
         self._loss: Loss | None = None  # over the window behind the edits that are pending
@@ -96,7 +92,7 @@ class Repair:
     def attach(self, context: TrainingContext) -> None:
         """Take up what is to be repaired, before it is trained."""
         self._context, self._editor = context, Editor(context)
-        self.sums = self.sums.to(context.watch.liveness.magnitude)
+        self.sums.values = self.sums.values.to(context.watch.liveness.magnitude)
         reshard_(context.model)
         self._init = init_distributions(context.model) if self.remedies else {}
 
@@ -123,9 +119,8 @@ class Repair:
         watch, schedule = self.context.watch, self._editor.schedule
         if observed and self.traces and self._traces < _MOST_TRACES:
             self._trace()
-        if observed and self._measured:
-            places = {watch.layout.site(name): at for name, at in self._places().items() if name in watch.layout}
-            watch.probe.router.subscribe_calls(TaylorShares(self.sums[3:], places))
+        if observed and self.sums.units:
+            watch.probe.router.subscribe_calls(self.sums.taylor_shares(watch.layout))
         if not schedule.sites and not self._pending:
             return
         schedule.begin()
@@ -134,11 +129,6 @@ class Repair:
         if observed and self._pending and self._confirming is None:
             self._confirming = ConfirmingBatch(self.context, self._pending)
             self._confirming.begin()
-
-    def _places(self) -> dict[str, slice]:
-        """Tell where the units of the sites in review are among the sums behind those of the losses."""
-        ends = accumulate(self._measured.values())
-        return {name: slice(end - self._measured[name], end) for name, end in zip(self._measured, ends, strict=True)}
 
     def _trace(self) -> None:
         """Trace the first observed batch, and some more while there are weights that were not met."""
@@ -168,23 +158,20 @@ class Repair:
     def note_loss(self, loss: Tensor | None) -> None:
         """Add up the losses of observed batches, without looking at them."""
         if self.remedies and isinstance(loss, Tensor) and loss.is_floating_point():
-            mean = loss.detach().mean().to(self.sums.dtype)
-            self.sums[:3] += torch.stack([torch.ones_like(mean), mean, mean * mean])
+            self.sums.note_loss(loss)
 
     # -- the end of a window -----------------------------------------------------------------------------
 
     def decide(self, report: LivenessReport, sums: Tensor) -> None:
-        """Judge earlier edits, and ask for new ones."""
-        places, self._measured = self._places(), {}
-        self.sums = torch.zeros_like(self.sums[:3])
+        """Judge earlier edits, and ask for new ones; :attr:`sums` come as they are over all ranks."""
+        loss, shares = self.sums.read(sums)
+        self.sums.restart({})
         if self.refusal or not self.remedies:
             return
-        self._loss = Loss.of(sums[:3])
-        shares = {name: sums[3:][place] for name, place in places.items()}
+        self._loss = loss
         self._editor.end_woken_pushes(report)
         requests, events = self.policy.decide(report, self._loss, self._editor.schedule.sites, shares)
-        self._measured = {name: self.context.site(name).units for name in self.policy.in_review}
-        self.sums = self.sums.new_zeros(3 + sum(self._measured.values()))
+        self.sums.restart({name: self.context.site(name).units for name in self.policy.in_review})
         self._pending = PendingEdits.of(requests, report, self.context) if requests else None
         self._record([self._taken_back(event) for event in events])
 
@@ -282,7 +269,6 @@ class Repair:
             self._init,
             self._pending,
             self.sums,
-            self._measured,
             self._loss,
             self.edited,
             list(self.events),
@@ -299,7 +285,8 @@ class Repair:
         asked = state.pending.requests if state.pending else []
         known = [request for request in asked if request.index < len(self.remedies)]
         self._pending = replace(state.pending, requests=known) if state.pending and known else None
-        self._measured = state.measured
-        sums = state.sums.to(self.sums)
-        self.sums = sums if self.context.ranks.holds_merged else torch.zeros_like(sums)
+        values = state.sums.values.to(self.sums.values)
+        self.sums = WindowSums(
+            values if self.context.ranks.holds_merged else torch.zeros_like(values), state.sums.units
+        )
         self._loss, self.edited, self.events = state.loss, state.edited, deque(state.events)

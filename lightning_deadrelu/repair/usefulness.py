@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
+from lightning_deadrelu.model.layout import Layout
 from lightning_deadrelu.model.rectifiers import Rectifier
 from lightning_deadrelu.model.sites import Site
 from lightning_deadrelu.observe.subscribers import RectifierCallTaker
+from lightning_deadrelu.repair.event import Loss
 
+_LOSSES = 3  # sums over losses, which come first
 _LEAST_SHARE = 0.1  # of the median live unit's
 
 
@@ -41,6 +46,43 @@ class TaylorShares(RectifierCallTaker):
                 sums.add_(shares.to(sums.device).nan_to_num(0.0, 0.0, 0.0))  # where a scaled loss overflowed
 
         output.grad_fn.register_prehook(add)
+
+
+@dataclass
+class WindowSums:
+    """What is added up over a window, on the device, for the judgement of remedies.
+
+    Args:
+        values: Number, sum and sum of squares of the losses; then the Taylor shares of all units in review, float64.
+        units: How many units each site in review has, by name.
+    """
+
+    values: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
+    units: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def _places(self) -> dict[str, slice]:
+        ends = accumulate(self.units.values(), initial=_LOSSES)
+        return {name: slice(*bounds) for name, bounds in zip(self.units, pairwise(ends), strict=True)}
+
+    def note_loss(self, loss: Tensor) -> None:
+        """Add a loss, without looking at it."""
+        mean = loss.detach().mean().to(self.values.dtype)
+        self.values[:_LOSSES] += torch.stack([torch.ones_like(mean), mean, mean * mean])
+
+    def taylor_shares(self, layout: Layout) -> TaylorShares:
+        """Make what takes the calls of a batch, and adds the shares of its units."""
+        places = {layout.site(name): place for name, place in self._places.items() if name in layout}
+        return TaylorShares(self.values, places)
+
+    def read(self, merged: Tensor) -> tuple[Loss | None, dict[str, Tensor]]:
+        """Tell the loss over the window, and the shares of each site's units, from the values over all ranks."""
+        return Loss.of(merged[:_LOSSES]), {name: merged[place] for name, place in self._places.items()}
+
+    def restart(self, units: Mapping[str, int]) -> None:
+        """Begin a window in which the units of some sites are in review."""
+        self.units = dict(units)
+        self.values = self.values.new_zeros(_LOSSES + sum(units.values()))
 
 
 def useful(shares: Tensor, live: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """What a unit matters to the loss is the derivative of the loss with respect to a factor on its output."""
 
+import statistics
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from toys import Log, Net, batches, fit, mlp
 from lightning_deadrelu import DeadReLUMonitor
 from lightning_deadrelu.observe.probe import Probe
 from lightning_deadrelu.remedies import BiasWarming
-from lightning_deadrelu.repair.usefulness import TaylorShares, useful
+from lightning_deadrelu.repair.usefulness import TaylorShares, WindowSums, useful
 
 RECTIFIERS = {"relu": F.relu, "in place": F.relu_, "module": nn.ReLU(), "clamp": lambda x: x.clamp(min=0)}
 
@@ -78,3 +80,17 @@ def test_units_that_came_back_are_judged_by_whether_they_matter_and_that_is_logg
         event.step: len(event.useful) for event in outcomes if event.useful
     }
     assert sum(logged.values()) > 0
+
+
+def test_sums_of_a_window_are_read_as_the_loss_and_each_sites_shares():
+    sums, losses = WindowSums(), [1.0, 2.0, 6.0]
+    sums.restart({"a": 2, "b": 3})
+    for loss in losses:
+        sums.note_loss(torch.tensor(loss))
+    other_rank = torch.arange(8.0, dtype=torch.float64)
+    loss, shares = sums.read(sums.values + torch.cat([torch.zeros(3), other_rank[3:]]))
+    assert loss.mean == pytest.approx(statistics.fmean(losses))
+    assert loss.std == pytest.approx(statistics.pstdev(losses))
+    assert {name: one.tolist() for name, one in shares.items()} == {"a": [3.0, 4.0], "b": [5.0, 6.0, 7.0]}
+    sums.restart({})
+    assert sums.read(sums.values) == (None, {})
