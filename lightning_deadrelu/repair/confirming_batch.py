@@ -36,7 +36,7 @@ from lightning_deadrelu.statistics.confirmation import MOST_ROWS, Confirmation, 
 
 @dataclass(frozen=True, eq=False)
 class PendingEdits:
-    """Which units are asked about.
+    """Edits that wait to be confirmed.
 
     Args:
         requests: The units, by site, and what is to be done to them.
@@ -57,7 +57,7 @@ class PendingEdits:
 
 
 class ConfirmingBatch:
-    """One observed batch in which units are asked about, and what follows from it.
+    """One observed batch that shows whether units are silent still, and what follows from it.
 
     Every rank has to come here, also one that failed: each step that can fail on one rank alone ends in an exchange.
     """
@@ -89,7 +89,7 @@ class ConfirmingBatch:
     def conclude(
         self, remedies: Sequence[Remedy], init: Mapping[str, InitDistribution], step: int, batch: int, *, all_met: bool
     ) -> list[Proposal]:
-        """Say what is to be done to each site asked about, the same on all ranks.
+        """Say what is to be done to each site with a pending edit, the same on all ranks.
 
         Args:
             remedies: As requests number them.
@@ -141,7 +141,7 @@ class ConfirmingBatch:
         init: Mapping[str, InitDistribution],
         step: int,
     ) -> list[tuple[Request, SiteView]]:
-        """Lay out all that is known of each site asked about."""
+        """Lay out all that is known of each site with a pending edit."""
         context, views = self._context, []
         reshard_(context.model)
         for request in self._pending.requests:
@@ -190,7 +190,7 @@ class ConfirmingBatch:
 
 
 class _Known(NamedTuple):
-    """What one rank knows of the sites asked about.
+    """What one rank knows of the sites with pending edits.
 
     Args:
         unmet: Weights that it has not met while tracing.

@@ -1,4 +1,4 @@
-"""What is known of a site that was asked about, and what is proposed for it. Pure."""
+"""What is known of a site with a pending edit, and what is proposed for it. Pure."""
 
 from __future__ import annotations
 

@@ -185,7 +185,7 @@ class Repair:
     # -- the batch after ---------------------------------------------------------------------------------
 
     def confirm(self, step: int, batch: int) -> None:
-        """Edit the units asked about that were silent once more; every rank has to come here, also one that failed.
+        """Edit the units that were silent once more; every rank has to come here, also one that failed.
 
         Args:
             step: The training batch, as loggers count.
@@ -205,7 +205,7 @@ class Repair:
             self._carry_out(proposal, step)
 
     def forget(self) -> None:
-        """Ask no more about the units asked about."""
+        """Drop the edits that are pending."""
         if self._confirming is not None:
             self._confirming.end()
         self._pending = self._confirming = None

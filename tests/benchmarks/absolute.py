@@ -142,7 +142,7 @@ class One:
 
     @property
     def is_pending(self) -> bool:
-        """Whether units wait for a second look."""
+        """Whether edits wait to be confirmed."""
         return self.repair.is_pending
 
     def judge(self, sites: Sequence[SiteReport], losses: Tensor, blind: Tensor, s: int, step: int) -> None:
