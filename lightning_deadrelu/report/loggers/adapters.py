@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_deadrelu.guarded import guarded
 from lightning_deadrelu.render.names import cut_name
@@ -59,18 +60,17 @@ class Adapter:
         self.logger, self.name = logger, name
         self._broken: set[str] = set()
 
-    def attempt(self, what: str, act: Callable[[], None], warn: Callable[[str], None]) -> None:
+    def attempt(self, what: str, act: Callable[[], None]) -> None:
         """Do something, unless it failed before; a failure is warned of, and leaves the logger out of the like.
 
         Args:
             what: ``"metrics"``, without which nothing else is tried, or ``"media"`` or ``"alert"``.
             act: What to do.
-            warn: Called with what went wrong.
         """
 
         def fail(error: Exception) -> None:
             self._broken.add(what)
-            warn(f"{self.name}: {type(self.logger).__name__} took no {what} and is left out: {error!r}")
+            rank_zero_warn(f"{self.name}: {type(self.logger).__name__} took no {what} and is left out: {error!r}")
 
         if not self._broken & {"metrics", what}:
             with guarded(fail):

@@ -52,7 +52,7 @@ class Reporter:
         self._alerted = -math.inf
         self._draws, self._drawn = is_first_rank, -1  # the last step that was drawn
         for adapter in self._adapters if is_first_rank else ():
-            adapter.attempt("metrics", adapter.prepare, rank_zero_warn)
+            adapter.attempt("metrics", adapter.prepare)
 
     def log(
         self, report: LivenessReport, remedied_units: int = 0, at_risk_fraction: float = 0.0, useful_units: int = 0
@@ -60,7 +60,7 @@ class Reporter:
         """Log the scalars of a report, whose ``step`` is the x-axis; see :func:`metrics_of`."""
         metrics = metrics_of(report, self._name, remedied_units, at_risk_fraction, useful_units, latents=self._latents)
         for adapter in self._adapters:
-            adapter.attempt("metrics", partial(adapter.log, metrics, report.step, self._is_first_rank), rank_zero_warn)
+            adapter.attempt("metrics", partial(adapter.log, metrics, report.step, self._is_first_rank))
 
     def media(self, run: RunReport, final: bool = False) -> None:
         """Send pictures, tables and firing rates, if this window is one that draws; to be called after each.
@@ -77,7 +77,7 @@ class Reporter:
         with guarded(self._draw_no_more):
             media = media_of(run, self._latents)
             for adapter in takers:
-                adapter.attempt("media", partial(adapter.show, media), rank_zero_warn)
+                adapter.attempt("media", partial(adapter.show, media))
 
     def _draw_no_more(self, error: Exception) -> None:
         self._draws = False
@@ -92,7 +92,7 @@ class Reporter:
         title, text = alert_of(self._waiting, report)
         self._waiting, self._alerted = [], time.monotonic()
         for adapter in takers:
-            adapter.attempt("alert", partial(adapter.alert, title, text), rank_zero_warn)
+            adapter.attempt("alert", partial(adapter.alert, title, text))
 
 
 def alert_of(sites: Sequence[str], report: LivenessReport) -> tuple[str, str]:
