@@ -3,10 +3,11 @@
     python tests/benchmarks/cost.py [--rounds 10] [--threads 2] [--models MLP] [--device cuda]
 
 An MLP, a ResNet-18 and four OPT blocks are trained by a real Trainer, in which the callbacks take turns of ten
-steps. Two measures: the time inside a callback as a share of the time of its own steps, verdicts and logging included;
-and how much longer its steps are than those without a callback in the same round, with a 95 % interval. Then the cost
-of one observation against the bytes of the activations it reads, at batch sizes x1, x2 and x4, with a least-squares
-line. With ``--device cuda`` the table of ``cost_gpu.py`` follows; ``--gpu-models small`` runs its code on a CPU.
+steps. Two measures: the time inside a callback as a share of the time of its own steps, verdicts and logging included,
+with the cheapest and the dearest round; and how much longer its steps are than those without a callback in the same
+round, with a 95 % interval. Then the cost of one observation against the bytes of the activations it reads, at batch
+sizes x1, x2 and x4, with a least-squares line. ``--unobserved`` tells what a batch costs that is not observed. With
+``--device cuda`` the table of ``cost_gpu.py`` follows; ``--gpu-models small`` runs its code on a CPU.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+import trackers
 from cost_gpu import print_gpu
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -75,12 +77,24 @@ def rows(build: Build, rounds: int, device: str = "cpu") -> list[list[str]]:
     table = []
     for name, own in blocks.items():
         middle, low, high = slowdown(own, blocks[ALONE])
+        each = sorted(block.inside / block.step for block in own) if device == "cpu" else [0.0]
         inside = share_inside(own) if device == "cpu" else 0.0
         limit = f"{LIMITS[name]:.1%}" if name in LIMITS else ""
         table.append([name, f"{statistics.median(block.step for block in own) * 1e3:.1f}"])
-        others = ["", "", ""] if name == ALONE else [f"{inside:.2%}", limit, f"{middle:+.1%} [{low:+.1%}, {high:+.1%}]"]
-        table[-1] += others
+        shares = f"{inside:.2%} ({each[0]:.2%} to {each[-1]:.2%})"
+        table[-1] += ["", "", ""] if name == ALONE else [shares, limit, f"{middle:+.1%} [{low:+.1%}, {high:+.1%}]"]
     return table
+
+
+def unobserved(layers: int, rounds: int) -> list[float]:
+    """Return the microseconds inside a monitor per batch that it does not observe, from the cheapest turn on."""
+    monitor = DeadReLUMonitor(every_n_steps=10**9)  # but for the first, which is in the warm-up
+    blocks = compare(partial(narrow, layers), {ALONE: None, "unobserved": monitor}, rounds)
+    return sorted(block.inside * 1e6 for block in blocks["unobserved"])
+
+
+def narrow(layers: int) -> tuple[nn.Module, Tensor]:
+    return nn.Sequential(*(nn.Sequential(nn.Linear(32, 32), nn.ReLU()) for _ in range(layers))), torch.randn(256, 32)
 
 
 class Cost(NamedTuple):
@@ -99,9 +113,9 @@ def observation(build: Build, repeats: int) -> Cost:
 
     def timed(*call: object) -> None:
         nonlocal inside, size
-        start = time.perf_counter()
+        start = trackers.clock()
         take(*call)
-        inside += time.perf_counter() - start
+        inside += trackers.clock() - start
         size += call[2].nbytes  # type: ignore[attr-defined]
 
     watch.probe.router.sink, taken = timed, []
@@ -109,9 +123,9 @@ def observation(build: Build, repeats: int) -> Cost:
         inside, size = 0.0, 0
         with watch.probe, torch.no_grad():
             model(batch)
-        start = time.perf_counter()
+        start = trackers.clock()
         watch.liveness.flush()
-        taken.append(inside + time.perf_counter() - start)
+        taken.append(inside + trackers.clock() - start)
     return Cost(size / 2**20, statistics.median(taken[2:]) * 1e3)
 
 
@@ -143,11 +157,19 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20, help="observations per size")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--models", default="", help="part of a table's title")
+    parser.add_argument("--cpu-time", action="store_true", help="for busy machines, with one thread")
+    parser.add_argument("--unobserved", action="store_true", help="only what a batch costs that is not observed")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--gpu-models", choices=["small", "large"], help="also without a GPU; large on one")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    trackers.clock = time.process_time if options.cpu_time else time.perf_counter
     console = Console(width=120)
+    if options.unobserved:
+        for layers in (3, 30, 300):
+            took = unobserved(layers, options.rounds)
+            console.print(f"{layers} layers: {took[0]:.0f} us, median {statistics.median(took):.0f}")
+        return
     models = {name: build for name, build in MODELS.items() if options.models in name}
     if options.device == "cpu" and not options.gpu_models:
         for name, build in models.items():

@@ -7,13 +7,13 @@ import logging
 import math
 import random
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Any, NamedTuple
 
 import torch
+import trackers
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
@@ -87,9 +87,9 @@ class Turns(Callback):
         """Add up the time spent in functions that do not call each other."""
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
+            start = trackers.clock()
             result = function(*args, **kwargs)
-            self.inside += time.perf_counter() - start
+            self.inside += trackers.clock() - start
             return result
 
         return timed
@@ -133,7 +133,7 @@ class Turns(Callback):
 def _stamp(device: torch.device) -> Any:
     """Take the time on the device's own clock."""
     if device.type != "cuda":
-        return time.perf_counter()
+        return trackers.clock()
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
