@@ -99,7 +99,7 @@ class SiteReport:
     def duplicate(self) -> Tensor:
         """Fires, and its output was the same multiple of that of a unit before it on all these elements, bool.
 
-        In half precision multiples other than 1 are rounded, and mostly missed. By default nobody looks for them, and
+        In half precision multiples other than 1 are rounded, and mostly missed. By default they are not looked for, and
         none is told.
         """
         if self.blind_fraction is None:
