@@ -99,8 +99,7 @@ class SiteReport:
     def duplicate(self) -> Tensor:
         """Fires, and its output was the same multiple of that of a unit before it on all these elements, bool.
 
-        In half precision multiples other than 1 are rounded, and mostly missed. By default they are not looked for, and
-        none is told.
+        In half precision multiples other than 1 are rounded, and mostly missed. By default they are not looked for.
         """
         if self.blind_fraction is None:
             return torch.zeros_like(self.frozen)
