@@ -36,7 +36,7 @@ def negate(call: TracedCall) -> Outcome:
     """Turn round: what is added before is taken off behind."""
     flow = call.look(call.operands[0])
     kept, lost = reshaping.passing(call, flow)
-    return Outcome((flow._replace(indirect=NEGATED, streams=tuple(kept)),), tuple(lost))
+    return Outcome((flow._replace(indirect=NEGATED if flow.before else "", streams=tuple(kept)),), tuple(lost))
 
 
 def elementwise(call: TracedCall) -> Outcome:
@@ -53,7 +53,7 @@ def elementwise(call: TracedCall) -> Outcome:
         loud = f"{reader} (it makes something of nothing) reads it"
         unaccounted += unaccounted_reads(Flow(tuple(flow.behind)), "", loud)
         kept, why = [stream for stream in kept if isinstance(stream.origin, Origin)], why or bent
-    indirect = flow.indirect if call.name in ("masked_fill", "where") else bent
+    indirect = flow.indirect if call.name in ("masked_fill", "where") or not flow.before else bent
     return Outcome((Flow(tuple(kept), why, indirect, constant=flow.constant),), tuple(unaccounted))
 
 
@@ -164,7 +164,7 @@ def scale(call: TracedCall) -> Outcome:
         streams += [stream._replace(labels=grown(stream.labels, ndim)) for stream in kept]
     fed = [tensor for tensor in call.operands if call.look(tensor).before]
     bends = len(fed) > 1 or any(flow.behind for flow in flows) or any(tensor is divisor for tensor in fed)
-    indirect = f"what feeds it passes through {reader}" if fed and bends else _sign(call)
+    indirect = (f"what feeds it passes through {reader}" if bends else _sign(call)) if fed else ""
     constant = all(call.look(tensor).constant for tensor in call.operands)
     flow = Flow(tuple(streams), first_reason(flows), first_indirect(flows) or indirect, constant=constant)
     return Outcome((flow,), tuple(unaccounted))

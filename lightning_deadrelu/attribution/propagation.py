@@ -156,7 +156,8 @@ def _move(call: TracedCall) -> Outcome:
     for stream in kept:
         for place, labels in zip(moved, mover(call, main, stream.labels), strict=True):
             place.append(stream._replace(labels=labels))
-    indirect = f"what feeds it passes through `{call.name}`" if call.name in SPREADS else flow.indirect
+    spread = call.name in SPREADS and flow.before
+    indirect = f"what feeds it passes through `{call.name}`" if spread else flow.indirect
     flow = flow._replace(indirect=indirect, weight=None, derived=flow.learned)
     flows = (flow._replace(streams=tuple(streams)) for streams in moved)
     return Outcome(tuple(flows), (*unaccounted, *lost))

@@ -74,6 +74,12 @@ def swish(m: Any, x: Tensor) -> Tensor:
     return x * x.sigmoid() - x.exp().reciprocal() + m.shift
 
 
+def by_degree(m: Any, x: Tensor) -> Tensor:
+    """Scale by what comes of no layer, whatever was done to it."""
+    degree = torch.ones(len(x)).cumsum(0).pow(-0.5) * -1 / torch.arange(1.0, 1 + len(x)).std()
+    return x * (-degree)[:, None].exp()
+
+
 LAYER = ["a.weight", "a.bias"]
 FOLLOWED: dict[str, tuple[Callable[[Any, Tensor], Tensor], list[str]]] = {
     "over graphs, its mean scaled": (graph_norm, ["scale", *LAYER, "mean_scale", "shift"]),
@@ -83,6 +89,7 @@ FOLLOWED: dict[str, tuple[Callable[[Any, Tensor], Tensor], list[str]]] = {
     "over positions": (of_images, [*LAYER, "scale", "shift"]),
     "squashed": (squashed, ["scale", *LAYER, "shift"]),
     "a gate of its own": (swish, [*LAYER, "shift"]),
+    "by numbers of no layer": (by_degree, LAYER),
     "a shift behind a negation": (lambda m, x: m.shift - x, ["shift", *LAYER]),
 }
 
@@ -100,7 +107,7 @@ def test_the_layer_before_a_norm_written_by_hand_is_known(name: str) -> None:
     (known,) = oracle.check(model, lambda: model(x.clone())).values()
     assert sorted(one.name for one in known.incoming) == sorted(names), known.no_incoming
     assert known.bias is not None
-    assert known.bias.name == "shift"
+    assert known.bias.name == names[-1 if "shift" not in names else names.index("shift")]
     assert [one.name for one in known.outgoing] == ["b.weight"]
 
 
