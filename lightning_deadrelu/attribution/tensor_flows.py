@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -99,9 +100,7 @@ class TensorFlows:
         held = self._stored.get(storage_of(tensor), ())
         for other in (flow, *(other for ref, other in held if ref() is not None)):  # its place may be another's by now
             self._connectivity.note_unaccounted(unaccounted_reads(other, "a change in place", "a view of it is read"))
-        found = Flow(why="it is changed in place")
-        self.remember(tensor, found)
-        return found
+        return self._lost(tensor, "it is changed in place")
 
     def _found(self, tensor: Tensor) -> Flow:
         """Meet a tensor that no seen function returned: an input, or the work of code out of sight."""
@@ -114,23 +113,26 @@ class TensorFlows:
             return Flow(constant=True, derived=names) if (names := self._memory.names(tensor)) else Flow()
         if self._is_old(node):
             return Flow()
-        if node_number(node) in self._nodes:
-            found = Flow(why="it was unpacked out of sight")
-            for flow in self._nodes[node_number(node)]:
-                self._connectivity.note_unaccounted(unaccounted_reads(flow, _OUT_OF_SIGHT, f"{_OUT_OF_SIGHT} reads it"))
-        else:
-            self._walk(node)
-            found = Flow(why="what feeds it is computed out of sight")
-        self.remember(tensor, found)
-        return found
+        if (flows := self._nodes.get(node_number(node))) is not None:
+            return self._lost(tensor, "it was unpacked out of sight", flows)
+        self._walk(node)
+        return self._lost(tensor, "what feeds it is computed out of sight")
 
     def _emerged(self, tensor: Tensor, flow: Flow) -> Flow:
         """Meet what a custom autograd function puts out: calls in it were seen, but who knows whether all were."""
-        self._connectivity.note_unaccounted(unaccounted_reads(flow, _OUT_OF_SIGHT, f"{_OUT_OF_SIGHT} reads it"))
         self._walk(_node_of(tensor))
-        found = Flow(why="what feeds it is computed out of sight")
+        return self._lost(tensor, "what feeds it is computed out of sight", [flow])
+
+    def _lost(self, tensor: Tensor, why: str, read: Sequence[Flow] = ()) -> Flow:
+        """Follow a tensor no further, and count what code out of sight has read."""
+        self._note_hidden(read)
+        found = Flow(why=why)
         self.remember(tensor, found)
         return found
+
+    def _note_hidden(self, flows: Sequence[Flow]) -> None:
+        for flow in flows:
+            self._connectivity.note_unaccounted(unaccounted_reads(flow, _OUT_OF_SIGHT, f"{_OUT_OF_SIGHT} reads it"))
 
     def _walk(self, node: Any) -> None:
         """Find what code out of sight has read, along the graph of the gradients."""
@@ -138,13 +140,10 @@ class TensorFlows:
         while left:
             node = left.pop()
             if hasattr(node, "variable"):
-                self._connectivity.note_unaccounted(
-                    unaccounted_reads(self.look(node.variable, {id(node.variable)}), _OUT_OF_SIGHT, "")
-                )
+                self._note_hidden([self.look(node.variable, {id(node.variable)})])
                 continue
             known = self._nodes.get(node_number(node))
-            for flow in known or ():
-                self._connectivity.note_unaccounted(unaccounted_reads(flow, _OUT_OF_SIGHT, f"{_OUT_OF_SIGHT} reads it"))
+            self._note_hidden(known or ())
             new = [] if known is not None else [one for one, _ in node.next_functions if one not in seen]
             new = [one for one in new if one is not None and not self._is_old(one)]
             left += new

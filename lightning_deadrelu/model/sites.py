@@ -109,7 +109,7 @@ def names_of(sites: Iterable[Site]) -> list[str]:
     taken: set[str] = set()
     names = []
     for site in sites:
-        base = base_name(site.owner, site.functional, site.kind)
+        base = own_name(site)
         name = f"{base}-{seen[base]}" if seen[base] else base
         while name in taken:
             seen[base] += 1
