@@ -23,7 +23,7 @@ from lightning_deadrelu.attribution.labels import (
     first_indirect,
     first_reason,
     grown,
-    over,
+    numbered,
     unaccounted_reads,
 )
 from lightning_deadrelu.model.sites import Site
@@ -145,7 +145,7 @@ def _as_row(call: TracedCall, tensor: Tensor, role: str) -> Flow:
     if not _is_row(flow, tensor):
         return Flow(constant=True, derived=flow.learned if tensor.numel() > 1 else frozenset())
     origin = Origin(weight.name, role, tuple(range(len(weight.shape))), weight.shape)
-    return Flow((Stream(origin, over(tensor.shape, call.output.ndim)),))
+    return Flow((Stream(origin, numbered(tensor.shape, range(-tensor.ndim, 0), call.output.ndim)),))
 
 
 def scale(call: TracedCall) -> Outcome:

@@ -231,11 +231,6 @@ def numbered(sizes: Sequence[int], dims: Sequence[int], ndim: int) -> Tensor:
     return torch.arange(math.prod(sizes), device="cpu").view(shape)
 
 
-def over(shape: Sequence[int], ndim: int) -> Tensor:
-    """Number all entries of a parameter that broadcasts to a tensor of ``ndim`` dimensions."""
-    return grown(torch.arange(math.prod(shape), device="cpu").view(tuple(shape)), ndim)
-
-
 def grown(labels: Tensor, ndim: int) -> Tensor:
     """Put dimensions of size 1 in front."""
     return labels.view((1,) * (ndim - labels.ndim) + tuple(labels.shape))

@@ -19,7 +19,6 @@ from lightning_deadrelu.attribution.labels import (
     UnaccountedRead,
     Weight,
     numbered,
-    over,
     shrunk,
     unaccounted_reads,
 )
@@ -96,7 +95,9 @@ def _arguments(call: TracedCall) -> tuple[Tensor, Tensor, Tensor | None]:
 def _factors(call: TracedCall) -> tuple[Tensor, Tensor, Tensor | None]:
     """Tell which factor of a product is a weight, the last one if both may be."""
     *added, left, right = call.operands
-    if len(added) != (call.name == "addmm") or call.kwargs.get("beta", 1) != 1 or call.kwargs.get("alpha", 1) != 1:
+    if len(added) != (call.name == "addmm"):
+        raise NotFollowable("it multiplies several tensors")
+    if call.kwargs.get("beta", 1) != 1 or call.kwargs.get("alpha", 1) != 1:
         raise NotFollowable("it scales what it adds")
     if left is right:
         raise NotFollowable("it multiplies a tensor by itself")
@@ -261,8 +262,8 @@ def _own_rows(call: TracedCall) -> tuple[list[Stream], list[UnaccountedRead]]:
             unaccounted += unaccounted_reads(flow, f"`{call.name}`", "")
             continue
         origin = Origin(name, role, tuple(range(tensor.ndim)), tuple(tensor.shape))
-        last = call.name in LAST_NORMS
-        own.append(Stream(origin, over(tensor.shape, ndim) if last else numbered([origin.rows], [1], ndim)))
+        dims = range(-tensor.ndim, 0) if call.name in LAST_NORMS else [1]
+        own.append(Stream(origin, numbered(origin.sizes, dims, ndim)))
     return own, unaccounted
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_deadrelu.attribution.connectivity import Connectivity, merged
+from lightning_deadrelu.attribution.connectivity import Connectivity
 from lightning_deadrelu.attribution.labels import (
     Flow,
     Outcome,
@@ -114,42 +114,29 @@ class Tracer:
             self.end()
 
     def attributions(self) -> dict[Site, Attribution]:
-        """Say, for every site met so far, which entries feed and read its units."""
-        known = self._connectivity.attributions()
-        return merged({}, known, self.failure) if self.failure else known
+        """Say, for every site met so far, which entries feed and read its units; of none after a failure."""
+        return {} if self.failure else self.known.attributions()
 
     @property
     def state(self) -> Connectivity | None:
         """What is known, for a run that goes on; None where nothing is attributed."""
-        return None if self.failure else self._connectivity
+        return None if self.failure else self.known
 
     def restore(self, known: Connectivity) -> None:
         """Go on from what was known."""
         known.name_of = self._name_of
-        self._connectivity, self._flows = known, TensorFlows(self._model, known)
+        self.known = known
+        """What has been seen."""
+        self._flows = TensorFlows(self._model, known)
 
     def sole_readers(self) -> dict[Site, tuple[Slice, ...]]:
         """Say, for every site met so far, which entries feed its units and nothing else."""
-        return {} if self.failure else self._connectivity.sole_readers()
+        return {} if self.failure else self.known.sole_readers()
 
     @property
     def failure(self) -> str:
         """Why nothing is attributed, not even a site that was never met; empty if something is."""
         return f"it could not be traced: {type(self.error).__name__}: {self.error}" if self.error is not None else ""
-
-    @property
-    def used(self) -> frozenset[str]:
-        """Names of the parameters and buffers that were seen in use."""
-        return self._connectivity.used
-
-    @property
-    def order(self) -> tuple[str, ...]:
-        """Names of the parameters and buffers of layers and norms, in the order of their first use."""
-        return self._connectivity.order
-
-    def other_readers(self, name: str) -> frozenset[str]:
-        """Name the functions that read what a layer's weight puts out, where they read it not unit by unit."""
-        return self._connectivity.other_readers(name)
 
     def _see(
         self,
@@ -183,7 +170,7 @@ class Tracer:
             pending = tuple(read for read in pending if not read.chooses)
         if trained:
             kept = [read for read in pending if read.chooses] if call.name in _CARRYING_CHOICES else []
-            self._connectivity.note_unaccounted(read for read in pending if read not in kept)
+            self.known.note_unaccounted(read for read in pending if read not in kept)
             pending = tuple(kept)
         for out, flow in zip(outputs, outcome.flows, strict=True):
             self._flows.remember(out, self._pruned(flow)._replace(pending=pending))
@@ -195,7 +182,7 @@ class Tracer:
         if any(operand.is_nested for operand in (*call.operands, *call.outputs)):
             call.name = f"{call.name} of nested tensors"
         outcome = follow(call)
-        self._connectivity.note(outcome)
+        self.known.note(outcome)
         for read in outcome.reads:
             self._note_reader(read.rows.name, call)
         return outcome
@@ -204,9 +191,9 @@ class Tracer:
         """Ask whether what a reader puts out gets a gradient; the hook changes none, and goes with the graph."""
         weights = [one for one in call.operands if (weight := call.look(one).weight) and weight.name == name]
         if not any(weight.requires_grad for weight in weights):
-            self._connectivity.frozen.add(name)
+            self.known.frozen.add(name)
         if call.output.requires_grad:
-            call.output.register_hook(partial(self._connectivity.note_gradient, name))
+            call.output.register_hook(partial(self.known.note_gradient, name))
 
     def _rectify(self, call: TracedCall, site: Site, rectifier: Rectifier, dims: tuple[int, ...], x: Tensor) -> Outcome:
         """Close what feeds a site, and open what it feeds."""
@@ -222,9 +209,9 @@ class Tracer:
             flow = Flow(why="it is fused with its layer")
         else:
             unaccounted += unaccounted_reads(flow._replace(streams=()), f"`{call.name}`", "")
-        self._connectivity.feed(site, flow, units)
+        self.known.feed(site, flow, units)
         nonzero = _nonzero_when_silent(call, rectifier)
-        self._connectivity.nonzero_when_silent[site] = nonzero  # a swap may be over by now
+        self.known.nonzero_when_silent[site] = nonzero  # a swap may be over by now
         if nonzero:
             unaccounted += unaccounted_reads(flow._replace(streams=tuple(flow.behind)), "", f"`{call.name}` reads it")
         behind = () if nonzero else tuple(flow.behind)
@@ -232,12 +219,12 @@ class Tracer:
 
     def _pruned(self, flow: Flow) -> Flow:
         """Follow no further what is refused already."""
-        refused = [stream for stream in flow.streams if self._connectivity.is_refused(stream)]
+        refused = [stream for stream in flow.streams if self.known.is_refused(stream)]
         if not refused:
             return flow
         kept = tuple(stream for stream in flow.streams if not any(stream is other for other in refused))
         lost = [stream for stream in refused if not isinstance(stream.origin, Site) and stream.origin.role != "outlet"]
-        return flow._replace(streams=kept, why=flow.why or (self._connectivity.refusal_of(lost[0]) if lost else ""))
+        return flow._replace(streams=kept, why=flow.why or (self.known.refusal_of(lost[0]) if lost else ""))
 
 
 def _tensors(output: Any) -> list[Tensor]:

@@ -267,7 +267,7 @@ class Watch:
         known = merged(self.tracer.attributions(), self.sites, self.tracer.failure or NOT_TRACED)
         known |= merged({}, [site for site in self.sites if site.kind == WATCHPOINT], ONLY_WATCHED)
         named = zip(self.layout.names, self.sites, strict=True)
-        return Attributions({name: known[site] for name, site in named if site.units}, self.tracer.used)
+        return Attributions({name: known[site] for name, site in named if site.units}, self.tracer.known.used)
 
     def unwatched(self) -> dict[str, str]:
         """Say, by name, why a rectifier of the model is not watched."""

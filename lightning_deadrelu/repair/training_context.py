@@ -52,7 +52,7 @@ class TrainingContext:
     def unmet(self) -> frozenset[str]:
         """Names of weights in training that no traced batch has used: they may belong to readers that take turns."""
         weights = {clean(name) for name, p in self.model.named_parameters() if p.requires_grad and p.ndim > 1}
-        return frozenset(weights - self.watch.tracer.used)
+        return frozenset(weights - self.watch.tracer.known.used)
 
     def number(self, name: str) -> int:
         """Return the number of a site in the layout."""

@@ -60,6 +60,6 @@ def test_what_is_known_outlasts_a_checkpoint(name):
     expected, found = tracer.attributions(), again.attributions()
     assert {site: plain(one) for site, one in found.items()} == {site: plain(one) for site, one in expected.items()}
     assert found
-    assert (again.used, again.order) == (tracer.used, tracer.order)
+    assert (again.known.used, again.known.order) == (tracer.known.used, tracer.known.order)
     assert again.sole_readers().keys() == tracer.sole_readers().keys()
-    assert all(again.other_readers(name) == tracer.other_readers(name) for name in tracer.used)
+    assert all(again.known.other_readers(name) == tracer.known.other_readers(name) for name in tracer.known.used)
