@@ -51,6 +51,7 @@ class Tracer:
         model: Whose parameters to name. Its tensors are never changed.
 
     Example:
+        >>> import torch
         >>> from lightning_deadrelu.observe.probe import Probe
         >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
         >>> probe = Probe(model, lambda *call: None)
