@@ -63,3 +63,19 @@ def normal_quantiles(units, mean, std):
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def site(dead=(), units=10, name="fc", age=10_000, frozen=(), trainable=True, usual_rate=0.5, seen=10**7):
+    def mask(numbers):
+        return torch.tensor([unit in numbers for unit in range(units)])
+
+    silent, off = mask(dead), mask(())
+    masks = dict.fromkeys(("rare", "always_on", "dormant", "nonfinite", "born_dead", "newly_dead"), off)
+    masks |= dict.fromkeys(("revived", "redied"), off)
+    ages = torch.where(silent, age, 0)
+    number = torch.zeros(units, dtype=torch.float64)
+    return SiteReport(
+        name, "relu", units, 1000, 1000, 0.0, trainable, False, dead=silent & (ages >= 299), silent=silent,
+        frozen=mask(frozen), judged=~off, fired=number, peak=number, dormancy=number, age=ages,
+        fired_ever=number + usual_rate * seen, seen=number + seen, last_fired=ages, projection=number, **masks,
+    )  # fmt: skip
