@@ -22,8 +22,9 @@ from lightning_deadrelu.attribution.labels import (
     shrunk,
     unaccounted_reads,
 )
+from lightning_deadrelu.model.contractions import contraction
 from lightning_deadrelu.model.sites import Site
-from lightning_deadrelu.model.torch_calls import CONVOLUTIONS, LAST_NORMS, MIXING_NORMS, PRODUCTS, contraction
+from lightning_deadrelu.model.torch_calls import CONVOLUTIONS, LAST_NORMS, MIXING_NORMS, PRODUCTS
 
 JOINED = "an identity path joins before it"
 PADDED = "its embedding has a padding row, which stays as it is"

@@ -21,8 +21,8 @@ from lightning_deadrelu.attribution.labels import (
     shrunk,
     unaccounted_reads,
 )
+from lightning_deadrelu.model.contractions import contraction
 from lightning_deadrelu.model.sites import Site
-from lightning_deadrelu.model.torch_calls import contraction
 
 
 def multiply(call: TracedCall) -> Outcome:

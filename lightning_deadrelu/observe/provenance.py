@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_deadrelu.model.contractions import contraction
 from lightning_deadrelu.model.sites import plain_parameter
 from lightning_deadrelu.model.torch_calls import (
     ANY_CONVOLUTION,
@@ -28,7 +29,6 @@ from lightning_deadrelu.model.torch_calls import (
     RESHAPES,
     TRANSPOSES,
     Call,
-    contraction,
     dimension_runs,
     quietly,
 )
