@@ -113,12 +113,11 @@ class UnitLiveness(Metric):
         new = self.layout.sites[len(self.samples) :]
         if not new:
             return
-        for name, default in self._defaults.items():
-            assert isinstance(default, Tensor)
+        for name in self._defaults:  # which stay empty: they would double the memory
             if name == "projection" and not self.rules.redundancy:
                 continue  # nobody asks for it
-            fresh = _fresh(name, default, new)  # the defaults stay empty: they would double the memory
-            setattr(self, name, torch.cat([getattr(self, name), fresh], dim=_UNIT_DIM.get(name, 0)))
+            state = getattr(self, name)
+            setattr(self, name, torch.cat([state, _fresh(name, state, new)], dim=_UNIT_DIM.get(name, 0)))
 
     def update(
         self,
@@ -257,8 +256,7 @@ class UnitLiveness(Metric):
         alone.reset()
         alone.update(*args, **kwargs)
         self.update(*args, **kwargs)
-        dead: dict[str, Tensor] = alone.compute()
-        return dead
+        return dict(alone.compute())
 
     def load(self, totals: Totals) -> None:
         """Put counts in place of the present ones."""
