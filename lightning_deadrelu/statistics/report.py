@@ -64,6 +64,14 @@ class SiteReport:
         fired_ever: Elements that fired since the start of fit, int64.
         seen: Elements up to the end of the last window in which the unit fired, int64.
         projection: Weighted sum of the absolute output, by which multiples of another unit are told.
+
+    Example:
+        >>> from lightning_deadrelu import find_dead_units
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU())
+        >>> _ = model[0].bias.data.copy_(torch.tensor([5.0, -5.0, 5.0]))
+        >>> site = find_dead_units(model, [torch.rand(300, 2)])["1"]
+        >>> site.dead, site.age, site.always_on
+        (tensor([False,  True, False]), tensor([  0, 300,   0]), tensor([ True, False,  True]))
     """
 
     name: str

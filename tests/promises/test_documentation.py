@@ -60,6 +60,11 @@ def test_every_public_name_has_its_place_among_the_pages():
     assert set(lightning_deadrelu.__all__) <= listed
 
 
+def test_every_public_name_has_an_example():
+    documented = {name: getattr(lightning_deadrelu, name).__doc__ for name in lightning_deadrelu.__all__}
+    assert {name for name, text in documented.items() if ">>> " not in text} == set()
+
+
 def test_no_first_sentence_of_a_property_is_taken_for_its_type():
     """Napoleon takes what stands before a colon in it for the type, and tears the sentence apart."""
     classes = [one for name in lightning_deadrelu.__all__ if isinstance(one := getattr(lightning_deadrelu, name), type)]
