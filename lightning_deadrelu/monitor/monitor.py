@@ -47,13 +47,7 @@ class Monitor:
         self.guard = Guard(self.pause, self._say_failure, lambda: self.repair.reunite(), but=(Misuse,))
         """Keeps the first failure, after which nothing is watched."""
         self.announcer = Announcer(settings, host)
-        self.repair = Repair(
-            settings.remedies,
-            settings.threshold,
-            settings.min_samples,
-            self.announcer.tell_event,
-            trace=settings.gradient_evidence,
-        )
+        self.repair = _repair_of(settings, self.announcer)
         """Carries remedies out."""
         self.watch = _watch_of(settings, host)
         """Counts what the rectifiers do."""
@@ -157,16 +151,7 @@ class Monitor:
     @property
     def run_report(self) -> RunReport:
         """All that is known of the run so far, in one object."""
-        return RunReport(
-            report=self.report or LivenessReport(()),
-            history=self.verdicts.raster,
-            events=tuple(self.repair.events),
-            attribution=self.attribution or {},
-            deaths=still_true(self.verdicts.recorder.deaths, self.report, self.settings.repairs),
-            findings=self.progress.findings,
-            name=self.settings.name,
-            about=_about(self.host, self.settings),
-        )
+        return _run_report_of(self)
 
     # -- a training batch --------------------------------------------------------------------------------
 
@@ -296,6 +281,11 @@ class Monitor:
         return dict(saved)
 
 
+def _repair_of(settings: Settings, announcer: Announcer) -> Repair:
+    remedies, traces = settings.remedies, settings.gradient_evidence
+    return Repair(remedies, settings.threshold, settings.min_samples, announcer.tell_event, trace=traces)
+
+
 def _watch_of(settings: Settings, host: Host) -> Watch:
     watch = Watch(
         host.model,
@@ -318,6 +308,20 @@ def _why_split(host: Host) -> str:
     """Say why the units of the model cannot be told from one rank to the other; empty if they can."""
     name = split_layer(host.model)
     return f"tensor parallelism splits `{name}`, so that each rank has other units" if name else ""
+
+
+def _run_report_of(monitor: Monitor) -> RunReport:
+    recorder, settings = monitor.verdicts.recorder, monitor.settings
+    return RunReport(
+        report=monitor.report or LivenessReport(()),
+        history=monitor.verdicts.raster,
+        events=tuple(monitor.repair.events),
+        attribution=monitor.attribution or {},
+        deaths=still_true(recorder.deaths, monitor.report, settings.repairs),
+        findings=monitor.progress.findings,
+        name=settings.name,
+        about=_about(monitor.host, settings),
+    )
 
 
 def _about(host: Host, settings: Settings) -> dict[str, str]:
