@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from lightning_deadrelu.attribution.connectivity import Connectivity
 from lightning_deadrelu.attribution.labels import Flow, TracedCall, Weight, unaccounted_reads
 from lightning_deadrelu.attribution.storage import Memory, storage_of
+from lightning_deadrelu.model.parameters import ParameterNames
 from lightning_deadrelu.model.sharding import is_sharded
 from lightning_deadrelu.model.sites import clean
-from lightning_deadrelu.model.torch_calls import ParameterNames, TensorTable, node_number
+from lightning_deadrelu.model.torch_calls import TensorTable, node_number
 
 _MOST_NODES = 10_000
 _OUT_OF_SIGHT = "code out of sight"

@@ -15,10 +15,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
-from torch import Tensor, nn
-
-from lightning_deadrelu.model.sharding import is_sharded
-from lightning_deadrelu.model.sites import clean
+from torch import Tensor
 
 # -- names -----------------------------------------------------------------------------------------------
 
@@ -275,59 +272,6 @@ class TensorTable(Generic[Known]):
     def clear(self) -> None:
         """Forget all tensors."""
         self._entries.clear()
-
-
-class ParameterNames:
-    """The names of a model's parameters, also of those that sharding gathers for a forward.
-
-    Args:
-        model: Whose parameters to name. One that goes by several names has the first.
-
-    Example:
-        >>> model = nn.Linear(2, 2)
-        >>> ParameterNames(model).find(model.weight)
-        'weight'
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._named: dict[int, tuple[Tensor, str]] = {}
-        self.look()
-        self.sharded = any(is_sharded(tensor) for tensor, _ in self._named.values())
-        """Whether any parameter is split over ranks."""
-
-    def look(self) -> list[tuple[str, Tensor]]:
-        """Note the parameters that the model has now, and list them with all their names."""
-        found: list[tuple[str, Tensor]] = [
-            (clean(name), tensor) for name, tensor in self._model.named_parameters(remove_duplicate=False)
-        ]
-        for name, tensor in found:
-            self._named.setdefault(id(tensor), (tensor, name))
-        return found
-
-    def __iter__(self) -> Iterator[tuple[Tensor, str]]:
-        return iter(self._named.values())
-
-    def same_as(self, other: ParameterNames) -> bool:
-        """Tell whether the same tensors go by the same names."""
-        return len(self._named) == len(other._named) and all(self.find(tensor) == name for tensor, name in other)
-
-    def find(self, tensor: Any) -> str | None:
-        """Return a parameter's name; None for any other value."""
-        entry = self._named.get(id(tensor))
-        return entry[1] if entry is not None and entry[0] is tensor else None  # whatever was done to it in place
-
-    def forget(self) -> None:
-        """Let go of all parameters until the next look."""
-        self._named.clear()
-
-    def is_gathered(self, tensor: Any) -> bool:
-        """Tell whether an unknown tensor may have become a parameter only now, so that another look is due."""
-        return self.sharded and isinstance(tensor, nn.Parameter)
-
-    def stand_in(self, tensor: Tensor, name: str) -> None:
-        """Take another tensor for the parameter of a name."""
-        self._named[id(tensor)] = tensor, name
 
 
 @contextmanager

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_deadrelu.model.torch_calls import Call, ParameterNames, TensorTable, makes_zeros, version_of
+from lightning_deadrelu.model.parameters import ParameterNames
+from lightning_deadrelu.model.torch_calls import Call, TensorTable, makes_zeros, version_of
 from lightning_deadrelu.observe.provenance import SHAPING, STEADY, Provenance, follow, parameter
 from lightning_deadrelu.observe.torch_function import TorchFunction
 from lightning_deadrelu.warn import warn
