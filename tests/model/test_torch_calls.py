@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_deadrelu.model import torch_calls
 from lightning_deadrelu.model.torch_calls import (
-    ParameterNames,
     TensorTable,
     function_name,
     makes_zeros,
@@ -71,13 +70,6 @@ def test_a_change_in_place_is_noticed() -> None:
     assert table.writes_to(x) == 0
     view.zero_()
     assert table.writes_to(x) == 1
-
-
-def test_a_tied_parameter_has_its_first_name() -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    model[1].weight = model[0].weight
-    assert ParameterNames(model).find(model[1].weight) == "0.weight"
-    assert ParameterNames(model).find(torch.ones(2, 2)) is None
 
 
 @pytest.mark.parametrize(
