@@ -144,7 +144,7 @@ def _known(value: object, names: AbstractSet[str]) -> str:
 
 def logging_step(trainer: Trainer) -> int:
     """Count steps as Lightning's own monitors do, so that the curves share an x-axis."""
-    step = read_private(trainer.fit_loop.epoch_loop, "_batches_that_stepped", None)
+    step: int | None = read_private(trainer.fit_loop.epoch_loop, "_batches_that_stepped", None)
     return trainer.global_step if step is None else step
 
 

@@ -77,8 +77,9 @@ def floats_of(batch: Any) -> list[Tensor]:
 
 def _has_values(x: Any) -> bool:
     """Whether this is a float tensor that can be computed with; numbers of 8 bits cannot."""
-    dense = type(x) is Tensor and x.is_floating_point() and x.layout is torch.strided and not x.is_nested
-    return dense and not x.is_meta and x.element_size() > 1 and x.numel() > 0
+    if type(x) is not Tensor or not x.is_floating_point() or x.layout is not torch.strided or x.is_nested:
+        return False
+    return not x.is_meta and x.element_size() > 1 and x.numel() > 0
 
 
 def _leaves(batch: Any, depth: int = 3) -> Iterator[Any]:
