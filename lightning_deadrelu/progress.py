@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, redirect_stderr, suppress
 from typing import Any
 
-_LOGGERS = ("", "lightning.pytorch", "lightning.fabric", "pytorch_lightning")
+_LOGGERS = ("", "lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
+"""Whose handlers write to the terminal; where both packages were imported, Lightning logs by the later one."""
 _TQDM = ("train_progress_bar", "val_progress_bar")
 """Where Lightning keeps the bars that its ``print`` writes above."""
 

@@ -31,7 +31,7 @@ def _quiet_and_reproducible():
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(0)
-    for package in ("lightning.pytorch", "pytorch_lightning", "lightning.fabric"):
+    for package in ("lightning.pytorch", "pytorch_lightning", "lightning.fabric", "lightning_fabric"):
         logging.getLogger(package).setLevel(logging.ERROR)
     yield
     torch.set_num_threads(threads)

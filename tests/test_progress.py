@@ -14,6 +14,7 @@ from toys import EVERYTHING, Net, batches, fit
 from lightning_deadrelu import DeadReLUMonitor
 from lightning_deadrelu.progress import say_beside
 
+LOGGERS = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
 SAYS = ["get no gradient", "Reset repaired `net.1`", "Reset revived `net.1`"]
 
 
@@ -36,13 +37,14 @@ def terminal():
         for name in ("stdout", "stderr", "__stdout__", "__stderr__"):
             patch.setattr(sys, name, screen)
         patch.setattr(warnings, "showwarning", show)
-        patch.setattr(logger := logging.getLogger("lightning.pytorch"), "handlers", [logging.StreamHandler(screen)])
-        before = logger.level
-        logger.setLevel(logging.INFO)
+        for name in LOGGERS:
+            patch.setattr(logging.getLogger(name), "handlers", [logging.StreamHandler(screen)])
+            logging.getLogger(name).setLevel(logging.INFO)
         patch.setenv("COLUMNS", "400")
         patch.setenv("TERM", "xterm")
         yield screen
-        logger.setLevel(before)
+        for name in LOGGERS:
+            logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @pytest.mark.filterwarnings("always")
@@ -70,8 +72,9 @@ class Drawn:
         self.lines.append(text)
 
 
-def test_what_listens_to_the_log_hears_it_beside_a_bar():
-    bar, logger, file = Drawn(), logging.getLogger("lightning.pytorch"), io.StringIO()
+@pytest.mark.parametrize("name", LOGGERS)
+def test_what_listens_to_the_log_hears_it_beside_a_bar(name):
+    bar, logger, file = Drawn(), logging.getLogger(name), io.StringIO()
     with terminal() as screen:
         logger.addHandler(logging.StreamHandler(file))
         say_beside(bar, lambda: logger.warning("3 units died"))
