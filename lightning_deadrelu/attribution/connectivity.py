@@ -64,7 +64,10 @@ class Connectivity:
     frozen: set[str] = field(default_factory=set)
     reached: set[str] = field(default_factory=set)
     multiplied: set[Site] = field(default_factory=set)
-    name_of: Callable[[Site], str] = field(default=own_name, init=False)
+
+    def __post_init__(self) -> None:
+        self.name_of: Callable[[Site], str] = own_name
+        """Names a site in reasons; what is saved does not hold it."""
 
     # -- what was seen
 
