@@ -98,7 +98,7 @@ def _encoded_tensor(value: Tensor) -> Any:
 def _decoded_tensor(plain: Any) -> Any:
     if isinstance(plain, Mapping) and plain.keys() == _NARROWED:
         return plain["narrowed"].to(getattr(torch, plain["dtype"]))
-    return plain
+    return plain.clone() if isinstance(plain, Tensor) else plain  # what is decoded goes on being written to
 
 
 def _decoded_plain(plain: Any) -> Any:

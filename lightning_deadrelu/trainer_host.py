@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
+from functools import cached_property
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -37,10 +38,13 @@ class TrainerHost:
     def __init__(self, trainer: Trainer, settings: Settings) -> None:
         self._trainer, self._name = trainer, settings.name
         self.model = trainer.lightning_module
-        latents = settings.preset is not None
-        self._reporter = Reporter(
-            settings.name, trainer.loggers, trainer.is_global_zero, alerts=settings.alerts, latents=latents
-        )
+        self._alerts, self._latents = settings.alerts, settings.preset is not None
+
+    @cached_property
+    def _reporter(self) -> Reporter:
+        """Made at the first report: until then, other callbacks may give the Trainer a logger."""
+        loggers, is_first = self._trainer.loggers, self._trainer.is_global_zero
+        return Reporter(self._name, loggers, is_first, alerts=self._alerts, latents=self._latents)
 
     @property
     def called(self) -> nn.Module:

@@ -75,6 +75,12 @@ def test_what_is_stored_does_not_change_with_what_it_was_made_from():
     assert not stored.any()
 
 
+def test_what_is_restored_shares_no_memory_with_what_was_saved():
+    saved = encode({"sums": torch.zeros(2)})
+    decode(dict[str, torch.Tensor], saved)["sums"].add_(1)
+    assert saved["sums"].tolist() == [0.0, 0.0]
+
+
 def test_fields_that_an_older_version_did_not_save_take_their_defaults():
     assert decode(Pair, {"left": 3, "unknown": 1}) == Pair(3)
 

@@ -103,7 +103,7 @@ def test_help(options):
     command = [sys.executable, str(EXAMPLES / "digits.py"), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    assert "--model.width" in done.stdout or "Observe one training batch in so many" in done.stdout
+    assert "--model.width" in done.stdout or "Observe one training batch in this many" in done.stdout
 
 
 @pytest.mark.parametrize("package", [lightning.pytorch, pytorch_lightning], ids=["lightning", "pytorch_lightning"])

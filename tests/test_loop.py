@@ -3,6 +3,7 @@
 import copy
 import io
 import logging
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from lightning.fabric import Fabric
 from loops import net
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
 from toys import Loader, Net, Verdicts, assert_alike, assert_same, fit, mlp, reports_of, watchers
 from two_ranks import on_two_ranks
@@ -414,6 +416,20 @@ def test_a_mask_is_called_with_what_the_model_is_called_with(by_name):
             optimizer.step()
             monitor.step()
     assert monitor.report.sites[0].samples == 4 * (7 if by_name else 15)
+
+
+def test_a_loop_that_goes_on_after_a_refused_mask_is_not_observed_where_it_is_not_due():
+    model, modes = mlp(), []
+    optimizer = sgd(model)
+    with watch(model, optimizer, every_n_steps=8, mask=lambda batch: torch.ones(3, 3, dtype=torch.bool)) as monitor:
+        for number, batch in enumerate(BATCHES[:4]):
+            loss = loss_of(model, batch)
+            modes.append(len(_get_current_function_mode_stack()))
+            loss.backward()
+            optimizer.step()
+            with pytest.raises(ValueError, match="mask") if number == 0 else nullcontext():
+                monitor.step(loss)
+    assert modes == [1, 0, 0, 0]
 
 
 def test_a_mask_that_cannot_tell_from_a_call_without_arguments_is_refused():

@@ -59,6 +59,7 @@ def _restore_units(monitor: Monitor, run: RunState) -> None:
     if run.selection != monitor.settings.selection:  # the sites are others, and so are their numbers
         monitor.open_window()
         monitor.repair.forget()
+        monitor.repair.trace_anew()
         monitor.host.warn("other layers are selected than in the checkpoint, so all ages start at zero.")
         return
     monitor.watch.adopt(run.sites)

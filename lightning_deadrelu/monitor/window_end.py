@@ -36,6 +36,7 @@ def check_mask(monitor: Monitor) -> None:
     watch = monitor.watch
     if monitor.progress.batches == 1 and watch.valid is not None and watch.dims and not watch.mask_fits:
         shape = tuple(watch.valid.shape)
+        monitor.skip_rest()  # a loop may go on
         raise monitor.host.refusal(
             f"`{monitor.settings.call}(mask=...)`: it returned shape {shape}, and no layer's activations have that"
             " shape, followed by units, so that padding would be counted as data. Return `(batch, time)` as the"

@@ -175,6 +175,8 @@ class EditSchedule:
             ValueError: The model lacks a module that an edit goes to.
         """
         self.drop(self.sites)
-        for edit in (*state.pushes, *state.lifts, *state.offsets, *state.ramps):
-            self.add(edit)
+        edits = [*state.pushes, *state.lifts, *state.offsets, *state.ramps]
+        for edit in edits:
+            edit.attach(self._model)
+        self._edits = edits  # all of them or none: the monitor ends where one fails
         self.mark_in_step()

@@ -210,6 +210,10 @@ class Repair:
             self._confirming.end()
         self._pending = self._confirming = None
 
+    def trace_anew(self) -> None:
+        """Trace the first batches once more, where what is known of the layers is lost."""
+        self._traces = 0
+
     def _carry_out(self, proposal: Proposal, step: int) -> None:
         """Carry a proposal out, or turn to the next remedy."""
         request, view, edits, reason = proposal
@@ -257,8 +261,8 @@ class Repair:
     def stop(self, step: int) -> None:
         """Take out of the model what was there for a time; harmless when there is nothing."""
         if self._context is not None:
-            stopped = dict.fromkeys(edit.site for edit in self._editor.schedule.drop(self._editor.schedule.sites))
-            self._record([self.policy.dropped(site, step) for site in stopped])
+            stopped = {edit.site for edit in self._editor.schedule.drop(self._editor.schedule.sites)}
+            self._record([self.policy.dropped(site, step) for site in sorted(stopped)])
 
     @property
     def state(self) -> RepairState:

@@ -143,11 +143,13 @@ def test_another_window_after_a_resume_is_tolerated(window, tmp_path):
 @pytest.mark.parametrize("selection", [{"exclude": ["net.1"]}, {"include": ["net.3"]}, {"unit_dims": {"net.3": -1}}])
 def test_other_patterns_after_a_resume_hold_from_then_on(selection, tmp_path):
     items = tensors(9)
-    fresh_run(Verdicts(**SETTINGS), every_step(tmp_path), items=items, enable_checkpointing=True)
-    resumed = Verdicts(**SETTINGS, **selection)
+    settings = {**SETTINGS, "gradient_evidence": True}
+    fresh_run(Verdicts(**settings), every_step(tmp_path), items=items, enable_checkpointing=True)
+    resumed = Verdicts(**settings, **selection)
     with pytest.warns(UserWarning, match="other layers are selected than in the checkpoint"):
         fresh_run(resumed, items=items, ckpt=tmp_path / "9.ckpt")
     expected = ["net.1", "net.3"] if "unit_dims" in selection else ["net.3"]
+    assert all(known.incoming for known in resumed.attribution.values())  # layers are traced anew
     assert [site.name for site in resumed.report.sites] == expected
     assert int(resumed.report["net.3"].age.max()) <= 5 * 9  # from zero
 

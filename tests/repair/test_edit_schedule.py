@@ -558,3 +558,12 @@ def test_a_ramp_is_noticed_by_compiled_code():
         assert torch.equal(compiled(x), plain)
         terms.advance()
     assert len(graphs) == 2
+
+
+def test_a_schedule_is_restored_whole_or_not_at_all():
+    """Else what was restored before the error would go on in a run whose monitor has ended."""
+    schedule = EditSchedule(mlp())
+    there, elsewhere = offset(GAMMA, 4), offset(GAMMA, 4, site="9", path="9")
+    with pytest.raises(ValueError, match="goes to the module `9`, which this model does not have"):
+        schedule.restore(ScheduleState(offsets=[there, elsewhere]))
+    assert schedule.sites == []

@@ -1,6 +1,7 @@
 """Remedies at work in a real Trainer: what they change, what they leave, and when."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 from unittest import mock
 
 import pytest
@@ -13,16 +14,18 @@ from torch import nn
 from toys import Loader, Log, Net, assert_same, bare, batches, fit, mlp, tensors
 from two_ranks import ddp_trainer, on_two_ranks
 
-from lightning_deadrelu import DeadReLUMonitor, restore_activations
+from lightning_deadrelu import DeadReLUMonitor, restore_activations, watch
 from lightning_deadrelu.remedies import (
     BiasWarming,
     Edits,
     LeakySlope,
+    Push,
     Remedy,
     Reset,
     SwapActivation,
     ThermalKick,
     WakeUp,
+    Warmth,
     Write,
 )
 from lightning_deadrelu.repair.event import Event
@@ -432,6 +435,41 @@ def test_a_term_in_flight_is_dropped_when_training_ends_and_that_is_said():
     fit(model, batches(20, 8), monitor)
     assert actions(monitor)[-1] == "dropped"
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@dataclass(frozen=True, kw_only=True)
+class TermOrPush(Remedy):
+    """Adds a term before the first rectifier, and pushes the units of the other."""
+
+    needs: ClassVar = frozenset({"outlet"})
+
+    def propose(self, view, generator):
+        if view.report.name == "1":
+            return Edits(warmth=Warmth(view.units * 0.1, 500))
+        return Edits(push=Push(view.units, steps=500))
+
+
+def dropped_edits(steps, state=None):
+    """Train for some steps, from a state if one is given; return what was dropped at the end, and the state before."""
+    model = mlp(3)
+    with torch.no_grad():
+        model[2].bias[:2] = -100.0
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    with watch(model, optimizer, remedy=TermOrPush(), **EAGER) as monitor:
+        if state:
+            monitor.load_state_dict(state)
+        for batch in tensors(steps, 8):
+            model(batch).sum().backward()
+            optimizer.step()
+            monitor.step()
+        state = monitor.state_dict()
+    return [event.site for event in monitor.events if event.action == "dropped"], state
+
+
+def test_edits_are_dropped_in_one_order_whether_the_run_was_resumed_or_not():
+    names, state = dropped_edits(12)
+    assert len(names) == 2
+    assert dropped_edits(2, state)[0] == names
 
 
 @pytest.mark.parametrize(

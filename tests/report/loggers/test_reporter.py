@@ -8,6 +8,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from logged import KEYS, as_wandb, wandb_records
@@ -215,6 +216,22 @@ def test_a_logger_that_fails_is_left_out_and_the_others_are_served():
     assert sum("took no metrics" in str(warning.message) for warning in record) == 1
     assert broken.calls == 1
     assert len(log.verdicts()) == 2
+
+
+class LateLogger(Callback):
+    """Gives the Trainer its logger when training starts."""
+
+    def __init__(self, logger):
+        self.logger = logger
+
+    def on_train_start(self, trainer, pl_module):
+        trainer.logger = self.logger
+
+
+def test_a_logger_that_another_callback_brings_when_training_starts_gets_all():
+    log = Log()
+    fit(Net(), batches(8), DeadReLUMonitor(**EVERYTHING), LateLogger(log))
+    assert log.verdicts()
 
 
 @pytest.mark.filterwarnings("default:.*the Trainer has no logger")
