@@ -13,7 +13,6 @@ from two_ranks import ddp_trainer, on_two_ranks
 from lightning_deadrelu import DeadReLUMonitor, find_dead_units, watch
 from lightning_deadrelu.observe.watch import Watch
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*% dead", "ignore:.* refused `")
 OFTEN = {"every_n_steps": 1, "window": 4, "min_samples": 1}
 UNITS, K = 10, 2
 
@@ -436,6 +435,7 @@ def test_what_else_reads_the_chosen_is_seen():
 # -- repairs -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:.*% dead", "ignore:.* refused `")
 @pytest.mark.parametrize("name", ["topk_in_place", "over_the_batch", "over_the_batch_viewed", "jumprelu"])
 def test_what_is_dead_comes_back(name):
     torch.manual_seed(0)

@@ -9,7 +9,6 @@ from toys import Net, batches, fit, mlp
 
 from lightning_deadrelu import DeadReLUMonitor, watch
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*refused")
 EAGER = {"every_n_steps": 1, "window": 4, "min_samples": 2, "threshold": 0.0}
 
 
@@ -65,6 +64,7 @@ def with_dead_units(net, count=3):
     return net
 
 
+@pytest.mark.filterwarnings("ignore:.*refused")
 @pytest.mark.parametrize(
     ("make", "taken"),
     [

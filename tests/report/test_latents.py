@@ -16,7 +16,6 @@ from lightning_deadrelu.report.latents import latent_metrics, latents_of
 from lightning_deadrelu.statistics import Totals, UnitHistory, judge
 from lightning_deadrelu.statistics.totals import NOTHING
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*% dead at step")
 UNITS, KEYS = 12, ("l0", "dead_features", "mean_log10_feature_sparsity", "below_1e-5", "below_1e-6")
 
 
