@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -49,14 +48,9 @@ class EditSchedule:
         (tensor([0.0000, 2.5000]), ['1'])
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        unit_dims: Mapping[str, int] = MappingProxyType({}),
-        observes: Callable[[], bool] = lambda: True,
-    ) -> None:
+    def __init__(self, model: nn.Module, push_probe: PushProbe | None = None) -> None:
         self._model = model
-        self._push_probe = PushProbe(model, unit_dims, observes)
+        self._push_probe = push_probe or PushProbe(model)
         self._edits: list[ScheduledEdit] = []
         self.unsettled: set[str] = set()
         """Names of the parameters that were lifted since all ranks last met without a failure."""

@@ -18,7 +18,7 @@ from lightning_deadrelu.repair.restore_activations import apply_record
 from lightning_deadrelu.repair.scheduled_edit import ScheduledEdit
 from lightning_deadrelu.repair.slope_ramp import SlopeRamp
 from lightning_deadrelu.repair.training_context import TrainingContext
-from lightning_deadrelu.repair.wake_up import ScheduledPush
+from lightning_deadrelu.repair.wake_up import PushProbe, ScheduledPush
 from lightning_deadrelu.repair.writer import Overwritten, write_
 from lightning_deadrelu.statistics import LivenessReport
 
@@ -43,7 +43,8 @@ class Editor:
     def __init__(self, context: TrainingContext) -> None:
         self._context = context
         probe = context.watch.probe
-        self.schedule = EditSchedule(context.model, probe.unit_dims, lambda: probe.router.observes())
+        push_probe = PushProbe(context.model, probe.unit_dims, lambda: probe.router.observes())
+        self.schedule = EditSchedule(context.model, push_probe)
         """Edits under way."""
         self._earlier: dict[str, Any] = {}
 
