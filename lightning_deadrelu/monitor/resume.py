@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_deadrelu.checkpoint import FORMAT, decode
 from lightning_deadrelu.monitor.merge import Counted
+from lightning_deadrelu.monitor.settings import Settings
 from lightning_deadrelu.monitor.state import MonitorState, RunState, exchange_as_in
 from lightning_deadrelu.repair.activation_swap import rectifiers
+from lightning_deadrelu.statistics import Totals
 
 if TYPE_CHECKING:
     from lightning_deadrelu.monitor.monitor import Monitor
@@ -69,7 +71,13 @@ def _restore_units(monitor: Monitor, run: RunState) -> None:
         monitor.evidence.restore(run.evidence, monitor.watch.sites)
     monitor.verdicts.units = run.units
     monitor.verdicts.recorder.restore(run.recorder)
-    if run.totals.samples.shape[-1] != monitor.settings.window:  # the open window has another length: start anew
+    if _is_counted_otherwise(run.totals, monitor.settings):
         monitor.open_window()
     elif monitor.host.is_first_rank:  # it holds the counts of all ranks
         monitor.watch.liveness.load(run.totals)
+
+
+def _is_counted_otherwise(totals: Totals, settings: Settings) -> bool:
+    """Whether the open window has another length, or what concerns whole layers is asked for in a part of it alone."""
+    redundancy = bool(len(totals.projection))
+    return totals.samples.shape[-1] != settings.window or redundancy != settings.rules.redundancy

@@ -263,9 +263,7 @@ class UnitLiveness(Metric):
         self.make_room()
         self._pending = {}
         for f in fields(Totals):
-            own, given = getattr(self, f.name), getattr(totals, f.name)
-            if own.shape == given.shape or f.name != "projection":  # which the run that saved them may not have counted
-                own.copy_(given)
+            getattr(self, f.name).copy_(getattr(totals, f.name))
 
     def reset(self) -> None:
         """Forget all counts, in place, and start at observation 0; the sites stay."""

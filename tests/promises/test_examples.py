@@ -76,7 +76,7 @@ def test_repair(tmp_path):
 
 @pytest.mark.slow
 def test_ray(tmp_path):
-    """By hand: ``pip install -c constraints.txt ".[examples,ray]" pytest && pytest tests/test_examples.py -k ray``."""
+    """By hand: ``pip install -c constraints.txt ".[examples,ray]" pytest && pytest tests/promises -k test_ray``."""
     pytest.importorskip("ray", reason="ray is large, and not among the tests' packages")
     printed = run("03_ray.py", tmp_path)
     assert "net.relu3" in printed

@@ -28,7 +28,7 @@ from toys import (
 from two_ranks import Branching, ddp_trainer, on_two_ranks, shares
 
 from lightning_deadrelu import DeadReLUMonitor
-from lightning_deadrelu.remedies import BiasWarming, LeakySlope
+from lightning_deadrelu.remedies import BiasWarming, LeakySlope, Reset
 from lightning_deadrelu.repair.activation_swap import records, substitute_
 
 SETTINGS = {"every_n_steps": 2, "window": 3, "min_samples": 40}
@@ -138,6 +138,25 @@ def test_another_window_after_a_resume_is_tolerated(window, tmp_path):
     assert resumed.report.sites[0].samples <= 5 * window
     assert int(resumed.report["net.1"].age.max()) > 5 * 9  # ages go on from before
     assert resumed.report.dead_units >= 3
+
+
+@pytest.mark.parametrize("before", ["reset", Reset(blind=0.9, dry_run=True)])
+@pytest.mark.parametrize("after", ["reset", Reset(blind=0.9, dry_run=True)])
+def test_a_share_of_silent_samples_is_of_the_samples_it_was_counted_on(before, after, tmp_path):
+    def train(remedy, *callbacks, **options):
+        net = nn.Sequential(nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 1))
+        for layer, value in [(net[0].weight, 1.0), (net[0].bias, 0.0)]:
+            nn.init.constant_(layer, value)
+        monitor = Verdicts(every_n_steps=1, window=4, min_samples=20, remedy=remedy)
+        signs = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0])[:, None].expand(5, 4)  # of five samples, two silence all
+        fit(Net(net, lr=0.0), Loader([signs] * 6), monitor, *callbacks, **options)
+        return monitor
+
+    train(before, every_step(tmp_path), enable_checkpointing=True)
+    resumed = train(after, ckpt=tmp_path / "2.ckpt", max_epochs=2)
+    expected = None if after == "reset" else pytest.approx(2 / 5)
+    assert [report["net.1"].blind_fraction for report in resumed.reports] == [expected] * len(resumed.reports)
+    assert len(resumed.reports) >= 2
 
 
 @pytest.mark.parametrize("selection", [{"exclude": ["net.1"]}, {"include": ["net.3"]}, {"unit_dims": {"net.3": -1}}])
