@@ -76,7 +76,8 @@ class Guard:
 
     def fail(self, error: Exception) -> None:
         """Take a failure."""
-        self._clean_up()
+        with guarded(lambda again: None):  # it may be what has failed
+            self._clean_up()
         joint = isinstance(error, RankFailure)
         if joint and not self.ended:
             self.ended = True

@@ -44,7 +44,7 @@ class Monitor:
 
     def __init__(self, settings: Settings, host: Host) -> None:
         self.settings, self.host = settings, host
-        self.guard = Guard(self.pause, self._say_failure, lambda: self.repair.reunite(), but=(Misuse,))
+        self.guard = Guard(self._take_out, self._say_failure, lambda: self.repair.reunite(), but=(Misuse,))
         """Keeps the first failure, after which nothing is watched."""
         self.announcer = Announcer(settings, host)
         self.repair = _repair_of(settings, self.announcer)
@@ -100,9 +100,13 @@ class Monitor:
 
     def pause(self) -> None:
         """Take out of the model what observes it or is there for one batch; harmless when there is nothing."""
-        self.repair.pause()
-        self.watch.probe.disarm()
+        with self.guard():
+            self._take_out()
+
+    def _take_out(self) -> None:
         self.watch.valid = None
+        self.watch.probe.disarm()
+        self.repair.pause()  # last: a model may refuse to have its own modules back
 
     def skip_rest(self) -> None:
         """Give up the batch that is under way: one that is skipped does not end."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -96,9 +97,10 @@ class EditSchedule:
 
     def end(self) -> None:
         """Take all out again, after a training batch; harmless when it is out."""
-        for edit in self._edits:
-            edit.leave()
-        self._push_probe.disarm()
+        with ExitStack() as stack:  # what cannot be taken out keeps no other in
+            stack.callback(self._push_probe.disarm)
+            for edit in self._edits:
+                stack.callback(edit.leave)
 
     def advance(self) -> list[str]:
         """Go on by one training batch, behind the optimizer step, on every rank.

@@ -8,11 +8,13 @@ from lightning.pytorch.callbacks import (
     EarlyStopping,
     ModelCheckpoint,
 )
-from toys import EVERYTHING, KEY, Net, batches, fit, watchers
+from torch import nn
+from toys import EVERYTHING, KEY, Net, batches, fit, mlp, watchers
 
 from lightning_deadrelu import DeadReLUMonitor
 from lightning_deadrelu.monitor import monitor as monitoring
 from lightning_deadrelu.monitor import verdicts, window_end
+from lightning_deadrelu.remedies import LeakySlope
 
 
 def broken(*args, **kwargs):
@@ -48,6 +50,33 @@ def test_a_failure_of_the_monitor_neither_ends_the_run_nor_loses_a_checkpoint(pl
     assert len(model.losses) == 24
     assert len(list(tmp_path.glob("*.ckpt"))) == 8
     assert watchers() == []
+
+
+class Sealed(nn.Sequential):
+    """Takes no other modules from some batch on."""
+
+    sealed = False
+
+    def __setattr__(self, name, value):
+        if self.sealed and isinstance(value, nn.Module):
+            raise TypeError("sealed")
+        super().__setattr__(name, value)
+
+
+@pytest.mark.parametrize("when", range(5, 9))
+def test_a_term_that_cannot_be_taken_out_ends_the_watch_alone(when):
+    class Sealing(Net):
+        def training_step(self, batch, batch_idx):
+            self.net.sealed = batch_idx >= when
+            return super().training_step(batch, batch_idx)
+
+    model, monitor = Sealing(Sealed(*mlp())), DeadReLUMonitor(**EVERYTHING, remedy=LeakySlope(ramp_steps=99))
+    with pytest.warns(UserWarning, match="(?s)the monitor failed and watches no longer.*sealed") as record:
+        fit(model, batches(12), monitor)
+    assert len([one for one in record if "the monitor failed" in str(one.message)]) == 1
+    assert len(model.losses) == 12
+    assert watchers() == []
+    assert isinstance(monitor.failure, TypeError)
 
 
 def test_what_a_user_raises_on_a_verdict_ends_the_run():

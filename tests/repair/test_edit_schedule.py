@@ -70,6 +70,21 @@ def by_hand(model: nn.Sequential, x: Tensor, gamma: Tensor | float = 0.0, slope:
     return model[2](torch.where(hidden > 0, hidden, hidden * slope))
 
 
+@pytest.mark.parametrize("first", ["warmth", "slope"])
+def test_a_term_that_cannot_be_taken_out_keeps_no_other_in(first, monkeypatch):
+    model = mlp()
+    edits = [offset(GAMMA, 4), ramp(GAMMA, 4)]
+    schedule = scheduled(model, *(edits if first == "warmth" else edits[::-1]))
+    schedule.begin()
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.Sequential, "__setattr__", lambda *args: [][0])
+        with pytest.raises(IndexError):
+            schedule.end()
+    assert not model[0]._forward_hooks
+    schedule.end()
+    assert untouched(model)
+
+
 # -- the warmth ------------------------------------------------------------------------------------------
 
 
