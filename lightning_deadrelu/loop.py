@@ -20,6 +20,7 @@ from lightning_deadrelu.monitor.monitor import Monitor
 from lightning_deadrelu.monitor.owner import MonitorOwner
 from lightning_deadrelu.monitor.settings import Settings
 from lightning_deadrelu.observe import ranks
+from lightning_deadrelu.progress import beside_bars
 from lightning_deadrelu.remedies import Remedy
 from lightning_deadrelu.report.metrics import metrics_of
 from lightning_deadrelu.report.run_report import RunReport
@@ -94,7 +95,8 @@ class LoopHost:
 
     def info(self, text: str) -> None:
         if self.is_first_rank:
-            _logger.info("%s: %s", self._name, text)
+            with beside_bars():
+                _logger.info("%s: %s", self._name, text)
 
     def show_score(self, dead_fraction: float) -> None:
         """Do nothing: a loop has no place for it but the log."""

@@ -17,7 +17,7 @@ from lightning_deadrelu.guarded import guarded
 from lightning_deadrelu.monitor.host import Misuse
 from lightning_deadrelu.monitor.settings import Settings
 from lightning_deadrelu.observe import ranks
-from lightning_deadrelu.progress import say_beside
+from lightning_deadrelu.progress import beside_bars
 from lightning_deadrelu.report.loggers import Reporter
 from lightning_deadrelu.report.loggers.private_lightning import read_private
 from lightning_deadrelu.report.run_report import RunReport
@@ -106,10 +106,11 @@ class TrainerHost:
 
     def warn(self, text: str) -> None:
         if self.is_first_rank:
-            say_beside(self._trainer.progress_bar_callback, lambda: warn(f"{self._name}: {text}"))
+            warn(f"{self._name}: {text}")
 
     def info(self, text: str) -> None:
-        say_beside(self._trainer.progress_bar_callback, lambda: rank_zero_info(f"{self._name}: {text}"))
+        with beside_bars():
+            rank_zero_info(f"{self._name}: {text}")
 
     def show_score(self, dead_fraction: float) -> None:
         self._trainer.callback_metrics[f"{self._name}/dead_fraction"] = torch.tensor(dead_fraction)

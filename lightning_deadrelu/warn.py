@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import warnings
 
+from lightning_deadrelu.progress import beside_bars
+
 _BETWEEN = frozenset(
     {"lightning_deadrelu", "lightning", "pytorch_lightning", "lightning_utilities", "torch", "contextlib"}
 )
@@ -23,4 +25,5 @@ def warn(text: str) -> None:
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
         frame, level = frame.f_back, level + 1
-    warnings.warn(text, stacklevel=level)
+    with beside_bars():
+        warnings.warn(text, stacklevel=level)

@@ -18,7 +18,8 @@ PACKAGE = ROOT / "lightning_deadrelu"
 
 # From the ground up: a part may import those on the floors below its own, and nothing beside or above it.
 FLOORS = (
-    {"validation", "checkpoint", "guarded", "progress", "render", "warn"},
+    {"progress"},
+    {"validation", "checkpoint", "guarded", "render", "warn"},
     {"model"},
     {"statistics", "attribution"},
     {"observe", "remedies"},

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_deadrelu.guarded import guarded
 from lightning_deadrelu.render.names import cut_name
@@ -25,6 +25,7 @@ from lightning_deadrelu.report.latents import SECTION
 from lightning_deadrelu.report.loggers.media import LEGEND, Media
 from lightning_deadrelu.report.loggers.private_lightning import read_private
 from lightning_deadrelu.report.raster import Picture
+from lightning_deadrelu.warn import warn
 
 _MLFLOW_BARS = "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"
 _LONGEST_FILE = 150  # characters of a name that a file's is made of: systems take 255, trackers add some 80
@@ -70,7 +71,7 @@ class Adapter:
 
         def fail(error: Exception) -> None:
             self._broken.add(what)
-            rank_zero_warn(f"{self.name}: {type(self.logger).__name__} took no {what} and is left out: {error!r}")
+            rank_zero_only(warn)(f"{self.name}: {type(self.logger).__name__} took no {what} and is left out: {error!r}")
 
         if not self._broken & {"metrics", what}:
             with guarded(fail):

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_deadrelu.guarded import guarded
 from lightning_deadrelu.report.loggers.adapters import adapter_of
@@ -17,6 +16,7 @@ from lightning_deadrelu.report.metrics import metrics_of
 from lightning_deadrelu.report.run_report import RunReport
 from lightning_deadrelu.statistics import LivenessReport
 from lightning_deadrelu.statistics.report_table import headline
+from lightning_deadrelu.warn import warn
 
 _LONGEST_TITLE = 63  # W&B takes less than 64 characters
 _SECONDS_BETWEEN_ALERTS = 600.0
@@ -81,7 +81,7 @@ class Reporter:
 
     def _draw_no_more(self, error: Exception) -> None:
         self._draws = False
-        rank_zero_warn(f"{self._name}: pictures could not be made, and are left out: {error!r}")
+        warn(f"{self._name}: pictures could not be made, and are left out: {error!r}")
 
     def alert(self, sites: Sequence[str], report: LivenessReport) -> None:
         """Alert that some sites have crossed the threshold, if that was asked for; what is too early joins the next."""
