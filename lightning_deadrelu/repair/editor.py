@@ -132,7 +132,7 @@ class Editor:
                 apply_record(self._context.model, earlier)
             undone.append("the activation before was put back")
         self.mark_substitutes()
-        return " and ".join(filter(None, dict.fromkeys(undone)))
+        return " and ".join(dict.fromkeys(undone))
 
     def reinstate(self, site: str) -> None:
         """Put the rectifier of a site back where another activation stands."""

@@ -30,7 +30,7 @@ class ScheduledEdit:
     steps: int
     step: int = 0
 
-    undone: ClassVar[str] = ""
+    undone: ClassVar[str]
     """What to say when it is taken back."""
 
     @property

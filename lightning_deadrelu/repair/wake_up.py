@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ class ScheduledPush(ScheduledEdit):
 
     push: Push
     place: Site
+
+    undone: ClassVar[str] = "its push was stopped"
 
     def has_woken(self, firing_rate: Tensor) -> bool:
         """Tell whether all its units fire on more than half of the share that is asked for.

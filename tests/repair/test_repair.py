@@ -16,9 +16,11 @@ from two_ranks import ddp_trainer, on_two_ranks
 
 from lightning_deadrelu import DeadReLUMonitor, restore_activations, watch
 from lightning_deadrelu.remedies import (
+    Activation,
     BiasWarming,
     Edits,
     LeakySlope,
+    Lift,
     Push,
     Remedy,
     Reset,
@@ -819,4 +821,42 @@ def test_a_slope_that_harmed_is_taken_back():
     fit(model, batches(16, 8), monitor)
     (harmed,) = [event for event in monitor.events if event.action == "harmed"]
     assert "the activation before was put back" in harmed.reason
+    assert type(model.net[1]) is nn.ReLU
+
+
+@dataclass(frozen=True, kw_only=True)
+class Several(Remedy):
+    """Does harm by a term, beside other edits that take many batches."""
+
+    parts: tuple[str, ...] = ()
+
+    def propose(self, view, generator):
+        ones, rise = view.units.float(), Write(view.attribution.bias.of(view.units), 0.1)
+        parts = {
+            "lift": Lift((rise,), 99),
+            "push": Push(view.units, steps=99),
+            "warmth": Warmth(1e4 * ones, 99),
+            "slope for a time": Activation("leaky_relu", ones / 100, 99),
+            "slope": Activation("leaky_relu", ones / 100),
+        }
+        return Edits(**{part.split()[0].replace("slope", "activation"): parts[part] for part in self.parts})
+
+
+TAKEN_BACK = {
+    "warmth": "its term was dropped",
+    "warmth, slope for a time": "its term was dropped",  # two terms, said once
+    "lift, warmth": "its lift was stopped and its term was dropped",
+    "push, warmth": "its push was stopped and its term was dropped",
+    "warmth, slope": "its term was dropped and the activation before was put back",
+}
+
+
+@pytest.mark.parametrize("parts", TAKEN_BACK)
+def test_an_event_of_harm_says_once_what_was_taken_back(parts):
+    torch.manual_seed(0)
+    model = Net(mlp(3), lr=0.0)
+    monitor = DeadReLUMonitor(remedy=Several(parts=tuple(parts.split(", ")), attempts=1), include=["net.1"], **EAGER)
+    fit(model, batches(16, 8), monitor)
+    (harmed,) = [event for event in monitor.events if event.action == "harmed"]
+    assert harmed.reason.partition("; ")[2] == TAKEN_BACK[parts]
     assert type(model.net[1]) is nn.ReLU
