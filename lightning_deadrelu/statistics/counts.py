@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,43 +78,48 @@ def _wide_sum(one: Tensor, other: Tensor) -> Tensor:
 
 
 class FlatCounts:
-    """The counts of one observation, those of all sites end to end.
+    """The counts of some observations, those of all sites end to end.
 
     Args:
         layout: All sites.
-        pending: The counts, by number of the site.
+        observations: The counts of each, by number of the site.
         like: Of the type and on the device of what stands for a site that has none.
     """
 
-    def __init__(self, layout: Layout, pending: Mapping[int, Counts], like: Tensor) -> None:
-        self._layout, self._numbers, self._like = layout, tuple(pending), like
-        self._columns = dict(zip(Counts._fields, zip(*pending.values(), strict=True), strict=True))
+    def __init__(self, layout: Layout, observations: Sequence[Mapping[int, Counts]], like: Tensor) -> None:
+        self._layout, self._observations, self._like = layout, observations, like
 
-    def of(self, name: str, nothing: float) -> Tensor:
+    def of(self, name: str, nothing: float) -> Tensor | None:
         """Lay out one field of :class:`Counts`; counts of different types as int64, which float32 would round.
 
         Args:
             name: Of the field.
             nothing: What stands where it is missing.
+
+        Returns:
+            Shape ``(observations, units)``; None where it is missing everywhere.
         """
-        known = {n: value for n, value in zip(self._numbers, self._columns[name], strict=True) if value is not None}
+        values = self._values(name)
+        known = [value for value in values if value is not None]
         if not known:
-            return self._like.new_full((self._layout.units,), nothing)
-        if name == "fired" and len({value.dtype for value in known.values()}) > 1:
-            known = {n: value.long() for n, value in known.items()}
-        if tuple(known) == tuple(range(len(self._layout))):
-            return torch.cat(tuple(known.values()))
-        like = next(iter(known.values()))
-        sizes = ((number, site.units) for number, site in enumerate(self._layout))
-        return torch.cat([known[n] if n in known else like.new_full((units,), nothing) for n, units in sizes])
+            return None
+        if name == "fired" and len({value.dtype for value in known}) > 1:
+            values = [value if value is None else value.long() for value in values]
+        if len(known) < len(values):
+            missing = self._like.new_full((self._layout.units,), nothing, dtype=known[0].dtype)
+            sizes = [site.units for site in self._layout] * len(self._observations)
+            values = [missing[:units] if v is None else v for v, units in zip(values, sizes, strict=True)]
+        return torch.cat(values).view(len(self._observations), self._layout.units)
 
     def of_sites(self, name: str) -> Tensor:
-        """Lay out one field that is a number of each site; 0 where it is missing."""
-        found = {n: value for n, value in zip(self._numbers, self._columns[name], strict=True) if value is not None}
-        if len(found) < len(self._layout):
-            zero = self._like.new_zeros((), dtype=torch.int64)
-            found = {number: found.get(number, zero) for number in range(len(self._layout))}
-        return torch.stack([found[number] for number in range(len(self._layout))])
+        """Lay out one field that is a number of each site, shape ``(observations, sites)``; 0 where it is missing."""
+        zero = self._like.new_zeros((), dtype=torch.int64)
+        values = [zero if value is None else value for value in self._values(name)]
+        return torch.stack(values).view(len(self._observations), len(self._layout))
+
+    def _values(self, name: str) -> list[Any]:
+        place, numbers = Counts._fields.index(name), range(len(self._layout))
+        return [calls[n][place] if n in calls else None for calls in self._observations for n in numbers]
 
 
 def count(

@@ -23,6 +23,7 @@ _UNIT_DIM = {"maxima": 1}
 _RATED = SELECTIONS | {WATCHPOINT}  # which fire so seldom that every observation counts
 _OF_SITES = ("samples", "elements", "blind")
 _LATEST = slice(3, 5)  # the rows of the maxima that hold the last observation alone
+_WAITING = 2**20  # peaks that are held back, of 16 observations at most: to add them up takes a fraction of the time
 
 
 class UnitLiveness(Metric):
@@ -70,7 +71,7 @@ class UnitLiveness(Metric):
         self._last_of_window = window - 1
         self._number(0)
         self._latest = -1  # the observation that the rows of the last one hold
-        self._pending: dict[int, Counts] = {}  # calls of the present observation by site
+        self._pending: dict[int, dict[int, Counts]] = {}  # calls by observation and site
         self._running: dict[int, Counts] | None = None  # calls of a batch that may not come to its end
         self.add_state("fired", torch.zeros(0, dtype=torch.int64), "sum")
         self.add_state("maxima", torch.zeros(len(NOTHING), 0, dtype=peak_dtype or dtype), "max")
@@ -90,7 +91,10 @@ class UnitLiveness(Metric):
     @observation.setter
     def observation(self, number: int) -> None:
         if number != self._observation:
-            self.flush()
+            waiting = number - min(self._pending, default=number)
+            few = 0 <= waiting * max(self.layout.units, _WAITING // 16) < _WAITING
+            if not few or _rated(self._pending.get(self._observation, {})):
+                self.flush()
             self._begin_latest()  # nothing ran in the one that ends
         self._number(number)
 
@@ -158,7 +162,7 @@ class UnitLiveness(Metric):
             counts = Counts._make(None if v is None else torch.as_tensor(v).to(self.maxima.device) for v in counts)
         if counts.magnitude is not None and not self.wants_rates(site):
             counts = counts.without_rates
-        calls = self._pending if self._running is None else self._running
+        calls = self._pending.setdefault(self._observation, {}) if self._running is None else self._running
         before = calls.get(site)
         calls[site] = counts if before is None else before.joined(counts)
 
@@ -192,18 +196,23 @@ class UnitLiveness(Metric):
         if not self._pending:
             return
         pending, self._pending = self._pending, {}
-        _raise_to(self.maxima[:3], *_peak_rows(FlatCounts(self.layout, pending, self.maxima), self._observation))
-        rated = {number: counts for number, counts in pending.items() if counts.magnitude is not None}
-        if rated:
-            self._add_rates(FlatCounts(self.layout, rated, self.maxima))
-        self._add_sizes(pending)
+        numbers = range(min(pending), max(pending) + 1)
+        observations = [pending.get(number, {}) for number in numbers]
+        _raise_to(self.maxima[:3], *_peak_rows(FlatCounts(self.layout, observations, self.maxima), numbers))
+        for name in ("samples", "elements"):
+            sizes = [{n: getattr(counts, name) for n, counts in calls.items()} for calls in observations]
+            _add_sizes(getattr(self, name)[:, numbers.start : numbers.stop], sizes)
+        if rated := _rated(observations[-1]):
+            self._add_rates(FlatCounts(self.layout, [rated], self.maxima))
 
     def _add_rates(self, flat: FlatCounts) -> None:
-        self.fired.add_(flat.of("fired", 0).to(self.fired.dtype))
-        self.magnitude.add_(flat.of("magnitude", 0))
+        """Add up what the present observation, which did not wait, has more than peaks."""
+        for name in ("fired", "magnitude", "projection"):
+            state, value = getattr(self, name), flat.of(name, 0)
+            if value is not None:
+                state.add_(value[0].to(state.dtype))
         if self.rules.redundancy:
-            self.projection.add_(flat.of("projection", 0))
-            self.blind[:, self._observation].add_(flat.of_sites("blind"))
+            self.blind[:, self._observation].add_(flat.of_sites("blind")[0])
         self._begin_latest()
         _raise_to(self.maxima[_LATEST], *_latest_rows(flat))
 
@@ -215,12 +224,6 @@ class UnitLiveness(Metric):
         """
         self.make_room()
         _raise_to(self.maxima[-2:], *found)
-
-    def _add_sizes(self, pending: Mapping[int, Counts]) -> None:
-        """Add samples and elements; where no mask made them tensors, of all sites at once."""
-        for name in ("samples", "elements"):
-            sizes = {number: getattr(counts, name) for number, counts in pending.items()}
-            _add_sizes(getattr(self, name)[:, self._observation], sizes)
 
     def _begin_latest(self) -> None:
         """Forget the inputs of the rates before, unless the present observation has none or was begun."""
@@ -275,33 +278,45 @@ class UnitLiveness(Metric):
         self._number(0)
 
 
-def _peak_rows(flat: FlatCounts, observation: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Tell of each unit its peak, the observation if it fired in it, and how finite its inputs were."""
-    peak, trough = flat.of("peak", -math.inf), flat.of("trough", math.inf)
-    lost = peak.isnan()  # beside a NaN, what was counted tells who fired
-    peak = torch.where(lost, -math.inf, peak)
-    last = torch.where((peak > 0) | (flat.of("fired", 0) > 0), observation, -1)
-    infinite = peak.isposinf() | trough.isneginf()
-    return peak, last, torch.where(lost | trough.isnan(), NAN, torch.where(infinite, INFINITE, FINITE))
+def _rated(calls: Mapping[int, Counts]) -> dict[int, Counts]:
+    """Choose the sites of which more than peaks was read, which are added up at once."""
+    return {site: counts for site, counts in calls.items() if counts.magnitude is not None}
+
+
+def _peak_rows(flat: FlatCounts, observations: range) -> tuple[Tensor, Tensor, Tensor]:
+    """Tell of each unit its peak, the last observation it fired in, and how finite its inputs were."""
+    peak, trough, fired = flat.of("peak", -math.inf), flat.of("trough", math.inf), flat.of("fired", 0)
+    assert peak is not None
+    fires = peak > 0
+    if fired is not None:  # beside a NaN, what was counted tells who fired
+        fires |= fired > 0
+    numbers = torch.arange(observations.start, observations.stop, dtype=torch.float32, device=peak.device)
+    last = torch.where(fires, numbers[:, None], -1).amax(0)
+    extreme = (peak if trough is None else peak.maximum(-trough)).amax(0)
+    nonfinite = torch.where(extreme.isnan(), NAN, torch.where(extreme.isposinf(), INFINITE, FINITE))
+    return peak.nan_to_num(-math.inf, math.inf, -math.inf).amax(0), last, nonfinite
 
 
 def _latest_rows(flat: FlatCounts) -> tuple[Tensor, Tensor]:
     """Tell of each unit its largest input, and the smallest with the sign changed; beside a NaN it is not constant."""
-    peak, depth = flat.of("peak", -math.inf), -flat.of("trough", math.inf)
-    return torch.where(peak.isnan(), -math.inf, peak), torch.where(depth.isnan(), math.inf, depth)
+    peak, trough = flat.of("peak", -math.inf), flat.of("trough", math.inf)
+    assert peak is not None
+    assert trough is not None
+    return peak[0].nan_to_num(-math.inf, math.inf, -math.inf), (-trough[0]).nan_to_num(math.inf, math.inf, -math.inf)
 
 
-def _add_sizes(total: Tensor, sizes: Mapping[int, int | Tensor]) -> None:
-    """Add to the entries of some sites, without waiting for a device."""
-    kinds = set(sizes.values())
-    if len(kinds) == 1 and len(sizes) == len(total):
+def _add_sizes(total: Tensor, sizes: Sequence[Mapping[int, int | Tensor]]) -> None:
+    """Add to the entries of some sites, a column for each observation, without waiting for a device."""
+    kinds = {size for column in sizes for size in column.values()}
+    if len(kinds) == 1 and all(len(column) == len(total) for column in sizes):
         total.add_(kinds.pop())
     elif any(isinstance(size, Tensor) for size in kinds):
-        for number, size in sizes.items():
-            total[number].add_(size)
+        for place, column in enumerate(sizes):
+            for number, size in column.items():
+                total[number, place].add_(size)
     else:
-        column = torch.tensor([sizes.get(number, 0) for number in range(len(total))], device="cpu")
-        total.add_(column.to(total.device, non_blocking=True))
+        table = torch.tensor([[column.get(n, 0) for column in sizes] for n in range(len(total))], device="cpu")
+        total.add_(table.to(total.device, non_blocking=True))
 
 
 def _raise_to(rows: Tensor, *values: Tensor) -> None:

@@ -160,7 +160,7 @@ MODELS = {
 
 @pytest.mark.parametrize(
     ("model", "unobserved", "peaks", "rates"),
-    [("MLP", 2, 34, 57), ("convolutions", 2, 36, 65), ("20 functional rectifiers", 2, 70, 147)],
+    [("MLP", 2, 6, 53), ("convolutions", 2, 8, 61), ("20 functional rectifiers", 2, 42, 143)],
 )
 def test_a_batch_has_just_so_many_operations_more(model, unobserved, peaks, rates):
     monitor = DeadReLUMonitor(every_n_steps=2, window=3)

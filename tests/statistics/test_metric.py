@@ -6,6 +6,8 @@ import pickle
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from lightning_deadrelu.model.rectifiers import Rectifier
@@ -130,14 +132,60 @@ def bytes_of(*tensors):
     return sum(t.untyped_storage().nbytes() for t in tensors)
 
 
+def pending(metric):
+    calls = [counts for one in metric._pending.values() for counts in one.values()]
+    return [value for counts in calls for value in counts if isinstance(value, torch.Tensor)]
+
+
 def test_state_is_small():
     metric = UnitLiveness({"relu": 1000}, window=10, peak_dtype=torch.float32)
     x = torch.randn(5, 1000)
     metric.add(0, count(x, x.relu()))
-    pending = [value for value in metric._pending[0] if isinstance(value, torch.Tensor)]
     states = [getattr(metric, name) for name in metric._defaults]
-    assert bytes_of(*states, *metric._defaults.values(), *pending) / 1000 < 76
+    assert bytes_of(*states, *metric._defaults.values(), *pending(metric)) / 1000 < 76
     assert bytes_of(*vars(UnitHistory.empty(1000)).values()) / 1000 < 40
+
+
+@pytest.mark.parametrize("units", [3, 400_000])
+def test_what_waits_to_be_added_up_is_little(units):
+    metric, most = UnitLiveness({"relu": units}, window=100), 0
+    for number in range(1, 40):
+        metric.observation = number
+        metric.add(0, count(torch.ones(1, units), torch.ones(1, units), rates=False))
+        most = max(most, len(pending(metric)))
+    assert most == {3: 16, 400_000: 3}[units]
+
+
+INPUTS = st.sampled_from([-2.0, -1.0, 0.0, 1.0, 3.0, math.nan, math.inf])
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.tuples(st.integers(0, 2), INPUTS, INPUTS), max_size=3), min_size=1, max_size=40), st.data())
+def test_whenever_it_is_added_up_a_window_comes_to_the_same(observations, data):
+    metric = UnitLiveness({"a": 1, "b": 1}, window=len(observations), peak_dtype=torch.float32)
+    metric.add_site(Site("c", False, "relu", (), 1))  # there is room for it when it is first added up
+    for number, calls in enumerate(observations):
+        metric.observation = number
+        for site, *column in calls:
+            x = torch.tensor(column, dtype=data.draw(st.sampled_from([torch.float32, torch.bfloat16])))[:, None]
+            metric.add(site, count(x, x.relu(), rates=metric.wants_rates(site)))
+        if data.draw(st.booleans()):
+            metric.flush()
+    metric.observation = len(observations)
+    totals = metric.totals()
+    for site in range(3):
+        seen = [[x for one, *column in calls if one == site for x in column] for calls in observations]
+        fired = [number for number, column in enumerate(seen) if any(x > 0 for x in column)]
+        assert totals.last_fired[site] == max(fired, default=-1)
+        calls = [column for calls in observations for one, *column in calls if one == site]
+        clear = [x for column in calls if not any(map(math.isnan, column)) for x in column]
+        assert totals.peak[site] == max(clear, default=-math.inf)  # what is not a number may hide those beside it
+        assert (totals.nonfinite[site] == 2) == any(math.isnan(x) for column in seen for x in column)
+        assert (totals.nonfinite[site] > 0) == any(not math.isfinite(x) for column in seen for x in column)
+        assert totals.samples[site].tolist() == [len(column) for column in seen]
+        rated = {0, len(observations) - 1}
+        assert totals.elements[site].tolist() == [len(c) if n in rated else 0 for n, c in enumerate(seen)]
+        assert totals.fired[site] == sum(x > 0 for n, column in enumerate(seen) if n in rated for x in column)
 
 
 def test_forward_counts_into_the_present_observation():
