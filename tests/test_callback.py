@@ -79,16 +79,31 @@ def test_layers_made_in_configure_model():
     assert monitor.report["net.1"].dead.sum() >= 3
 
 
+ALL_OF_IT = {"checkup": True, "gradient_evidence": True}
+
+
 @pytest.mark.filterwarnings(
     "ignore:Lazy modules", "ignore:.*uninitialized parameter", "ignore:A layer with UninitializedParameter"
 )
-def test_lazy_layers():
-    monitor = DeadReLUMonitor(**EVERYTHING)
-    net = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.LazyLinear(1))
-    model = Net(net)
-    net(torch.zeros(1, 4))
-    fit(model, batches(4), monitor)
-    assert monitor.report.units == 8
+@pytest.mark.parametrize(
+    "options", [{}, {"remedy": "reset"}, {"remedy": "auto", "checkup": True, "gradient_evidence": True}]
+)
+@pytest.mark.parametrize("made", ["before", "in the first batch"])
+def test_lazy_layers(made, options):
+    class Killed(Net):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            if batch_idx == 0:
+                nn.init.constant_(self.net[1].bias[:3].detach(), -100.0)
+
+    monitor = DeadReLUMonitor(**EVERYTHING, **options)
+    net = nn.Sequential(nn.LazyLinear(8), nn.LazyBatchNorm1d(), nn.ReLU(), nn.LazyLinear(1))
+    model = Killed(net)
+    if made == "before":
+        net(torch.zeros(2, 4))
+    fit(model, batches(16), monitor)
+    assert monitor.failure is None
+    assert monitor.report["net.2"].dead.tolist() == [not options] * 3 + [False] * 5
+    assert [event.action for event in monitor.events][:2] == (["edited", "revived"] if options else [])
 
 
 @pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])

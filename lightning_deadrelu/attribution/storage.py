@@ -76,5 +76,5 @@ def storage_of(tensor: Tensor) -> int:
     """Number the storage of a tensor; -1 if it has none of its own."""
     try:
         return int(tensor.untyped_storage()._cdata)
-    except (RuntimeError, NotImplementedError):  # sparse, or under a transform
+    except (RuntimeError, NotImplementedError, ValueError):  # sparse, under a transform, or without values yet
         return -1

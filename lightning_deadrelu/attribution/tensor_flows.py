@@ -52,8 +52,7 @@ class TensorFlows:
 
     def _name_parameters(self) -> None:
         for name, tensor in self._names.look():
-            if not nn.parameter.is_lazy(tensor):
-                self._memory.add(name, tensor)
+            self._memory.add(name, tensor)
         self._connectivity.sharing.update(self._memory.sharing())
 
     def end(self) -> None:

@@ -155,7 +155,8 @@ class Tracer:
         changed = {id(out) for out in outputs}
 
         def look(value: Any) -> Flow:
-            return self._flows.look(value, changed) if isinstance(value, Tensor) else Flow()
+            known = isinstance(value, Tensor) and not nn.parameter.is_lazy(value)  # which nothing may be asked
+            return self._flows.look(value, changed) if known else Flow()
 
         path, module = frame
         call = TracedCall(plain_name(name), args, kwargs, outputs, func=func, look=look, path=path, module=module)

@@ -39,6 +39,7 @@ class MonitorOwner:
     _pending: dict[str, Any] | None = None  # what a checkpoint held, until the run starts
     _monitor: Monitor | None  # from the start of a run on
     _shown: Monitor | None  # this, or that of a copy where this has not run
+    _unmade: Exception | None  # why there is none where a run has started
     _past: RunReport  # of a run that is over, in a copy
     _originals: tuple[weakref.ref[MonitorOwner], ...] = ()  # of which this is a copy, the last first
     report: LivenessReport | None
@@ -48,13 +49,29 @@ class MonitorOwner:
 
     def _start(self, host: Host) -> None:
         """Start a monitor, which goes on from a checkpoint if one was loaded."""
-        self._monitor = _monitor_on_all_ranks(host, self._settings)
+        self._monitor = self._monitor_on_all_ranks(host)
         if self._monitor:
             self._monitor.start(self._pending)
             self._show(self._monitor.report)
             self._pending = None
         else:
             self._run_unwatched(host)
+
+    def _monitor_on_all_ranks(self, host: Host) -> Monitor | None:
+        """Make a monitor; None on all ranks if it fails on one."""
+        monitor = None
+        with guarded(self._tell_unmade):
+            monitor = Monitor(self._settings, host)
+        try:
+            Ranks(host.device, lambda: host.is_joint, lambda: monitor is None).settle()
+        except RankFailure as error:
+            self._unmade = self._unmade or error
+            return None
+        return monitor
+
+    def _tell_unmade(self, error: Exception) -> None:
+        self._unmade = error
+        warn(f"{self._settings.name}: {why_it_ends(error)}")
 
     def _run_unwatched(self, host: Host) -> None:
         """Keep what checkpoints and other callbacks need all the same."""
@@ -88,7 +105,7 @@ class MonitorOwner:
     # -- what it shows, and its copies -------------------------------------------------------------------
 
     def _clear(self, name: str) -> None:
-        self._monitor, self._shown, self.report = None, None, None
+        self._monitor, self._shown, self._unmade, self.report = None, None, None, None
         self._past = RunReport(LivenessReport(()), name=name)
 
     def _show(self, report: LivenessReport | None) -> None:
@@ -101,7 +118,8 @@ class MonitorOwner:
     def __getstate__(self) -> dict[str, Any]:
         # Lightning binds `log` to the model; a copy must not copy that, nor watch
         state = {key: value for key, value in vars(self).items() if key not in ("log", "log_dict", "_originals")}
-        return state | {"_monitor": None, "_shown": None, "_past": replace(self.run_report, attribution={})}
+        past = replace(self.run_report, attribution={})
+        return state | {"_monitor": None, "_shown": None, "_unmade": None, "_past": past}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         memo[id(self)] = copied = self.__copy__()
@@ -145,7 +163,7 @@ class MonitorOwner:
     @property
     def failure(self) -> Exception | None:
         """Why the model is watched no longer; None while all is well."""
-        return self._shown.guard.failure if self._shown else None
+        return self._shown.guard.failure if self._shown else self._unmade
 
     def summary(self) -> str:
         """Tell what became of each site over the run, in the order of execution, under a sentence that says it all."""
@@ -155,13 +173,13 @@ class MonitorOwner:
         """Say why there is no verdict, and when there will be one; empty if there is."""
         if self.report is not None:
             return ""
+        if self.failure:
+            return f"`monitor.summary()`: there is no verdict, because {why_it_ends(self.failure)}"
         if self._shown is None:
             return (
                 "`monitor.summary()`: this monitor has seen no training yet, or a copy of it in another process has."
                 " Call it after `fit`; what a copy finds is in the loggers, and in files with `report_dir=...`."
             )
-        if self.failure:
-            return f"`monitor.summary()`: there is no verdict, because {why_it_ends(self.failure)}"
         settings = self._shown.settings
         batches = settings.every_n_steps * (settings.window - 1) + 1
         return (
@@ -176,15 +194,3 @@ class MonitorOwner:
             The figure and its axes, the curves first.
         """
         return plot_run(self.run_report)
-
-
-def _monitor_on_all_ranks(host: Host, settings: Settings) -> Monitor | None:
-    """Make a monitor; None on all ranks if it fails on one."""
-    monitor = None
-    with guarded(lambda error: warn(f"{settings.name}: {why_it_ends(error)}")):
-        monitor = Monitor(settings, host)
-    try:
-        Ranks(host.device, lambda: host.is_joint, lambda: monitor is None).settle()
-    except RankFailure:
-        return None
-    return monitor

@@ -172,7 +172,7 @@ def _as_found(model: nn.Module) -> Iterator[None]:
 
 
 def _copy(buffer: Tensor | None) -> Tensor | None:
-    return None if buffer is None else buffer.detach().clone()
+    return None if buffer is None or nn.parameter.is_lazy(buffer) else buffer.detach().clone()
 
 
 def _accelerator(devices: set[torch.device]) -> str:

@@ -27,7 +27,8 @@ class TensorOrigins:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        zeros = (buffer for buffer in model.buffers() if buffer.numel() == 1 and not buffer.any())
+        there = (buffer for buffer in model.buffers() if not nn.parameter.is_lazy(buffer))
+        zeros = (buffer for buffer in there if buffer.numel() == 1 and not buffer.any())
         self._zero_buffers = [(buffer, version_of(buffer)) for buffer in zeros]
         self._derived: dict[tuple[Any, ...], Provenance | None] = {}
         self._known: dict[int, tuple[weakref.ref[Tensor], Provenance]] = {}

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback
 from toys import EVERYTHING, Net, batches, fit
 
 from lightning_deadrelu import DeadReLUMonitor
+from lightning_deadrelu.monitor import monitor as monitoring
 
 COPIES = {
     "deep": copy.deepcopy,
@@ -65,6 +66,23 @@ def test_a_summary_before_any_training_says_so():
     told = DeadReLUMonitor().summary()
     assert told.startswith("`monitor.summary()`: this monitor has seen no training yet, or a copy of it in another")
     assert "Call it after `fit`" in told
+
+
+@pytest.mark.filterwarnings("ignore:dead_relu")
+def test_a_monitor_that_could_not_start_says_why(monkeypatch):
+    model, monitor = Net(), DeadReLUMonitor(**EVERYTHING)
+    monkeypatch.setattr(monitoring, "Watch", lambda *args, **kwargs: [][0])
+    fit(model, batches(4), monitor)
+    assert len(model.losses) == 4
+    assert isinstance(monitor.failure, IndexError)
+    told = monitor.summary()
+    assert told.startswith("`monitor.summary()`: there is no verdict, because the monitor failed and watches no longer")
+    for copied in (copy.deepcopy(monitor), pickle.loads(pickle.dumps(monitor))):
+        assert copied.failure is None
+    monkeypatch.undo()
+    fit(Net(), batches(4), monitor)
+    assert monitor.failure is None
+    assert monitor.report.units == 14
 
 
 def test_a_summary_before_the_first_verdict_says_when_there_will_be_one():

@@ -44,6 +44,23 @@ def test_finds_the_units_that_were_killed():
     assert report["6"].samples == 320
 
 
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+@pytest.mark.parametrize("training", [True, False])
+def test_layers_that_have_no_values_yet_get_them(training):
+    def audited(*batches):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.LazyLinear(64), nn.LazyBatchNorm1d(), nn.ReLU()).train(training)
+        for batch in batches:
+            model(batch)
+            model[1].reset_running_stats()
+        return find_dead_units(model, [data], min_samples=1)
+
+    data = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
+    report = audited()
+    assert training or 0 < report.dead_units < 64  # a batch norm in training lets all fire
+    assert report.to_dict() == audited(data).to_dict()
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_leaves_everything_as_found(training):
     model = net().train(training)
