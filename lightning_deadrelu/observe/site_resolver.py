@@ -172,8 +172,9 @@ class SiteResolver:
             known = [self.provenance(x) for x in call.operands]
             if call.name in _WEIGHTED and len(known) > 1 and known[1] is None:
                 known[1] = self._weight_of_module()
+            key = self.origins.key(function, args, kwargs, output)
             for call.place, tensor in enumerate(outputs):
-                self.origins.remember(tensor, self.origins.follow(call, known))
+                self.origins.remember(tensor, self.origins.follow(call, known, key))
         return outputs
 
     def follow_module(self, path: str, module: nn.Module, output: Any) -> None:

@@ -4,19 +4,41 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_deadrelu.model.parameters import ParameterNames
 from lightning_deadrelu.model.torch_calls import Call, TensorTable, makes_zeros, version_of
-from lightning_deadrelu.observe.provenance import SHAPING, STEADY, Provenance, follow, parameter
+from lightning_deadrelu.observe.provenance import Provenance, follow, parameter
 from lightning_deadrelu.observe.torch_function import TorchFunction
 from lightning_deadrelu.warn import warn
 
 _PLAIN_VALUES = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.memory_format})
+_SEQUENCES = frozenset({list, tuple, torch.Size})
 _MOST_DERIVED = 100_000  # of a model whose shapes differ from batch to batch
+
+
+class Key(NamedTuple):
+    """What settles the provenance of a call's output: calls with equal keys have the same.
+
+    Args:
+        name: The function's plain name.
+        shape: The output's.
+        dtype: The output's.
+        known: The provenance of each tensor among the arguments.
+        form: Their shapes, and all else among the arguments, where that matters.
+    """
+
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+    known: tuple[Provenance | None, ...]
+    form: tuple[Any, ...]
+
+
+_UNSEEN: Any = object()
 
 
 class TensorOrigins:
@@ -30,35 +52,37 @@ class TensorOrigins:
         there = (buffer for buffer in model.buffers() if not nn.parameter.is_lazy(buffer))
         zeros = (buffer for buffer in there if buffer.numel() == 1 and not buffer.any())
         self._zero_buffers = [(buffer, version_of(buffer)) for buffer in zeros]
-        self._derived: dict[tuple[Any, ...], Provenance | None] = {}
-        self._known: dict[int, tuple[weakref.ref[Tensor], Provenance]] = {}
-        self._list_parameters(ParameterNames(model))
+        self._derived: dict[Key, Provenance | None] = {}
+        self._known: dict[int, tuple[weakref.ref[Tensor], Provenance | None]] = {}  # None: it is known to have none
+        self._list(model)
         self._zeros: TensorTable[bool] = TensorTable()
         self._told = False  # that there was one
         self.error: Exception | None = None
         """The first call that could not be followed: its site is counted, but goes by its place in the forward."""
 
-    def _list_parameters(self, names: ParameterNames) -> None:
-        self._names = names
-        self._parameters = {id(one): (weakref.ref(one), parameter(name)) for one, name in names}
+    def _list(self, model: nn.Module) -> None:
+        self._names = ParameterNames(model)
+        self._parameters = {id(one): (weakref.ref(one), parameter(name)) for one, name in self._names}
+        self._buffers = {id(one): (weakref.ref(one), None) for one in model.buffers()}
 
     def look_at(self, model: nn.Module) -> None:
         """List the parameters as they are named now."""
         before = self._names
-        self._list_parameters(ParameterNames(model))
+        self._list(model)
         if not self._names.same_as(before) or len(self._derived) > _MOST_DERIVED:
             self._derived.clear()
         self.forget()
 
     def forget(self) -> None:
         """Drop all tensors that are no parameters."""
-        self._known = self._parameters.copy()
+        self._known = {**self._buffers, **self._parameters}
         self._zeros.clear()
 
     def stand_in(self, tensor: Tensor, other: Tensor) -> None:
         """Take ``other`` for a tensor of the model, where that is a parameter or known to be zero."""
         if (name := self.name(tensor)) is not None:
             self._names.stand_in(other, name)
+            self._known.pop(id(other), None)
         if self.is_zero(tensor):
             self._zeros.put(other, True)
 
@@ -80,11 +104,11 @@ class TensorOrigins:
         return None if name is None else parameter(name)
 
     def remember(self, tensor: Tensor, provenance: Provenance | None) -> None:
-        """Keep a tensor's provenance as long as the tensor is there; a parameter that is written to keeps its own.
+        """Keep a tensor's provenance, or that it has none, while it is there; a parameter written to keeps its own.
 
         Another network's parameter has none: it holds copied numbers, as a target network's does.
         """
-        if provenance is not None and id(tensor) not in self._parameters and type(tensor) is not nn.Parameter:
+        if id(tensor) not in self._parameters and type(tensor) is not nn.Parameter:
             self._known[id(tensor)] = weakref.ref(tensor), provenance
 
     def note_zeros(self, call: Call) -> None:
@@ -102,26 +126,23 @@ class TensorOrigins:
             return self._zeros.writes_to(value) == writes
         return any(value is zeros and version_of(value) == version for zeros, version in self._zero_buffers)
 
-    def follow(self, call: Call, known: list[Provenance | None]) -> Provenance | None:
-        """Follow a call; layers, and functions of each element, once for all calls alike.
+    def follow(self, call: Call, known: Sequence[Provenance | None], key: Key | None = None) -> Provenance | None:
+        """Follow a call, once for all calls that have its key.
 
         Args:
             call: What was called.
             known: The provenance of its operands, in order.
+            key: What :meth:`key` tells of it.
         """
         if not any(known):
             return None
-        if call.output.is_nested or not _is_steady(call, known):
-            return self._followed(call, known)
-        key = (call.name, call.output.shape, call.output.dtype, *known)
-        if key not in self._derived:
-            self._derived[key] = self._followed(call, known)
-        return self._derived[key]
+        found = self._followed(call, known)
+        if key is not None and key.known == tuple(known):  # or the module that runs told more of an operand
+            self._derived[key] = found
+        return found
 
-    def repeat(self, function: TorchFunction, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> bool:
-        """Follow a call like one that was followed before, with nothing made for it but a key; False if there was none.
-
-        Most calls of a model go this way, so that it makes no call of its own that it can do without.
+    def key(self, function: TorchFunction, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> Key | None:
+        """Gather what settles the provenance of a call's output; None where it is more than is told at little cost.
 
         Args:
             function: What was called.
@@ -130,26 +151,46 @@ class TensorOrigins:
             output: All it returned.
         """
         if not function.repeats or type(output) is not Tensor or output.is_nested or id(output) in self._parameters:
-            return False
-        shape, known, follows = output.shape, self._known, False
-        key: list[Any] = [function.plain, shape, output.dtype]
+            return None
+        if args and type(args[0]) in _SEQUENCES:
+            args = (*args[0], len(args[0]), *args[1:])
+        shape, steady, alike, follows = output.shape, function.steady, not function.shapes, False
+        known: list[Provenance | None] = []
+        form: list[Any] = [*kwargs] if kwargs else []
         for arg in (*args, *kwargs.values()) if kwargs else args:
-            entry = known.get(id(arg))
+            entry = self._known.get(id(arg))
             if entry is not None and entry[0]() is arg:
                 own = entry[1]
-                if not own.weight:
-                    if not function.steady and arg.shape != shape:  # type: ignore[union-attr]  # is what the entry is of
-                        return False
-                    follows = True
-                key.append(own)
-            elif type(arg) not in _PLAIN_VALUES and not _is_of_plain_values(arg):
-                return False
-        if not follows or (found := self._derived.get(tuple(key))) is None:
+                known.append(own)
+                if steady:
+                    follows = follows or (own is not None and not own.weight)
+                    continue
+                size: torch.Size = arg.shape  # type: ignore[union-attr]  # is what the entry is of
+                form.append(size)
+                if own is not None and not own.weight:
+                    alike, follows = alike and size == shape, follows or bool(size)
+            elif type(arg) in _PLAIN_VALUES:
+                form.append(arg)
+            elif type(arg) in _SEQUENCES and _PLAIN_VALUES.issuperset(map(type, arg)):
+                form.append(tuple(arg))
+            else:
+                return None
+        if not follows and any(known):  # of weights alone, which lie in memory as they do
+            return None
+        return Key(function.plain, shape, output.dtype, tuple(known), () if steady or alike else tuple(form))
+
+    def repeat(self, function: TorchFunction, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> bool:
+        """Follow a call like one that was followed before, as most are; False if there was none. Arguments as above."""
+        key = self.key(function, args, kwargs, output)
+        if key is None:
             return False
-        known[id(output)] = weakref.ref(output), found
+        found = self._derived.get(key, _UNSEEN) if any(key.known) else None
+        if found is _UNSEEN:
+            return False
+        self._known[id(output)] = weakref.ref(output), found  # type: ignore[assignment]
         return True
 
-    def _followed(self, call: Call, known: list[Provenance | None]) -> Provenance | None:
+    def _followed(self, call: Call, known: Sequence[Provenance | None]) -> Provenance | None:
         pairs = [(tensor, own) for tensor, own in zip(call.operands, known, strict=True) if own is not None]
         try:
             return follow(call, pairs)
@@ -165,19 +206,3 @@ class TensorOrigins:
                 f"Where a tensor comes from could not be followed ({type(self.error).__name__}: {self.error}): sites"
                 " behind it are counted all the same, but go by their place in the forward, and cannot be repaired."
             )
-
-
-def _is_of_plain_values(arg: Any) -> bool:
-    """Tell whether this is a list of numbers, such as sizes; an empty one holds no tensor either."""
-    return isinstance(arg, (list, tuple)) and _PLAIN_VALUES.issuperset(map(type, arg))
-
-
-def _is_steady(call: Call, known: list[Provenance | None]) -> bool:
-    """Tell whether what is known of the operands, and the output's shape, settle what is known of the output."""
-    if call.name in STEADY:
-        return True
-    if call.name in SHAPING:
-        return False
-    shape = call.output.shape
-    alike = [x.shape == shape for x, own in zip(call.operands, known, strict=True) if own and not own.weight]
-    return bool(alike and shape) and all(alike)

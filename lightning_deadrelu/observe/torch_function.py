@@ -34,8 +34,9 @@ class TorchFunction(NamedTuple):
         rectifier: Which it is, whatever the arguments are; None where they tell.
         in_place: Whether it overwrites what it is given, by its name alone.
         steady: Whether what is known of all operands, and the output's shape, settle what is known of the output.
-        repeats: Whether this holds also where all operands and the output have one shape; not where units may move
-            about although the shape stays, or where it may return nothing but zeros.
+        shapes: Whether units may move about although the shape stays; of others, steady or not, the same holds where
+            all operands and the output have one shape.
+        repeats: Whether what is known of an output may be that of the call before; not where it may be all zeros.
         selects: Whether selections of activations are made of it, by its full name.
         operator: Whether it is an operator that takes functions (``torch.cond``).
     """
@@ -47,6 +48,7 @@ class TorchFunction(NamedTuple):
     rectifier: Rectifier | None
     in_place: bool
     steady: bool
+    shapes: bool
     repeats: bool
     selects: bool
     operator: bool
@@ -71,7 +73,8 @@ def torch_function(func: Callable[..., Any]) -> TorchFunction:
         always_rectifies(name),
         writes_in_place(name, {}),
         plain in STEADY,
-        plain not in SHAPING and not may_make_zeros(plain),
+        plain in SHAPING,
+        not may_make_zeros(plain),
         name in _SELECTING,
         is_operator(func),
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_deadrelu.model.layout import Layout
 from lightning_deadrelu.model.rectifiers import Rectifier
+from lightning_deadrelu.statistics.accumulators import Accumulator, Reductions
 from lightning_deadrelu.statistics.redundancy import projection, projection_of_choices, samples_in, silent_samples
 from lightning_deadrelu.warn import warn
 
@@ -130,6 +131,7 @@ def count(
     valid: Tensor | None = None,
     rates: bool = True,
     redundancy: bool = False,
+    room: Accumulator | None = None,
 ) -> Counts:
     """Reduce one call of a rectifier to a few numbers per unit, on the device and without waiting for it.
 
@@ -145,6 +147,7 @@ def count(
         valid: Boolean, True for data and False for padding, of the shape of ``x`` without the units, or None.
         rates: Whether more is wanted than the peak.
         redundancy: Whether, where rates are wanted, what concerns the whole layer is wanted too.
+        room: Where a kernel may add it up.
 
     Example:
         >>> x = torch.tensor([[1.0, -1.0], [2.0, -3.0]])
@@ -157,8 +160,8 @@ def count(
     plan = _planned(x.shape, dims, x.is_cpu)
     samples, elements = (plan.samples, plan.elements) if valid is None else (samples_in(valid, dims).sum(), valid.sum())
     padding = None if valid is None else ~valid.reshape([1 if n - x.ndim in dims else s for n, s in enumerate(x.shape)])
-    fits = _runs_kernels(x) and rectifier.plain and not rectifier.hinge
-    once = _read_once(x, dims, rectifier.cap, valid) if fits else None
+    fits = runs_kernels(x) and rectifier.plain and not rectifier.hinge
+    once = _read_once(x, dims, rectifier.cap, valid, room) if fits else None
     redundancy = redundancy and rates
     if once is not None and not redundancy:
         return Counts(*once, samples, elements)
@@ -219,7 +222,8 @@ def _may_look(x: Tensor) -> bool:
     return x.is_cpu
 
 
-def _runs_kernels(x: Tensor) -> bool:
+def runs_kernels(x: Tensor) -> bool:
+    """Tell whether a tensor is where kernels of ours run."""
     return x.is_cuda
 
 
@@ -230,14 +234,14 @@ class _ReadOnce:
         self._failed = False
 
     def __call__(
-        self, x: Tensor, dims: tuple[int, ...], cap: float, valid: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        self, x: Tensor, dims: tuple[int, ...], cap: float, valid: Tensor | None, room: Accumulator | None
+    ) -> Reductions | None:
         if self._failed:
             return None
         try:
             from lightning_deadrelu.statistics.triton_counts import reduce_once
 
-            return reduce_once(x, dims, cap, valid)
+            return reduce_once(x, dims, cap, valid, room)
         except Exception as error:  # Triton is not there, or finds no compiler or driver to work with
             self._failed = True
             if not isinstance(error, ImportError):

@@ -15,30 +15,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_deadrelu.statistics.accumulators import Accumulator, Reductions, fresh
+
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _TILE = 1024  # elements that a program reads at a time; this and the next as they were fastest on an H200
 _COLUMNS = 128  # of a tile, where neighbours in memory are units
 _PROGRAMS, _PROGRAMS_OF_CHANNELS = 1024, 4096  # about as many: each reads some tiles before it adds to the sums of all
 
 
-class Reductions(NamedTuple):
-    """What one read tells of each unit; shapes ``(units,)``.
-
-    Args:
-        fired: Elements above zero, int32.
-        magnitude: Sum of the output, float32; NaN if an input is.
-        peak: Largest input, float32; NaN if an input is.
-        trough: Smallest input, float32; NaN if an input is.
-    """
-
-    fired: Tensor
-    magnitude: Tensor
-    peak: Tensor
-    trough: Tensor
-
-
 def reduce_once(
-    x: Tensor, dims: tuple[int, ...] = (-1,), cap: float = math.inf, valid: Tensor | None = None
+    x: Tensor,
+    dims: tuple[int, ...] = (-1,),
+    cap: float = math.inf,
+    valid: Tensor | None = None,
+    room: Accumulator | None = None,
 ) -> Reductions | None:
     """Reduce the input of a rectifier to what :func:`~lightning_deadrelu.statistics.count` needs, in one read.
 
@@ -47,19 +37,23 @@ def reduce_once(
         dims: The dimensions that hold the units, counted from the end.
         cap: Where the output is clipped; infinity for none.
         valid: Boolean, True for data and False for padding, of the shape of ``x`` without the unit dimension, or None.
+        room: Where to add it up; by default in one of its own.
 
     Returns:
         None where the memory of ``x`` is laid out in another way than in rows of units or blocks of channels.
     """
-    layout = _layout_of(x, dims) if x.dtype in _DTYPES else None
+    layout = _layout_of(x.shape, x.stride(), dims) if x.dtype in _DTYPES else None
     if layout is None or (valid is not None and dims != (-1,)):
         return None
+    if room is None or room.bits.device != x.device:
+        room = fresh(layout.units, x.device)
     mask = None if valid is None else valid.reshape(-1).contiguous()
-    with torch.cuda.device_of(x):  # Triton launches on the current device
-        sums = _nothing(layout.units, x.device).clone()
-        _launch(x, layout, mask, cap, sums)
-    peak, depth, magnitude, _ = sums.view(torch.float32)
-    return Reductions(sums[3], magnitude, peak, -depth)
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():  # on which Triton launches
+        with torch.cuda.device_of(x):
+            _launch(x, layout, mask, cap, room.bits)
+    else:
+        _launch(x, layout, mask, cap, room.bits)
+    return room.reductions
 
 
 class _Layout(NamedTuple):
@@ -70,36 +64,31 @@ class _Layout(NamedTuple):
     inner: int
 
 
-def _layout_of(x: Tensor, dims: tuple[int, ...]) -> _Layout | None:
+@lru_cache(maxsize=1024)
+def _layout_of(shape: torch.Size, strides: tuple[int, ...], dims: tuple[int, ...]) -> _Layout | None:
     """Tell the layout; None where there are gaps, or the dimensions do not lie next to each other."""
-    strides = x.stride()
-    order = sorted(range(x.ndim), key=lambda dim: (-strides[dim], dim))
-    if not x.permute(order).is_contiguous():
+    ndim, expected = len(shape), 1
+    order = sorted(range(ndim), key=lambda dim: (-strides[dim], dim))
+    for dim in reversed(order):
+        if shape[dim] != 1 and strides[dim] != expected:
+            return None
+        expected *= shape[dim]
+    at = sorted(order.index(dim % ndim) for dim in dims)
+    if at != list(range(at[0], at[0] + len(at))) or [order[i] for i in at] != sorted(dim % ndim for dim in dims):
         return None
-    at = sorted(order.index(dim % x.ndim) for dim in dims)
-    if at != list(range(at[0], at[0] + len(at))) or [order[i] for i in at] != sorted(dim % x.ndim for dim in dims):
-        return None
-    sizes = [x.shape[dim] for dim in order]
+    sizes = [shape[dim] for dim in order]
     return _Layout(math.prod(sizes[: at[0]]), math.prod(sizes[at[0] : at[-1] + 1]), math.prod(sizes[at[-1] + 1 :]))
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
-def _nothing(units: int, device: torch.device) -> Tensor:
-    """Return what is copied before a read: the bits of highest, of lowest with its sign turned, of sum, and a count."""
-    sums = torch.zeros(4, units, dtype=torch.int32, device=device)
-    sums[:2].view(torch.float32).fill_(-math.inf)
-    return sums
-
-
-def _launch(x: Tensor, layout: _Layout, mask: Tensor | None, cap: float, sums: Tensor) -> None:
+def _launch(x: Tensor, layout: _Layout, mask: Tensor | None, cap: float, bits: Tensor) -> None:
     outer, units, inner = layout
+    pitch = bits.stride(0)
     if inner == 1:
         rows, across = _TILE // _COLUMNS, triton.cdiv(units, _COLUMNS)
         tiles = triton.cdiv(outer, rows)
         splits = max(1, min(tiles, _PROGRAMS // across))
         _reduce_rows[(across, splits)](
-            x, mask if mask is not None else x, sums, outer, units, cap, triton.cdiv(tiles, splits),
+            x, mask if mask is not None else x, bits, pitch, outer, units, cap, triton.cdiv(tiles, splits),
             MASKED=mask is not None, ROWS=rows, COLUMNS=_COLUMNS,
         )  # fmt: skip
         return
@@ -108,17 +97,17 @@ def _launch(x: Tensor, layout: _Layout, mask: Tensor | None, cap: float, sums: T
     tiles = triton.cdiv(outer, rows) * across
     splits = max(1, min(tiles, triton.cdiv(_PROGRAMS_OF_CHANNELS, units)))
     _reduce_channels[(units, splits)](
-        x, sums, outer, units, inner, cap, across, triton.cdiv(tiles, splits), ROWS=rows, COLUMNS=columns
+        x, bits, pitch, outer, units, inner, cap, across, triton.cdiv(tiles, splits), ROWS=rows, COLUMNS=columns
     )
 
 
 @triton.jit
 def _reduce_rows(
-    x, mask, sums, rows, units, cap, tiles, MASKED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    x, mask, bits, pitch, rows, units, cap, tiles, MASKED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     peak = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)
-    depth = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)
+    trough = tl.full((ROWS, COLUMNS), float("inf"), tl.float32)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     fired = tl.zeros((ROWS, COLUMNS), tl.int32)
     first = tl.program_id(1).to(tl.int64) * tiles * ROWS
@@ -128,15 +117,18 @@ def _reduce_rows(
         if MASKED:
             inside = inside & (tl.load(mask + row, row < rows, other=0) != 0)[:, None]
         value = tl.load(x + row[:, None] * units + column[None, :], inside, other=0).to(tl.float32)
-        peak, depth, total, fired = _take(value, inside, cap, peak, depth, total, fired)
-    _add(sums, units, column, column < units, tl.max(peak, 0), tl.max(depth, 0), tl.sum(total, 0), tl.sum(fired, 0))
+        peak, trough, total, fired = _take(value, inside, cap, peak, trough, total, fired)
+    known = column < units
+    _add(bits + column, pitch, known, tl.max(peak, 0), tl.min(trough, 0), tl.sum(total, 0), tl.sum(fired, 0))
 
 
 @triton.jit
-def _reduce_channels(x, sums, outer, units, inner, cap, across, tiles, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _reduce_channels(
+    x, bits, pitch, outer, units, inner, cap, across, tiles, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     unit = tl.program_id(0)
     peak = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)
-    depth = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)
+    trough = tl.full((ROWS, COLUMNS), float("inf"), tl.float32)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     fired = tl.zeros((ROWS, COLUMNS), tl.int32)
     for tile in range(tiles):
@@ -146,34 +138,47 @@ def _reduce_channels(x, sums, outer, units, inner, cap, across, tiles, ROWS: tl.
         inside = (row < outer)[:, None] & (column < inner)[None, :]
         stretch = x + (row.to(tl.int64) * units + unit) * inner
         value = tl.load(stretch[:, None] + column[None, :], inside, other=0).to(tl.float32)
-        peak, depth, total, fired = _take(value, inside, cap, peak, depth, total, fired)
-    highest, lowest = tl.max(tl.max(peak, 1), 0), tl.max(tl.max(depth, 1), 0)
-    _add(sums, units, unit, unit < units, highest, lowest, tl.sum(tl.sum(total, 1), 0), tl.sum(tl.sum(fired, 1), 0))
+        peak, trough, total, fired = _take(value, inside, cap, peak, trough, total, fired)
+    highest, lowest = tl.max(tl.max(peak, 1), 0), tl.min(tl.min(trough, 1), 0)
+    sums = tl.sum(tl.sum(total, 1), 0), tl.sum(tl.sum(fired, 1), 0)
+    _add(bits + unit, pitch, unit < units, highest, lowest, sums[0], sums[1])
 
 
 @triton.jit
-def _take(value, inside, cap, peak, depth, total, fired):
+def _take(value, inside, cap, peak, trough, total, fired):
     """Take a tile in; what is not a number shows in the sum alone, and nothing else makes a sum of outputs one."""
     peak = tl.maximum(peak, tl.where(inside, value, float("-inf")))
-    depth = tl.maximum(depth, tl.where(inside, -value, float("-inf")))
+    trough = tl.minimum(trough, tl.where(inside, value, float("inf")))
     total += tl.where(value != value, value, tl.minimum(tl.maximum(value, 0.0), cap))
     fired += (value > 0).to(tl.int32)
-    return peak, depth, total, fired
+    return peak, trough, total, fired
 
 
 @triton.jit
-def _add(sums, units, unit, known, peak, depth, total, fired):
+def _add(place, pitch, known, peak, trough, total, fired):
     missing = total != total
-    _raise(sums + unit, tl.where(missing, float("nan"), peak), known)
-    _raise(sums + units + unit, tl.where(missing, float("nan"), depth), known)
-    tl.atomic_add((sums + 2 * units + unit).to(tl.pointer_type(tl.float32), bitcast=True), total, known)
-    tl.atomic_add(sums + 3 * units + unit, fired, known)
+    _raise(place, tl.where(missing, float("nan"), peak), known)
+    _lower(place + pitch, tl.where(missing, float("nan"), trough), known)
+    tl.atomic_add((place + 2 * pitch).to(tl.pointer_type(tl.float32), bitcast=True), total, known)
+    tl.atomic_add(place + 3 * pitch, fired, known)
+
+
+# Floats are compared by their bits: as whole numbers they are ordered alike above zero, in reverse below, and NaN is
+# beyond infinity. -0.0 is made 0.0 first, which has the order's lowest bits above zero.
 
 
 @triton.jit
 def _raise(place, value, known):
-    """Raise a float by its bits: as whole numbers they are ordered alike above zero, in reverse below; NaN is above."""
-    bits = (value + 0.0).to(tl.int32, bitcast=True)  # -0.0 becomes 0.0, which has the order's lowest bits above zero
+    bits = (value + 0.0).to(tl.int32, bitcast=True)
     below = value < 0
     tl.atomic_max(place, bits, known & (below == 0))
     tl.atomic_min(place.to(tl.pointer_type(tl.uint32), bitcast=True), bits.to(tl.uint32, bitcast=True), known & below)
+
+
+@triton.jit
+def _lower(place, value, known):
+    bits = (value + 0.0).to(tl.int32, bitcast=True)
+    bits = tl.where(value != value, -1, bits)  # a NaN with a sign is below minus infinity
+    below = bits < 0
+    tl.atomic_min(place, bits, known & (below == 0))
+    tl.atomic_max(place.to(tl.pointer_type(tl.uint32), bitcast=True), bits.to(tl.uint32, bitcast=True), known & below)

@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 import warnings
+from dataclasses import fields
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from lightning_deadrelu.model.rectifiers import Rectifier
-from lightning_deadrelu.statistics import count, counts, triton_counts
+from lightning_deadrelu.statistics import UnitLiveness, count, counts, metric, triton_counts
 from lightning_deadrelu.statistics.triton_counts import reduce_once
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -117,7 +118,8 @@ def test_what_it_cannot_read_in_one_go_is_left_to_others(shape, dtype, dims, eve
 @pytest.fixture
 def kernels(monkeypatch):
     """Count with kernels wherever tensors are."""
-    monkeypatch.setattr(counts, "_runs_kernels", lambda x: True)
+    for module in (counts, metric):
+        monkeypatch.setattr(module, "runs_kernels", lambda x: True)
     monkeypatch.setattr(counts, "_read_once", counts._ReadOnce())
 
 
@@ -131,13 +133,50 @@ def test_what_is_counted_with_the_kernel_is_what_is_counted_without(
     valid = torch.rand(shape[:-1]) > 0.3 if len(shape) == 3 else None
     there = None if valid is None else valid.to(DEVICE)
     found = count(x.to(DEVICE), x.relu().to(DEVICE), dims, valid=there, rates=rates, redundancy=redundancy)
-    monkeypatch.setattr(counts, "_runs_kernels", lambda x: False)
+    monkeypatch.setattr(counts, "runs_kernels", lambda x: False)
     eager = count(x, x.relu(), dims, valid=valid, redundancy=redundancy)
     assert [value is None for value in found] == [value is None for value in eager]
     for name, one, other in zip(eager._fields, found, eager, strict=True):
         if one is None:
             continue
         one, other = (torch.as_tensor(value).double().cpu() for value in (one, other))
+        torch.testing.assert_close(one, other, equal_nan=True, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def batches(calls):
+    """Make the inputs of two layers: those of each call, in each of some batches."""
+    torch.manual_seed(0)
+    x = [[(site, torch.randn(8, 5 + site) - 1.5) for site in calls] for _ in range(4)]
+    x[1][0][1][2, 3] = math.nan
+    return x
+
+
+def counted(batches, drops=()):
+    """Count batch for batch, as a watch does, but for those that are broken off."""
+    liveness = UnitLiveness({"one": 5, "two": 6}, window=4).to(DEVICE)
+    for number, batch in enumerate(batches):
+        liveness.observation = number
+        liveness.begin_batch()
+        for site, x in batch:
+            x = x.to(DEVICE)
+            wanted = liveness.wants_rates(site), liveness.rules.redundancy
+            liveness.add(site, count(x, x.relu(), (-1,), rates=wanted[0], room=liveness.accumulator(site)))
+        if number in drops:
+            liveness.drop_batch()
+        else:
+            liveness.end_batch()
+    return liveness.totals()
+
+
+@pytest.mark.parametrize("drops", [(), (0,), (1, 2)])
+@pytest.mark.parametrize("calls", [(0, 1), (0, 1, 0), (1,), (0, 0, 0, 1)])
+def test_batches_are_added_up_in_the_same_room_one_after_another(kernels, monkeypatch, calls, drops):
+    told = counted(batches(calls), drops)
+    for module in (counts, metric):
+        monkeypatch.setattr(module, "runs_kernels", lambda x: False)
+    eager = counted(batches(calls), drops)
+    for name in (field.name for field in fields(eager)):
+        one, other = getattr(told, name).cpu(), getattr(eager, name).cpu()
         torch.testing.assert_close(one, other, equal_nan=True, rtol=1e-5, atol=1e-5, msg=name)
 
 
