@@ -187,7 +187,7 @@ class TensorOrigins:
         found = self._derived.get(key, _UNSEEN) if any(key.known) else None
         if found is _UNSEEN:
             return False
-        self._known[id(output)] = weakref.ref(output), found  # type: ignore[assignment]
+        self._known[id(output)] = weakref.ref(output), found
         return True
 
     def _followed(self, call: Call, known: Sequence[Provenance | None]) -> Provenance | None:

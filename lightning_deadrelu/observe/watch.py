@@ -168,7 +168,8 @@ class Watch:
             x, out, rectifier = _without(self.offsets[place], x, dims, rectifier)
         wanted = self.liveness.wants_rates(place), self.liveness.rules.redundancy
         chose = count_indices(x, site.units, valid, wanted[1]) if rectifier.indexed else None
-        room = self.liveness.accumulator(place) if trains else None
+        lend, observation = self.liveness.accumulators.lend, self.liveness.observation
+        room = lend(self.layout, place, observation, x) if trains else None
         self._add_counts(place, chose or count(x, out, dims, rectifier, valid, *wanted, room), trains)
         for taker in self._takers.values():
             taker(place, rectifier, x, dims, valid)

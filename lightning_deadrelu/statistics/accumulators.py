@@ -44,14 +44,19 @@ class Accumulator(NamedTuple):
     reductions: Reductions
 
 
+def runs_kernels(x: Tensor) -> bool:
+    """Tell whether a tensor is where kernels of ours run."""
+    return x.is_cuda
+
+
 class Accumulators:
-    """An accumulator for each site and observation; those of an observation lie end to end, and are emptied by one copy.
+    """An accumulator for each site and observation; those of one observation lie end to end.
 
     Example:
         >>> from lightning_deadrelu.model.sites import Site
         >>> accumulators, layout = Accumulators(), Layout((Site("relu", False, "relu", (), 3),))
-        >>> [accumulators.lend(layout, 0, 0, torch.device("cpu")) is None for _ in range(2)]
-        [False, True]
+        >>> accumulators.lend(layout, 0, 0, torch.ones(2, 3)) is None  # on a CPU no kernel needs it
+        True
     """
 
     def __init__(self) -> None:
@@ -59,51 +64,55 @@ class Accumulators:
         self._free: list[_Block] = []
         self._layout = Layout()
 
-    def lend(self, layout: Layout, site: int, observation: int, device: torch.device) -> Accumulator | None:
-        """Lend an accumulator; None if it was lent since all were released, or sites were added meanwhile.
+    def lend(self, layout: Layout, site: int, observation: int, x: Tensor) -> Accumulator | None:
+        """Lend an accumulator; None if it was lent since all were released, sites were added, or no kernel is to run.
 
         Args:
             layout: All sites.
             site: Number of the site.
             observation: Number of the observation.
-            device: Where the inputs are.
+            x: The input that is to be read.
         """
+        if not runs_kernels(x):
+            return None
         block = self._lent.get(observation)
         if block is None:
             if layout is not self._layout:
                 self._layout, self._free = layout, []
-            block = self._free.pop() if self._free else _Block([one.units for one in layout], device)
+            block = self._free.pop() if self._free else _Block([one.units for one in layout], x.device)
             self._lent[observation] = block
-        return block.each.pop(site, None)
+        if site in block.lent or site >= len(block.each):
+            return None
+        block.lent.add(site)
+        return block.each[site]
 
-    def release(self, running: int | None = None) -> None:
-        """Take back what was lent, of which nobody has more use.
+    def release(self, *, reuse: bool) -> None:
+        """Forget what was lent.
 
         Args:
-            running: The observation of a batch that has not come to its end, for which what was lent stays so.
+            reuse: Whether nobody needs any more what was added up there.
         """
-        held = self._lent.pop(running, None) if running is not None else None
         for block in self._lent.values():
-            block.empty()
-        self._free += self._lent.values()
+            if reuse and len(block.each) == len(self._layout):
+                block.empty()
+                self._free.append(block)
         self._lent = {}
-        if held is not None and running is not None:
-            self._lent[running] = held
 
 
 class _Block:
-    """The accumulators of an observation, by number of the site."""
+    """The accumulators of one observation."""
 
     def __init__(self, sizes: Sequence[int], device: torch.device) -> None:
         self._bits = _empty(sum(sizes), device)
-        self._all = dict(enumerate(map(_accumulator, self._bits.split(list(sizes), 1))))
-        self.each = self._all.copy()
-        """Those that are not lent."""
+        self.each = [_accumulator(bits) for bits in self._bits.split(list(sizes), 1)]
+        """By number of the site."""
+        self.lent: set[int] = set()
+        """Numbers of the sites whose accumulator is lent."""
 
     def empty(self) -> None:
         """Forget what was added up."""
         self._bits.copy_(_nothing(self._bits.device))
-        self.each = self._all.copy()
+        self.lent.clear()
 
 
 def fresh(units: int, device: torch.device) -> Accumulator:

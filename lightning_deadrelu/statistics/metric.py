@@ -14,8 +14,8 @@ from torchmetrics import Metric
 from lightning_deadrelu.model.layout import Layout
 from lightning_deadrelu.model.rectifiers import SELECTIONS, WATCHPOINT, Rectifier
 from lightning_deadrelu.model.sites import Site
-from lightning_deadrelu.statistics.accumulators import Accumulator, Accumulators
-from lightning_deadrelu.statistics.counts import RELU, Counts, FlatCounts, count, runs_kernels
+from lightning_deadrelu.statistics.accumulators import Accumulators
+from lightning_deadrelu.statistics.counts import RELU, Counts, FlatCounts, count
 from lightning_deadrelu.statistics.judge import Rules, judge
 from lightning_deadrelu.statistics.report import LivenessReport
 from lightning_deadrelu.statistics.totals import FINITE, INFINITE, NAN, NOTHING, Totals, UnitHistory
@@ -73,7 +73,7 @@ class UnitLiveness(Metric):
         self._number(0)
         self._latest = -1  # the observation that the rows of the last one hold
         self._pending: dict[int, dict[int, Counts]] = {}  # calls by observation and site
-        self._accumulators = Accumulators()
+        self.accumulators = Accumulators()  # where kernels add calls up, until the next flush
         self._running: dict[int, Counts] | None = None  # calls of a batch that may not come to its end
         self.add_state("fired", torch.zeros(0, dtype=torch.int64), "sum")
         self.add_state("maxima", torch.zeros(len(NOTHING), 0, dtype=peak_dtype or dtype), "max")
@@ -119,9 +119,8 @@ class UnitLiveness(Metric):
         new = self.layout.sites[len(self.samples) :]
         if not new:
             return
-        for name in self._defaults:  # which stay empty: they would double the memory
-            if name == "projection" and not self.rules.redundancy:
-                continue  # nobody asks for it
+        asked = [name for name in self._defaults if name != "projection" or self.rules.redundancy]
+        for name in asked:  # the defaults stay empty: they would double the memory
             state = getattr(self, name)
             setattr(self, name, torch.cat([state, _fresh(name, state, new)], dim=_UNIT_DIM.get(name, 0)))
 
@@ -165,14 +164,7 @@ class UnitLiveness(Metric):
         if counts.magnitude is not None and not self.wants_rates(site):
             counts = counts.without_rates
         calls = self._pending.setdefault(self._observation, {}) if self._running is None else self._running
-        before = calls.get(site)
-        calls[site] = counts if before is None else before.joined(counts)
-
-    def accumulator(self, site: int) -> Accumulator | None:
-        """Lend room to add up a site's next call in until the next flush; None on a CPU, and where there is none."""
-        if not runs_kernels(self.maxima):
-            return None
-        return self._accumulators.lend(self.layout, site, self._observation, self.maxima.device)
+        calls[site] = calls[site].joined(counts) if site in calls else counts
 
     def begin_batch(self) -> None:
         """Hold back what is added from now on until :meth:`end_batch`: an interrupted batch will be run again."""
@@ -212,7 +204,7 @@ class UnitLiveness(Metric):
             _add_sizes(getattr(self, name)[:, numbers.start : numbers.stop], sizes)
         if rated := _rated(observations[-1]):
             self._add_rates(FlatCounts(self.layout, [rated], self.maxima))
-        self._accumulators.release(self._observation if self._running else None)
+        self.accumulators.release(reuse=not self._running)
 
     def _add_rates(self, flat: FlatCounts) -> None:
         """Add up what the present observation, which did not wait, has more than peaks."""
