@@ -82,7 +82,7 @@ def test_a_sinking_unit_is_warned_about_before_it_dies():
     peaks, warned, dead = Peaks(), {}, None
     for window in range(16):
         report = judged(sinking(window))
-        for unit in peaks.add(report)["relu"].nonzero().flatten().tolist():
+        for unit in peaks.add(report)["relu"].tolist():
             warned.setdefault(unit, window)
         if dead is None and report["relu"].dead[0]:
             dead = window
@@ -102,7 +102,7 @@ def test_the_dead_are_no_longer_at_risk():
     peaks = Peaks()
     for window in range(20):
         at_risk = peaks.add(judged(sinking(window)))
-    assert not at_risk["relu"].any()
+    assert not len(at_risk["relu"])
 
 
 @pytest.mark.parametrize("windows", [6, 7, 8])
@@ -117,9 +117,9 @@ def test_only_suspects_are_forecast_and_nobody_is_left_out(windows):
         peak[torch.rand(600, generator=generator) < 0.02] = math.inf
         kept = [*kept, peak.float()][-windows:]
         found = peaks.add(LivenessReport((replace(site, peak=peak),)))["relu"]
-        assert torch.equal(found, forecast(torch.stack(kept)).at_risk)
+        assert torch.equal(found, forecast(torch.stack(kept)).at_risk.nonzero().flatten())
         assert torch.equal(peaks["relu"].nan_to_num(9.9), torch.stack(kept).nan_to_num(9.9))
-        warned += int(found.sum())
+        warned += len(found)
     assert warned > 100
 
 
@@ -134,15 +134,15 @@ def test_memory_is_bounded():
 def test_saved_and_loaded_goes_on(tmp_path):
     through, first = Peaks(), Peaks()
     for window in range(4):
-        through.add(judged(sinking(window)))
-        torch.manual_seed(window)
-        first.add(judged(sinking(window)))
+        report = judged(sinking(window))
+        through.add(report)
+        first.add(report)
     torch.save(dict(first), tmp_path / "state.pt")
     second = Peaks()
     second.restore(torch.load(tmp_path / "state.pt", weights_only=True))
     for window in range(4, 10):
         report = judged(sinking(window))
-        assert torch.equal(through.add(report)["relu"][:1], second.add(report)["relu"][:1])
+        assert torch.equal(through.add(report)["relu"], second.add(report)["relu"])
     shorter = Peaks(windows=6)
     shorter.restore(second)
     assert len(shorter["relu"]) == 6
@@ -165,8 +165,8 @@ def test_smooth_sites_never_sink():
 def test_the_fraction_counts_what_is_trained():
     site = judged(sinking(0)).sites[0]
     report = LivenessReport((site, replace(site, name="teacher", trainable=False), replace(site, name="new")))
-    mask = torch.arange(8) < 2
-    assert at_risk_fraction(report, {"relu": mask, "teacher": mask}) == 2 / 16
+    at_risk = torch.arange(2)
+    assert at_risk_fraction(report, {"relu": at_risk, "teacher": at_risk}) == 2 / 16
 
 
 def test_too_few_windows_are_refused():
