@@ -137,11 +137,9 @@ class _Ring:
         self.added += 1
 
     def suspects(self) -> Array:
-        """Number the units that may be at risk, few as a rule: what fires, and rose seldom."""
+        """Number the units that may be at risk, few as a rule: what rose seldom."""
         most = _most_rising(self.length)
-        if most < 0:
-            return np.empty(0, np.int64)
-        return np.flatnonzero((self._ago(1) > 0) & (self._rises <= most))
+        return np.flatnonzero(self._rises <= most) if most >= 0 else np.empty(0, np.int64)
 
     def of(self, units: Array | None = None) -> Tensor:
         """Return the peaks of some units, or all, shape ``(windows so far, units)``, the latest last."""

@@ -91,11 +91,10 @@ def _units(
     was_dead, ever, returned = before.dead.numpy(), before.ever.numpy(), before.revived.numpy()
     nonfinite = totals.nonfinite.numpy()
     fires, sane, proven = totals.last_fired.numpy() >= 0, nonfinite < NAN, totals.proved.numpy() >= 0
-    shown = fires | proven
-    found = _by_site(totals, before, layout, steps, ~shown)
-    rated, hard = found.pop("rated"), found.pop("hard")
-    silent = hard & ~fires & sane
-    kept = _unseen(totals, before, layout)  # a fraction must not fall because sites got lost
+    found = _by_site(totals, before, layout, steps, proven)
+    rated, ran, smooth = totals.elements.any(1), totals.samples.any(1), torch.tensor([site.smooth for site in layout])
+    silent = _spread(ran & ~smooth, layout) & ~fires & sane
+    kept = _spread(unseen(totals, before), layout)  # a fraction must not fall because sites got lost
     dead = (silent & (found["age"] >= rules.min_samples)) | (kept & was_dead)
     lives = fires | (proven & ~dead)
     newly_dead, revived = dead & ~was_dead, lives & was_dead
@@ -108,15 +107,15 @@ def _units(
     }
     found |= {"born_dead": dead & ~(ever | proven), "redied": newly_dead & returned, "nonfinite": nonfinite > FINITE}
     found |= {"rare": lives & found["rare"], "frozen": fires & sane & totals.constant(layout).numpy()}
-    found["dormant"] = rated & sane & (totals.peak.numpy() < math.inf) & (found["dormancy"] <= rules.tau)
-    found["always_on"] &= rated
+    found["dormant"] = (found["dormancy"] <= rules.tau) & _spread(rated, layout) & sane
+    found["dormant"] &= totals.peak.numpy() < math.inf
     units = {key: torch.from_numpy(values) for key, values in found.items()}
     units["fired_ever"] = before.fired + totals.fired
     units["peak"], projection = totals.peak.clone(), totals.projection
     units["projection"] = projection.clone() if len(projection) else projection.new_zeros(1).expand(layout.units)
     return units, UnitHistory(
         age=units["age"],
-        ever=torch.from_numpy(ever | shown),
+        ever=torch.from_numpy(ever | fires | proven),
         dead=torch.from_numpy(dead | (was_dead & ~lives)),
         revived=torch.from_numpy(returned | revived),
         fired=units["fired_ever"],
@@ -133,46 +132,48 @@ def unseen(totals: Totals, before: UnitHistory) -> list[bool]:
     return [not runs and place < len(known) and known[place] for place, runs in enumerate(now)]
 
 
-def _unseen(totals: Totals, before: UnitHistory, layout: Layout) -> Array:
-    return np.repeat(np.array(unseen(totals, before), dtype=bool), [site.units for site in layout])
+def _spread(of_sites: Sequence[bool] | Tensor, layout: Layout) -> Array:
+    """Repeat what is said of each site for its units."""
+    return np.repeat(np.asarray(of_sites, dtype=bool), [site.units for site in layout])
 
 
 def _by_site(
-    totals: Totals, before: UnitHistory, layout: Layout, steps: Sequence[int], quiet: Array
+    totals: Totals, before: UnitHistory, layout: Layout, steps: Sequence[int], proven: Array
 ) -> dict[str, Array]:
     """Work out what takes numbers of the site, one site at a time, so that a part stays in the cache."""
-    magnitude, number = totals.magnitude.numpy(), torch.tensor([-1, *steps], dtype=torch.int32)
-    dtypes = {"rated": bool, "hard": bool, "always_on": bool, "rare": bool, "dormancy": magnitude.dtype}
+    fired, magnitude, number = totals.fired.numpy(), totals.magnitude.numpy(), torch.tensor([-1, *steps]).int()
+    elements, samples = totals.elements.sum(1).tolist(), totals.samples.sum(1).tolist()
+    counts = np.int32 if max(elements, default=0) < 2**31 else np.int64  # half the bytes to compare
+    dtypes = {"fired": counts, "always_on": bool, "rare": bool, "dormancy": magnitude.dtype}
     dtypes |= {"age": np.int64, "seen": np.int64, "last_fired": np.int32}
-    flat = {key: np.empty(len(quiet), dtype) for key, dtype in dtypes.items()}
-    elements = totals.elements.sum(1).tolist()
-    most = max(elements, default=0)
-    flat["fired"] = totals.fired.numpy().astype(np.int32 if most < 2**31 else np.int64)  # half the bytes to compare
-    after = _after(totals.samples)
-    for index, (site, place) in enumerate(zip(layout, layout.places, strict=True)):
+    flat = {key: np.empty(layout.units, dtype) for key, dtype in dtypes.items()}
+    since = _since(totals.samples)
+    for index, place in enumerate(layout.places):
         so_far = int(before.elements[index]) + elements[index]
         part = {key: values[place] for key, values in flat.items()}
-        part["rated"][:], part["hard"][:] = elements[index] > 0, bool(after[index, 0]) and not site.smooth
+        part["fired"][:] = fired[place]
         _compare(part, elements[index])
-        _dormancy(part["dormancy"], magnitude[place], max(elements[index], 1))
-        behind, proved = totals.last_fired[place].int().add_(1), totals.proved[place].int()  # observations until then
+        _dormancy(part["dormancy"], magnitude[place])
+        behind = totals.last_fired[place].int().add_(1)  # observations until then
+        signs = behind.maximum(totals.proved[place].int()) if proven[place].any() else behind
         np.maximum(before.seen[place].numpy(), (behind.numpy() > 0) * so_far, out=part["seen"])
-        torch.index_select(after[index], 0, behind.maximum(proved), out=torch.from_numpy(part["age"]))
-        part["age"] += before.age[place].numpy() * quiet[place]
+        np.add(before.age[place].numpy(), samples[index], out=part["age"])
+        np.minimum(part["age"], since[index].index_select(0, signs).numpy(), out=part["age"])
         torch.index_select(number, 0, behind, out=torch.from_numpy(part["last_fired"]))
         np.maximum(part["last_fired"], before.last_fired[place].numpy(), out=part["last_fired"])
     return flat
 
 
-def _after(samples: Tensor) -> Tensor:
-    """Add up, by site, the samples in observation ``k`` and later, and none behind the last one."""
-    later = samples.flip(1).cumsum(1).flip(1)
-    return torch.cat([later, later.new_zeros(len(later), 1)], 1)
+def _since(samples: Tensor) -> Tensor:
+    """Add up, by site, the samples since so many observations were done; before any, since nobody knows when."""
+    later = samples.flip(1).cumsum(1).flip(1)[:, 1:]
+    unknown = torch.full_like(samples[:, :1], torch.iinfo(samples.dtype).max)
+    return torch.cat([unknown, later, torch.zeros_like(unknown)], 1)
 
 
 def _compare(part: dict[str, Array], elements: int) -> None:
     """Compare how often units fired with the site's elements."""
-    np.equal(part["fired"], elements, out=part["always_on"])
+    np.equal(part["fired"], elements or -1, out=part["always_on"])
     np.less(part["fired"], _least_usual(elements), out=part["rare"])
 
 
@@ -189,8 +190,8 @@ def _least_usual(elements: int) -> int:
     return next(number for number in itertools.count(first) if number / elements >= _RARE)
 
 
-def _dormancy(out: Array, magnitude: Array, elements: int) -> None:
-    """Divide each unit's mean absolute output by the layer's mean: the ReDo score, in place.
+def _dormancy(out: Array, magnitude: Array) -> None:
+    """Divide each unit's absolute output by the layer's mean: the ReDo score, in place.
 
     A layer that puts out nothing at all scores 0 throughout; what is not a finite number counts as no output in the
     layer's mean. Source: Sokar et al. 2023, arXiv 2302.12902, whose scores average 1.
@@ -198,11 +199,9 @@ def _dormancy(out: Array, magnitude: Array, elements: int) -> None:
     Args:
         out: Where to put it, shape ``(units,)``.
         magnitude: Sum of the absolute output, shape ``(units,)``.
-        elements: Elements per unit.
     """
-    np.divide(magnitude, elements, out=out)
-    layer = float(torch.from_numpy(out).mean())
+    layer = float(torch.from_numpy(magnitude).mean())
     if not math.isfinite(layer):
-        np.divide(np.nan_to_num(magnitude, nan=0.0, posinf=0.0), elements, out=out)
-        layer = float(torch.from_numpy(out).mean())
-    np.divide(out, layer, out=out) if layer > 0 else out.fill(0.0)
+        magnitude = np.nan_to_num(magnitude, nan=0.0, posinf=0.0)
+        layer = float(torch.from_numpy(magnitude).mean())
+    np.divide(magnitude, layer, out=out) if layer > 0 else out.fill(0.0)

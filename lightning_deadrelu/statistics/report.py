@@ -168,7 +168,7 @@ class SiteReport:
         mean = float(self.fired.double().mean())
         return float(self.fired.max()) / mean - 1 if mean else math.nan
 
-    @property
+    @cached_property
     def dead_fraction(self) -> float:
         """Share of the units that are dead, 0 to 1."""
         return _number(self.dead) / self.units

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -114,10 +115,12 @@ class Totals:
         ran = torch.where(self.elements > 0, numbers, 0).amax(1, keepdim=True)
         latest = self.elements.gather(1, ran).flatten().tolist()
         found = torch.zeros_like(self.fired, dtype=torch.bool)
+        peak, depth = self.latest_peak.numpy(), self.latest_depth.numpy()
         for number, (site, place) in enumerate(zip(layout, layout.places, strict=True)):
             if latest[number] < 2:
                 continue
-            torch.eq(self.latest_peak[place] + self.latest_depth[place], 0, out=found[place])
+            with np.errstate(invalid="ignore"):  # where all inputs were infinite
+                np.equal(peak[place] + depth[place], 0, out=found[place].numpy())
             if math.isfinite(site.cap):
                 always = self.magnitude[place] >= _AT_THE_CAP * site.cap * float(self.elements[number].sum())
                 found[place] |= (-self.latest_depth[place] >= site.cap) & always
