@@ -100,27 +100,32 @@ class FlatCounts:
         Returns:
             Shape ``(observations, units)``; None where it is missing everywhere.
         """
-        values = self._values(name)
-        known = [value for value in values if value is not None]
-        if not known:
+        rows = self._rows(name)
+        types = {value.dtype for row in rows for value in row if value is not None}
+        if not types:
             return None
-        if name == "fired" and len({value.dtype for value in known}) > 1:
-            values = [value if value is None else value.long() for value in values]
-        if len(known) < len(values):
-            missing = self._like.new_full((self._layout.units,), nothing, dtype=known[0].dtype)
-            sizes = [site.units for site in self._layout] * len(self._observations)
-            values = [missing[:units] if v is None else v for v, units in zip(values, sizes, strict=True)]
-        return torch.cat(values).view(len(self._observations), self._layout.units)
+        if name == "fired" and len(types) > 1:
+            rows, types = [[None if v is None else v.long() for v in row] for row in rows], {torch.int64}
+        if any(value is None for row in rows for value in row):
+            missing = self._like.new_full((self._layout.units,), nothing, dtype=types.pop())
+            rows = [self._filled(row, missing) for row in rows]
+        return torch.cat([value for row in rows for value in row]).view(len(rows), self._layout.units)
+
+    def _filled(self, row: Sequence[Tensor | None], missing: Tensor) -> list[Tensor]:
+        if not any(value is not None for value in row):
+            return [missing]
+        sizes = [site.units for site in self._layout]
+        return [missing[:units] if value is None else value for value, units in zip(row, sizes, strict=True)]
 
     def of_sites(self, name: str) -> Tensor:
         """Lay out one field that is a number of each site, shape ``(observations, sites)``; 0 where it is missing."""
         zero = self._like.new_zeros((), dtype=torch.int64)
-        values = [zero if value is None else value for value in self._values(name)]
+        values = [zero if value is None else value for row in self._rows(name) for value in row]
         return torch.stack(values).view(len(self._observations), len(self._layout))
 
-    def _values(self, name: str) -> list[Any]:
-        place, numbers = Counts._fields.index(name), range(len(self._layout))
-        return [calls[n][place] if n in calls else None for calls in self._observations for n in numbers]
+    def _rows(self, name: str) -> list[list[Any]]:
+        sites = range(len(self._layout))
+        return [[getattr(calls[n], name) if n in calls else None for n in sites] for calls in self._observations]
 
 
 def count(
