@@ -51,6 +51,7 @@ class ModuleHooks:
         """Whether the hooks are in place."""
         self._handles: list[RemovableHandle] = []
         self._thread = 0  # the hooks are called on every thread, a mode on its own alone
+        self._ids: set[int] = set()  # of the model's modules in this batch, once a module was met that is not known
         self._passed: nn.Module | None = None  # running, and to be looked at neither by the mode nor by hooks
 
     def add(self) -> None:
@@ -70,11 +71,14 @@ class ModuleHooks:
     def forget(self) -> None:
         """Forget what was running."""
         self._passed = None
+        self._ids.clear()
         self.substitutes.forget()
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        entry = self._resolver.modules.get(id(module))
-        if entry is None or threading.get_ident() != self._thread or is_scripting():
+        if threading.get_ident() != self._thread or is_scripting():
+            return
+        entry = self._resolver.modules.get(id(module)) or self._look_for(module)
+        if entry is None:
             return
         path = entry[1]
         self.entered.add(path)
@@ -92,6 +96,13 @@ class ModuleHooks:
             if not isinstance(module, nn.MultiheadAttention):  # which has no rectifier inside
                 self._resolver.unwatched[plain_path(path)] = "it runs without gradients as one fused kernel"
             self._pass(module)
+
+    def _look_for(self, module: nn.Module) -> tuple[nn.Module, str] | None:
+        """Look at the model anew if a module is new in it, and return that with its path."""
+        self._ids = self._ids or {id(one) for one in self._resolver.model.modules()}
+        if id(module) in self._ids:
+            self._resolver.look_at_model()
+        return self._resolver.modules.get(id(module))
 
     def _pass(self, module: nn.Module) -> None:
         """Look away until a module's forward ends."""

@@ -157,10 +157,10 @@ class Probe(TorchFunctionMode):
         """Start to look. Compiled code runs eagerly meanwhile, or in a version that counts."""
         if self.armed or self.failure:
             return
-        self._forget()
         if self._armed_before % _ARMS_PER_LOOK == 0:
             self._resolver.look_at_model()
         self._armed_before += 1
+        self._forget()
         self._trained_when_armed = self.model.training
         self._in_compiled = self._compiler.pause(self.compiled.begin() if self.compiled else None, self._displace)
         if not self._in_compiled:

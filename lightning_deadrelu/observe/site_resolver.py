@@ -90,7 +90,9 @@ class SiteResolver:
         runs: Callable[[nn.Module], bool] = in_forward,
         wants: Wants = everything,
     ) -> None:
-        self._model, self._unit_dims, self._runs, self._wants = model, unit_dims, runs, wants
+        self._unit_dims, self._runs, self._wants = unit_dims, runs, wants
+        self.model = model
+        """The model."""
         self.origins = TensorOrigins(model)
         """Where tensors come from."""
         self._selections = Selections(self.origins)
@@ -110,12 +112,12 @@ class SiteResolver:
         self._widths: dict[tuple[Any, ...], set[int]] = {}
 
     def look_at_model(self) -> None:
-        """List modules and parameters; what is exchanged later goes by its module until the next look."""
-        self.origins.look_at(self._model)
-        self._is_bare = next(self._model.parameters(), None) is None
+        """List modules and parameters; a parameter that is exchanged later goes by its module until the next look."""
+        self.origins.look_at(self.model)
+        self._is_bare = next(self.model.parameters(), None) is None
         self._places.clear()
         self._site_calls.clear()
-        self.modules = {id(module): (module, clean(name)) for name, module in self._model.named_modules()}
+        self.modules = {id(module): (module, clean(name)) for name, module in self.model.named_modules()}
 
     def forget(self) -> None:
         """Let go of the tensors of a batch."""
@@ -234,7 +236,7 @@ class SiteResolver:
 
     def _holds(self, place: _Place) -> bool:
         """Whether a place counts now; that the model's forward runs, the stack tells sooner than the frames."""
-        return not place.inside or bool(self.stack and self.stack[0].module is self._model) or self._runs(self._model)
+        return not place.inside or bool(self.stack and self.stack[0].module is self.model) or self._runs(self.model)
 
     def _settle(self, key: Any, rectifier: Rectifier, known: Provenance, values: Tensor | None) -> SiteCall | None:
         """Tell the site of a call and its unit dimensions, once for all calls alike; None if it is not watched."""

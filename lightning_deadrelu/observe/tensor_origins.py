@@ -66,12 +66,12 @@ class TensorOrigins:
         self._buffers = {id(one): (weakref.ref(one), None) for one in model.buffers()}
 
     def look_at(self, model: nn.Module) -> None:
-        """List the parameters as they are named now."""
+        """List the parameters as they are named now; what is known of other tensors stays."""
         before = self._names
         self._list(model)
         if not self._names.same_as(before) or len(self._derived) > _MOST_DERIVED:
             self._derived.clear()
-        self.forget()
+        self._known |= self._buffers | self._parameters
 
     def forget(self) -> None:
         """Drop all tensors that are no parameters."""

@@ -201,3 +201,49 @@ def test_a_path_with_a_space_has_one_name_and_is_found_by_both_spellings(pattern
     report = find_dead_units(Spaced(), [torch.rand(5, 4)], **patterns)
     assert [site.name for site in report.sites] == ["my_act"]
     assert report.unwatched == {"never_ran": "it has not run while observed"}
+
+
+class Tasks(nn.Module):
+    """A body, and a head for each task, with a loss module that is no part of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6))
+        self.act = nn.ReLU()
+        self.heads = nn.ModuleList([nn.Sequential(nn.Linear(6, 5), nn.ReLU())])
+
+    def forward(self, x):
+        h = nn.Identity()(self.act(self.body(x)))
+        return torch.cat([torch.relu(head(h) - 1) for head in self.heads], 1)
+
+
+def widen(model):
+    model.body[0], model.body[2] = nn.Linear(4, 9), nn.Linear(9, 7)
+    model.heads[0][0] = nn.Linear(7, 5)
+
+
+CHANGES = {
+    "wider layers": widen,
+    "another activation module": lambda model: setattr(model, "act", nn.ReLU()),
+    "a head more": lambda model: model.heads.append(nn.Sequential(nn.Linear(6, 3), nn.ReLU6())),
+    "another body": lambda model: setattr(model, "body", nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 6))),
+    "no change": lambda model: None,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_exchanged_between_observations_is_known_from_the_first_on(change):
+    def observe(watch):
+        watch.probe.arm()
+        model(torch.randn(5, 4))
+        watch.probe.disarm()
+        return set(watch.sites)
+
+    model = Tasks()
+    watch = Watch(model)
+    before = observe(watch)
+    CHANGES[change](model)
+    after = observe(Watch(model))
+    assert observe(watch) == observe(watch) == before | after
+    assert watch.probe.failure is None
+    assert (before == after) == (change in ("no change", "another activation module"))
