@@ -92,7 +92,8 @@ def _units(
     nonfinite = totals.nonfinite.numpy()
     fires, sane, proven = totals.last_fired.numpy() >= 0, nonfinite < NAN, totals.proved.numpy() >= 0
     found = _by_site(totals, before, layout, steps, proven)
-    rated, ran, smooth = totals.elements.any(1), totals.samples.any(1), torch.tensor([site.smooth for site in layout])
+    smooth = torch.tensor([site.smooth for site in layout], dtype=torch.bool)  # of no site too
+    rated, ran = totals.elements.any(1), totals.samples.any(1)
     silent = _spread(ran & ~smooth, layout) & ~fires & sane
     kept = _spread(unseen(totals, before), layout)  # a fraction must not fall because sites got lost
     dead = (silent & (found["age"] >= rules.min_samples)) | (kept & was_dead)

@@ -266,3 +266,8 @@ def test_a_large_layout_is_judged_fast():
         seconds.append(time.thread_time() - start)
     assert min(seconds) < 0.5
     assert report.units == sites * units
+
+
+def test_a_model_without_a_site_has_a_verdict_of_nothing():
+    report = UnitLiveness().report()
+    assert (report.sites, report.dead_fraction) == ((), 0.0)
