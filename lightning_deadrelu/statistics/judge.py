@@ -94,8 +94,8 @@ def _units(
     found = _by_site(totals, before, layout, steps, proven)
     smooth = torch.tensor([site.smooth for site in layout], dtype=torch.bool)  # of no site too
     rated, ran = totals.elements.any(1), totals.samples.any(1)
-    silent = _spread(ran & ~smooth, layout) & ~fires & sane
-    kept = _spread(unseen(totals, before), layout)  # a fraction must not fall because sites got lost
+    silent = _per_unit(ran & ~smooth, layout) & ~fires & sane
+    kept = _per_unit(unseen(totals, before), layout)  # a fraction must not fall because sites got lost
     dead = (silent & (found["age"] >= rules.min_samples)) | (kept & was_dead)
     lives = fires | (proven & ~dead)
     newly_dead, revived = dead & ~was_dead, lives & was_dead
@@ -108,7 +108,7 @@ def _units(
     }
     found |= {"born_dead": dead & ~(ever | proven), "redied": newly_dead & returned, "nonfinite": nonfinite > FINITE}
     found |= {"rare": lives & found["rare"], "frozen": fires & sane & totals.constant(layout).numpy()}
-    found["dormant"] = (found["dormancy"] <= rules.tau) & _spread(rated, layout) & sane
+    found["dormant"] = (found["dormancy"] <= rules.tau) & _per_unit(rated, layout) & sane
     found["dormant"] &= totals.peak.numpy() < math.inf
     units = {key: torch.from_numpy(values) for key, values in found.items()}
     units["fired_ever"] = before.fired + totals.fired
@@ -133,7 +133,7 @@ def unseen(totals: Totals, before: UnitHistory) -> list[bool]:
     return [not runs and place < len(known) and known[place] for place, runs in enumerate(now)]
 
 
-def _spread(of_sites: Sequence[bool] | Tensor, layout: Layout) -> Array:
+def _per_unit(of_sites: Sequence[bool] | Tensor, layout: Layout) -> Array:
     """Repeat what is said of each site for its units."""
     return np.repeat(np.asarray(of_sites, dtype=bool), [site.units for site in layout])
 
