@@ -29,7 +29,7 @@ class CallRouter:
 
     Args:
         resolver: Tells which call is of which site.
-        sink: Called once for each call of a rectifier, with detached tensors, under ``no_grad``.
+        sink: Called once for each call of a rectifier, with plain tensors, under ``no_grad``.
         trains: Asked at each call whether it is of a forward that trains.
     """
 
@@ -42,7 +42,8 @@ class CallRouter:
         self._resolver, self._trains = resolver, trains
         self.call_takers: OrderedDict[int, CallTaker] = OrderedDict()
         """Who takes the calls of all functions."""
-        self._input_takers: dict[str, OrderedDict[int, Callable[[Tensor], None]]] = {}
+        self.input_takers: dict[str, OrderedDict[int, Callable[[Tensor], None]]] = {}
+        """Who takes the inputs of modules, by path; to be changed by :meth:`subscribe_input`."""
 
     def subscribe_input(self, path: str, take: Callable[[Tensor], None]) -> RemovableHandle:
         """Have a module's input handed to a function at each call, until the handle is removed.
@@ -62,7 +63,7 @@ class CallRouter:
             (5, 4)
             >>> handle.remove()
         """
-        return subscribed(self._input_takers.setdefault(path, OrderedDict()), take)
+        return subscribed(self.input_takers.setdefault(path, OrderedDict()), take)
 
     def subscribe_calls(self, taker: CallTaker) -> RemovableHandle:
         """Have every call of a torch function handed on, until the next pause or until the handle is removed.
@@ -75,11 +76,11 @@ class CallRouter:
     @property
     def wants_inputs(self) -> bool:
         """Whether somebody takes the inputs of a module."""
-        return any(self._input_takers.values())
+        return any(self.input_takers.values())
 
     def wants_input_of(self, path: str) -> bool:
         """Tell whether somebody has ever asked for the inputs of a module."""
-        return path in self._input_takers
+        return path in self.input_takers
 
     def begin(self) -> None:
         """Tell those who take all calls that a batch begins."""
@@ -94,7 +95,7 @@ class CallRouter:
 
     def take_input(self, path: str, x: Tensor) -> None:
         """Hand a module's input on."""
-        for take in self._input_takers.get(path, {}).values():
+        for take in self.input_takers.get(path, {}).values():
             take(x.detach())
 
     def take_rectified(self, call: Rectified, output: Tensor) -> SiteCall | None:

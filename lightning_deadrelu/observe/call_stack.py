@@ -24,7 +24,7 @@ class ModuleCall:
         self.path = path
         self.module = module
         self.paths: tuple[str, ...] = ()  # of all that run around it and its own, once somebody asked
-        self.calls: dict[str, int] = {}
+        self.calls: dict[str, int] | None = None
 
     def owned(self, producers: frozenset[str]) -> tuple[str, ...]:
         """List the producers that are parameters of this module or of one inside it."""
@@ -41,6 +41,7 @@ class ModuleCall:
 
     def number(self, owner: str) -> str:
         """Number the calls of one owner, for want of better."""
+        self.calls = self.calls or {}
         self.calls[owner] = self.calls.get(owner, -1) + 1
         return f"#{self.calls[owner]}"
 

@@ -16,7 +16,7 @@ from lightning_deadrelu.observe.call_router import CallRouter
 from lightning_deadrelu.observe.call_stack import ModuleCall, may_be_fused
 from lightning_deadrelu.observe.site_resolver import Rectified, SiteResolver
 from lightning_deadrelu.observe.substitutes import Substitutes
-from lightning_deadrelu.observe.torch_modes import is_scripting, recomputes, unseen_by_modes
+from lightning_deadrelu.observe.torch_modes import recomputes, tracing_state, unseen_by_modes
 from lightning_deadrelu.observe.watchpoint import Watchpoint
 
 
@@ -75,21 +75,22 @@ class ModuleHooks:
         self.substitutes.forget()
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        if threading.get_ident() != self._thread or is_scripting():
+        if threading.get_ident() != self._thread or tracing_state() is not None:
             return
         entry = self._resolver.modules.get(id(module)) or self._look_for(module)
         if entry is None:
             return
-        path = entry[1]
+        path, stack = entry[1], self._resolver.stack
         self.entered.add(path)
-        outermost = not self._resolver.stack
-        self._resolver.stack.append(ModuleCall(path, module))
+        outermost = not stack
+        stack.append(ModuleCall(path, module))
         if self._passed is not None:
             return
         if outermost and self._passes_over():
             self._pass(module)
             return
-        if (self._router.wants_input_of(path) or path in self.substitutes.rectifiers) and not recomputes():
+        asked = self._router.input_takers or self.substitutes.rectifiers
+        if asked and (self._router.wants_input_of(path) or path in self.substitutes.rectifiers) and not recomputes():
             with guarded(self._fail), unseen_by_modes():
                 self._take_input(path, module, args)
         if self._keep_fused and may_be_fused(module):
@@ -118,7 +119,7 @@ class ModuleHooks:
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if threading.get_ident() != self._thread:
             return
-        if (substitute := self.substitutes.leave(module)) is not None:
+        if self.substitutes.running is not None and (substitute := self.substitutes.leave(module)) is not None:
             with guarded(self._fail), unseen_by_modes():
                 self._leave_substitute(module, substitute, output)
         stack = self._resolver.stack
@@ -132,7 +133,8 @@ class ModuleHooks:
         if self._passed is module:
             self._passed = None
             self._look(True)
-        self._resolver.follow_module(call.path, module, output)
+        if not self._resolver.origins.is_of(output):
+            self._resolver.follow_module(call.path, module, output)
 
     def _leave_substitute(self, module: nn.Module, call: Rectified, output: Any) -> None:
         """Take the call of the whole module for the rectifier's."""

@@ -29,11 +29,12 @@ from lightning_deadrelu.observe.substitutes import Substitutes
 from lightning_deadrelu.observe.torch_function import MetFunctions, TorchFunction, torch_function
 from lightning_deadrelu.observe.torch_modes import (
     EagerCompiler,
+    backward_number,
     holds_another,
-    is_out_of_sight,
     push_mode,
     recomputes,
     remove_mode,
+    tracing_state,
     unseen_by_modes,
 )
 
@@ -45,7 +46,7 @@ class Probe(TorchFunctionMode):
 
     Args:
         model: The model to watch. It is never changed.
-        sink: Called once for each call of a rectifier, with detached tensors, under ``no_grad``.
+        sink: Called once for each call of a rectifier, with plain tensors, under ``no_grad``.
         unit_dims: The dimension that holds the units, by pattern over site names, where the producers
             tell it wrongly or not at all.
         keep_fused: Look away where PyTorch fuses a whole encoder layer, which it would not do under a probe,
@@ -243,7 +244,8 @@ class Probe(TorchFunctionMode):
             function = self._functions[func]
         except TypeError:  # nothing that a dictionary takes
             function = torch_function(func)
-        if function.ignored or self.failure or self._hooks.substitutes.running is not None or is_out_of_sight():
+        blind = function.ignored or self.failure or self._hooks.substitutes.running is not None
+        if blind or backward_number() != -1 or tracing_state() is not None:
             if function.name == "backward" and self.on_backward and not recomputes():
                 self.on_backward()
             return call_for_caller(func, args, kwargs)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_deadrelu.model.parameters import ParameterNames
 from lightning_deadrelu.model.torch_calls import Call, TensorTable, makes_zeros, version_of
@@ -20,24 +21,12 @@ _SEQUENCES = frozenset({list, tuple, torch.Size})
 _MOST_DERIVED = 100_000  # of a model whose shapes differ from batch to batch
 
 
-class Key(NamedTuple):
-    """What settles the provenance of a call's output: calls with equal keys have the same.
+Key = tuple[str, torch.Size, torch.dtype, tuple[Provenance | None, ...], tuple[Any, ...]]
+"""What settles the provenance of a call's output: calls with equal keys have the same.
 
-    Args:
-        name: The function's plain name.
-        shape: The output's.
-        dtype: The output's.
-        known: The provenance of each tensor among the arguments.
-        form: Their shapes, and all else among the arguments, where that matters.
-    """
-
-    name: str
-    shape: torch.Size
-    dtype: torch.dtype
-    known: tuple[Provenance | None, ...]
-    form: tuple[Any, ...]
-
-
+The function's plain name; the output's shape and type; the provenance of each tensor among the arguments; and where
+that matters, their shapes, and all else among the arguments.
+"""
 _UNSEEN: Any = object()
 
 
@@ -63,7 +52,9 @@ class TensorOrigins:
     def _list(self, model: nn.Module) -> None:
         self._names = ParameterNames(model)
         self._parameters = {id(one): (weakref.ref(one), parameter(name)) for one, name in self._names}
-        self._buffers = {id(one): (weakref.ref(one), None) for one in model.buffers()}
+        buffers = {id(one): (weakref.ref(one), None) for one in model.buffers()}
+        # those of lazy layers have no shape yet
+        self._from_start = {i: e for i, e in {**buffers, **self._parameters}.items() if not is_lazy(e[0]())}
 
     def look_at(self, model: nn.Module) -> None:
         """List the parameters as they are named now; what is known of other tensors stays."""
@@ -75,7 +66,7 @@ class TensorOrigins:
 
     def forget(self) -> None:
         """Drop all tensors that are no parameters."""
-        self._known = {**self._buffers, **self._parameters}
+        self._known = self._from_start.copy()
         self._zeros.clear()
 
     def stand_in(self, tensor: Tensor, other: Tensor) -> None:
@@ -102,6 +93,11 @@ class TensorOrigins:
         self._names.look()
         name = self._names.find(tensor)
         return None if name is None else parameter(name)
+
+    def is_of(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor's provenance is known without a closer look."""
+        entry = self._known.get(id(tensor))
+        return entry is not None and entry[1] is not None and entry[0]() is tensor
 
     def remember(self, tensor: Tensor, provenance: Provenance | None) -> None:
         """Keep a tensor's provenance, or that it has none, while it is there; a parameter written to keeps its own.
@@ -137,7 +133,7 @@ class TensorOrigins:
         if not any(known):
             return None
         found = self._followed(call, known)
-        if key is not None and key.known == tuple(known):  # or the module that runs told more of an operand
+        if key is not None and key[3] == tuple(known):  # or the module that runs told more of an operand
             self._derived[key] = found
         return found
 
@@ -177,14 +173,14 @@ class TensorOrigins:
                 return None
         if not follows and any(known):  # of weights alone, which lie in memory as they do
             return None
-        return Key(function.plain, shape, output.dtype, tuple(known), () if steady or alike else tuple(form))
+        return function.plain, shape, output.dtype, tuple(known), () if steady or alike else tuple(form)
 
     def repeat(self, function: TorchFunction, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> bool:
         """Follow a call like one that was followed before, as most are; False if there was none. Arguments as above."""
         key = self.key(function, args, kwargs, output)
         if key is None:
             return False
-        found = self._derived.get(key, _UNSEEN) if any(key.known) else None
+        found = self._derived.get(key, _UNSEEN) if any(key[3]) else None
         if found is _UNSEEN:
             return False
         self._known[id(output)] = weakref.ref(output), found

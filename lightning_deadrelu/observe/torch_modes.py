@@ -106,19 +106,20 @@ def no_caching_modes() -> AbstractContextManager[Any]:
     return _disable_current_modes() if caching else nullcontext()
 
 
+backward_number: Callable[[], int] = torch._C._current_graph_task_id
+"""Numbers the backward that is running, -1 if none is; autograd tells it to nobody else."""
+tracing_state: Callable[[], Any] = torch._C._get_tracing_state
+"""Returns the state of ``torch.jit.trace``, None if that does not run; the official way takes two calls more."""
+
+
 def recomputes() -> bool:
     """Tell whether this is a forward that is run again within backward."""
-    return torch._C._current_graph_task_id() != -1  # autograd tells it to nobody else
+    return backward_number() != -1
 
 
 def is_scripting() -> bool:
     """Tell whether ``torch.jit.trace`` runs the model, for which sizes are tensors and all that is computed is code."""
-    return torch._C._get_tracing_state() is not None  # the official way wraps the same in two calls more
-
-
-def is_out_of_sight() -> bool:
-    """Tell whether what runs is a forward run again within backward, or ``torch.jit.trace``'s: both in one call."""
-    return torch._C._current_graph_task_id() != -1 or torch._C._get_tracing_state() is not None
+    return tracing_state() is not None
 
 
 def is_transformed(tensor: Tensor) -> bool:
@@ -132,14 +133,12 @@ def shares_memory(tensor: Tensor, other: Tensor) -> bool:
 
 
 def plain_tensor(x: Tensor) -> Tensor | None:
-    """Detach a tensor that is what it seems to be; None for nested, sparse and otherwise wrapped ones."""
+    """Return a tensor that is what it seems to be, of no class of its own; None for nested, sparse and wrapped ones."""
     if x.is_nested or x.layout is not torch.strided or is_transformed(x):
         return None
     if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
-        if type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-            return None
-        x = x.as_subclass(Tensor)
-    return x.detach()
+        return x.as_subclass(Tensor) if type(x).__torch_dispatch__ is Tensor.__torch_dispatch__ else None
+    return x
 
 
 class WithoutGradients:

@@ -172,7 +172,7 @@ class Watch:
         room = lend(self.layout, place, observation, x) if trains else None
         self._add_counts(place, chose or count(x, out, dims, rectifier, valid, *wanted, room), trains)
         for taker in self._takers.values():
-            taker(place, rectifier, x, dims, valid)
+            taker(place, rectifier, x.detach(), dims, valid)
 
     def _add_counts(self, place: int, counts: Counts, trains: bool) -> None:
         if trains:

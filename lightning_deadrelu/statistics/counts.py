@@ -232,6 +232,7 @@ class _ReadOnce:
 
     def __init__(self) -> None:
         self._failed = False
+        self._reduce: Callable[..., Reductions | None] | None = None
 
     def __call__(
         self, x: Tensor, dims: tuple[int, ...], cap: float, valid: Tensor | None, room: Accumulator | None
@@ -239,9 +240,11 @@ class _ReadOnce:
         if self._failed:
             return None
         try:
-            from lightning_deadrelu.statistics.triton_counts import reduce_once
+            if self._reduce is None:
+                from lightning_deadrelu.statistics.triton_counts import reduce_once
 
-            return reduce_once(x, dims, cap, valid, room)
+                self._reduce = reduce_once
+            return self._reduce(x, dims, cap, valid, room)
         except Exception as error:  # Triton is not there, or finds no compiler or driver to work with
             self._failed = True
             if not isinstance(error, ImportError):
