@@ -52,9 +52,9 @@ class TensorOrigins:
     def _list(self, model: nn.Module) -> None:
         self._names = ParameterNames(model)
         self._parameters = {id(one): (weakref.ref(one), parameter(name)) for one, name in self._names}
-        buffers = {id(one): (weakref.ref(one), None) for one in model.buffers()}
-        # those of lazy layers have no shape yet
-        self._from_start = {i: e for i, e in {**buffers, **self._parameters}.items() if not is_lazy(e[0]())}
+        entries = {**{id(one): (weakref.ref(one), None) for one in model.buffers()}, **self._parameters}
+        lazy = {id(one) for one in (*model.parameters(), *model.buffers()) if is_lazy(one)}  # they have no shape yet
+        self._from_start = {number: entry for number, entry in entries.items() if number not in lazy}
 
     def look_at(self, model: nn.Module) -> None:
         """List the parameters as they are named now; what is known of other tensors stays."""
