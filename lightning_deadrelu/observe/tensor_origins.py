@@ -62,7 +62,7 @@ class TensorOrigins:
         self._list(model)
         if not self._names.same_as(before) or len(self._derived) > _MOST_DERIVED:
             self._derived.clear()
-        self._known |= self._buffers | self._parameters
+        self._known |= self._from_start
 
     def forget(self) -> None:
         """Drop all tensors that are no parameters."""
