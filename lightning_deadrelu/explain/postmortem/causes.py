@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -49,10 +50,29 @@ class _Spike(NamedTuple):
     value: float
 
 
-def shifted(dying: DyingUnits, rows: Rows) -> Cause | None:
+class Log:
+    """What was logged of the last steps, by column. Layers that died together ask the same, which is found once."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.steps = rows.numbers
+        self.column = cache(rows.column)
+        self.median = cache(partial(_median_of, self))
+        self.spike = cache(partial(_spike, self))
+        self.shift = cache(partial(_shift, self))
+        self.burst = cache(partial(_burst, self))
+
+
+def _median_of(log: Log, name: str, first: int, end: int) -> float:
+    return median(log.column(name)[(log.steps >= first) & (log.steps < end)])
+
+
+def shifted(dying: DyingUnits, log: Log) -> Cause | None:
     """Find the last step at which the loss jumped to about that of the untrained model, and stayed high."""
-    first, ended = dying.interval
-    loss, steps = rows.column("loss"), rows.numbers
+    return log.shift(*dying.interval)
+
+
+def _shift(log: Log, first: int, ended: int) -> Cause | None:
+    loss, steps = log.column("loss"), log.steps
     near = ((steps >= first - _SETTLED) & (steps < ended)).nonzero().flatten().tolist()
     place = next((place for place in reversed(near) if _jumps(loss, place)), None)
     if place is None:
@@ -72,11 +92,11 @@ def _jumps(loss: Tensor, place: int) -> bool:
     return bool(loss[place] >= _SHIFT * before.max() and after.median() > before.max())
 
 
-def spiked(dying: DyingUnits, rows: Rows) -> Cause | None:
+def spiked(dying: DyingUnits, log: Log) -> Cause | None:
     """Find what rose out of proportion before most of the dying units fell silent: the earliest link of the chain."""
     first, ended = dying.interval
-    rate, gradient = (_spike(rows, name, first, ended) for name in ("rate", "gradient"))
-    inputs = [_spike(rows, f"input_{number}", first, ended) for number in range(3)]
+    rate, gradient = (log.spike(name, first, ended) for name in ("rate", "gradient"))
+    inputs = [log.spike(f"input_{number}", first, ended) for number in range(3)]
     largest = max((spike for spike in inputs if spike), key=lambda spike: spike.ratio, default=None)
     if rate and not (gradient and gradient.step < rate.step):
         measured = f"{_spike_text('the learning rate', rate, first)}, from {rate.usual:.4g} to {rate.value:.4g}"
@@ -87,10 +107,10 @@ def spiked(dying: DyingUnits, rows: Rows) -> Cause | None:
         edit = f"x.clamp(-{2 * largest.usual:.2g}, {2 * largest.usual:.2g})"
         source = "a step moves weights by lr * delta * x, in proportion to the input"
         return Cause("outlier_batch", measured, "likely", edit, source)
-    if unstable := adam_spike(dying, rows):
+    if unstable := adam_spike(dying, log):
         return unstable
     if gradient:
-        if too_fast := large_steps(dying, rows, before=gradient.step):  # of which the spike is a consequence
+        if too_fast := large_steps(dying, log, before=gradient.step):  # of which the spike is a consequence
             return too_fast._replace(measured=f"{too_fast.measured}, when the gradient norm rose {_times(gradient)}")
         measured = _spike_text("the gradient norm", gradient, first)
         edit = f"Trainer(gradient_clip_val={2 * gradient.usual:.1g})"
@@ -98,17 +118,20 @@ def spiked(dying: DyingUnits, rows: Rows) -> Cause | None:
     return None
 
 
-def adam_spike(dying: DyingUnits, rows: Rows) -> Cause | None:
+def adam_spike(dying: DyingUnits, log: Log) -> Cause | None:
     """Find a loss that burst from near zero, where Adam's second moment had followed the gradients down.
 
     Steps stay as large as before, whatever is left of the gradients. Either they overshoot, and errors grow from step
     to step; or what rounding leaves of the gradients bursts at once.
     """
-    first, ended = dying.interval
-    loss, steps = rows.column("loss"), rows.numbers
+    return log.burst(*dying.interval) if dying.adaptive else None
+
+
+def _burst(log: Log, first: int, ended: int) -> Cause | None:
+    loss, steps = log.column("loss"), log.steps
     near = ((steps >= first - LAG) & (steps < ended)).nonzero().flatten()
     near = near[near >= 2 * LAG]
-    if not dying.adaptive or not len(near):
+    if not len(near):
         return None
     place = int(near[int(loss[near].nan_to_num(0.0).argmax())])
     low = median(loss[place - 2 * LAG : place - LAG // 2])
@@ -142,9 +165,9 @@ def _times(spike: _Spike) -> str:
     return f"{spike.ratio:,.0f}-fold" if spike.ratio < 1e6 else "more than a million-fold"
 
 
-def _spike(rows: Rows, name: str, first: int, end: int) -> _Spike | None:
+def _spike(log: Log, name: str, first: int, end: int) -> _Spike | None:
     """Find the largest value among the steps that may have killed, if it is out of proportion to those before."""
-    column, steps = rows.column(name), rows.numbers
+    column, steps = log.column(name), log.steps
     known = column.isfinite() & (column > 0)
     column, steps = column[known], steps[known]
     may = ((steps >= first - LAG) & (steps < end)).nonzero().flatten()
@@ -164,17 +187,17 @@ def _spike(rows: Rows, name: str, first: int, end: int) -> _Spike | None:
     return spike if spike.ratio >= least else None
 
 
-def large_steps(dying: DyingUnits, rows: Rows, sunk: str = "", before: int | None = None) -> Cause | None:
+def large_steps(dying: DyingUnits, log: Log, sunk: str = "", before: int | None = None) -> Cause | None:
     """Blame the learning rate where single steps were as large as the weights themselves.
 
     Args:
         dying: The units.
-        rows: What was logged at each step.
+        log: What was logged at each step.
         sunk: What the steps did.
         before: Look at the ten steps before this one; by default at those around the deaths.
     """
     first, last = int(dying.last_fired.min()) - LAG, int(dying.silent_from.max())
-    ratio, rate = _step_size(dying, rows, *((first, last) if before is None else (before - _LEAST, before)))
+    ratio, rate = _step_size(dying, log, *((first, last) if before is None else (before - _LEAST, before)))
     if not ratio >= _BIG_STEP["adaptive" if dying.adaptive else "plain"]:
         return None
     measured = f"after steps of {ratio:.0%} of the weights' size at a learning rate of {rate:.2g}"
@@ -183,14 +206,12 @@ def large_steps(dying: DyingUnits, rows: Rows, sunk: str = "", before: int | Non
     return Cause("high_learning_rate", measured, "likely", f"lr={rate / 10:.1g}", source)
 
 
-def _step_size(dying: DyingUnits, rows: Rows, first: int, last: int) -> tuple[float, float]:
+def _step_size(dying: DyingUnits, log: Log, first: int, last: int) -> tuple[float, float]:
     """Estimate a step over the weights it changed: lr for what Adam steps, lr times the gradient for others."""
-    steps = rows.numbers
-    near = (steps >= first) & (steps < last)
-    rate = median(rows.column("rate")[near])
+    rate = log.median("rate", first, last)
     weights = math.sqrt(median(dying.live_square))
     if dying.adaptive:
         return rate / weights if weights else math.nan, rate
     norm = weights * (dying.fan_in * dying.size) ** 0.5
-    gradient = median(rows.column("gradient")[near])
+    gradient = log.median("gradient", first, last)
     return rate * gradient / (1 - min(dying.momentum, 0.99)) / norm if norm else math.nan, rate

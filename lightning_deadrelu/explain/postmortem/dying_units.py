@@ -72,10 +72,13 @@ class DyingUnits(NamedTuple):
         Args:
             chosen: Boolean, shape ``(dying,)``.
         """
+        if chosen.all():
+            return self
         names = ("units", "born", "last_fired", "silent_from", "constant", "live_bias", "live_square", "bias")
-        cut: dict[str, Any] = {name: getattr(self, name)[chosen] for name in names}
-        cut["died"] = None if self.died is None else self.died[chosen]
-        return self._replace(**cut, peaks=self.peaks[:, chosen])
+        kept = chosen.nonzero().flatten()
+        cut: dict[str, Any] = {name: getattr(self, name)[kept] for name in names}
+        cut["died"] = None if self.died is None else self.died[kept]
+        return self._replace(**cut, peaks=self.peaks[:, kept])
 
     @property
     def interval(self) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from lightning_deadrelu.explain.finding import Finding
 from lightning_deadrelu.explain.postmortem.born_dead import bad_init, narrow, negative_bias, uncentred
-from lightning_deadrelu.explain.postmortem.causes import UNKNOWN, Cause, adam_spike, large_steps, shifted, spiked
+from lightning_deadrelu.explain.postmortem.causes import UNKNOWN, Cause, Log, adam_spike, large_steps, shifted, spiked
 from lightning_deadrelu.explain.postmortem.death_events import DeathEvent, Kind, merged
 from lightning_deadrelu.explain.postmortem.dying_units import (
     SHARE,
@@ -33,6 +33,7 @@ def explain(
         The events; of the same kind, cause and time they are one, over all sites.
     """
     deaths: list[DeathEvent] = []
+    log = Log(rows)
     for one in dying:
         upstream = one.constant & bool(one.upstream)
         born = one.born & ~upstream
@@ -41,21 +42,21 @@ def explain(
         deaths += [_upstream(one.of(part)) for part in (upstream & one.born, upstream & ~one.born) if part.any()]
         deaths += [_born(one.of(born), off_centre, widths)] if born.any() else []
         deaths += [_decay(one.of(leaked))] if leaked.any() else []
-        deaths += [_drift(one.of(sunk), rows)] if sunk.any() else []
+        deaths += [_drift(one.of(sunk), log)] if sunk.any() else []
         rest = one.of(~(upstream | born | sunk | leaked))
-        deaths += [_shock(part, rows, off_centre) for part in together(rest)]
+        deaths += [_shock(part, log, off_centre) for part in together(rest)]
     return tuple(merged(deaths))
 
 
 def _event(kind: Kind, dying: DyingUnits, cause: Cause, moved: bool = True, where: str = "") -> DeathEvent:
-    known = moved and math.isfinite(dying.moved) and dying.moved != 0
+    change = dying.moved if moved else math.nan
     finding = None if cause.cause == "unknown" else Finding(where=where or dying.site, **cause._asdict())
     first, last = int(dying.last_fired.min()), int(dying.silent_from.max())
-    change = float(f"{dying.moved:.4g}") if known else None
     units = (len(dying.units),)
     died = math.nan if dying.died is None else median(dying.died)
     date = None if math.isnan(died) else int(died)
-    return DeathEvent(kind, cause.cause, (dying.site,), units, first, last, cause.measured, change, finding, date)
+    told = float(f"{change:.4g}") if math.isfinite(change) and change != 0 else None
+    return DeathEvent(kind, cause.cause, (dying.site,), units, first, last, cause.measured, told, finding, date)
 
 
 def _upstream(dying: DyingUnits) -> DeathEvent:
@@ -66,11 +67,11 @@ def _upstream(dying: DyingUnits) -> DeathEvent:
     return _event("born dead" if born else "upstream", dying, cause, moved=False, where=dying.upstream)
 
 
-def _drift(dying: DyingUnits, rows: Rows) -> DeathEvent:
+def _drift(dying: DyingUnits, log: Log) -> DeathEvent:
     sunk = f"as their largest input sank from {median(dying.peaks.amax(0)):.2g} over {len(dying.peaks)} windows"
     cause = UNKNOWN._replace(measured=sunk)
     if are_many(dying):
-        cause = adam_spike(dying, rows) or shifted(dying, rows) or large_steps(dying, rows, sunk) or cause
+        cause = adam_spike(dying, log) or shifted(dying, log) or large_steps(dying, log, sunk) or cause
     return _event("drift", dying, cause)
 
 
@@ -82,15 +83,15 @@ def _decay(dying: DyingUnits) -> DeathEvent:
     return _event("drift", dying, Cause("bias_decay", measured, "likely", edit, source), moved=False)
 
 
-def _shock(dying: DyingUnits, rows: Rows, off_centre: float) -> DeathEvent:
+def _shock(dying: DyingUnits, log: Log, off_centre: float) -> DeathEvent:
     cause = UNKNOWN
     if are_many(dying):
         early = int(dying.last_fired.min()) < _EARLY and not dying.selected
         cause = (
-            spiked(dying, rows)
+            spiked(dying, log)
             or (bad_init(dying) if early else None)
-            or shifted(dying, rows)
-            or large_steps(dying, rows)
+            or shifted(dying, log)
+            or large_steps(dying, log)
             or (uncentred(dying, off_centre) if early else None)
             or cause
         )

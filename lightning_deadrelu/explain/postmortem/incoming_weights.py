@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_deadrelu.explain.postmortem.subsample import subsample
 from lightning_deadrelu.model.optimizer_groups import ParameterGroup, holder_of
 from lightning_deadrelu.model.sites import Site, clean
+from lightning_deadrelu.statistics.totals import host_copies
 
 _WEIGHTS = 1024  # of a layer, which tell their size: each takes a line of the cache
 _WINDOWS = 100
@@ -109,16 +110,27 @@ class IncomingWeights:
             state.weights = torch.cat([state.weights, weights], 1)
         self._first.clear()
 
-    def biases(self, places: Sequence[slice], sources: Sequence[Incoming]) -> list[Tensor]:
-        """Bring the biases of some sites to the host, in one transfer: at the start, when last alive, and now.
+    def biases(
+        self, places: Sequence[slice], sources: Sequence[Incoming], units: Sequence[Tensor]
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Bring biases of some sites to the host, in one transfer; NaN where there is none.
+
+        Args:
+            places: Where the sites' units lie.
+            sources: What feeds the sites.
+            units: Numbers of the units in question, for each site.
 
         Returns:
-            For each site, shape ``(3, units)``; NaN where there is no bias.
+            For each site the biases of all units at the start, and those of the units in question when these were last
+            alive, and now.
         """
-        known = [self.state.biases[::2, place] for place in places]
-        now = [_bias(source, rows.shape[1]).to(rows.device) for source, rows in zip(sources, known, strict=True)]
-        parts = [torch.cat([rows, row[None]]) for rows, row in zip(known, now, strict=True)]
-        return list(torch.cat(parts, 1).cpu().split([part.shape[1] for part in parts], 1))
+        parts: list[Tensor] = []
+        for place, source, numbers in zip(places, sources, units, strict=True):
+            first, _, alive = self.state.biases[:, place]
+            chosen = numbers.to(first.device)
+            parts += [first, alive[chosen], _bias(source, len(first)).to(first.device)[chosen]]
+        host = iter(parts if self.state.biases.device.type == "cpu" else host_copies(parts))
+        return list(zip(host, host, host, strict=True))
 
     def squares(self, site: int, steps: Tensor, start: float) -> Tensor:
         """Say how large the weights of a site were at the start of the windows in which some steps were.

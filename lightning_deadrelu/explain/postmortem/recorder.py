@@ -183,32 +183,33 @@ class FlightRecorder:
         dead_before = _dead_before(report, constant, layout)
         chosen = {layout.number(site.name): site for site in report.headline if site.newly_dead.any()}
         places = [layout.place(number) for number in chosen]
-        read = self._incoming.biases(places, [sources[number] for number in chosen])
-        for (number, site), place, biases in zip(chosen.items(), places, read, strict=True):
-            units = site.newly_dead.nonzero().flatten()
-            start, alive, now = biases
+        dying = [site.newly_dead.nonzero().flatten() for site in chosen.values()]
+        read = self._incoming.biases(places, [sources[number] for number in chosen], dying)
+        for (number, site), place, units, (start, alive, now) in zip(chosen.items(), places, dying, read, strict=True):
             last_fired, silent_from = self._interval(site, units)
             square, mean = readings.weights[0, :, number].tolist()
-            dying = DyingUnits(
-                site=site.name,
-                size=site.units,
-                first=site is report.sites[0],
-                units=units,
-                born=site.born_dead[units],
-                last_fired=last_fired,
-                silent_from=silent_from,
-                constant=constant[place][units],
-                upstream=dead_before[site.name],
-                peaks=torch.cat([peaks(site, units), site.peak[None, units].float()]),
-                first_bias=start,
-                first_square=square,
-                first_mean=mean,
-                live_bias=alive[units],
-                live_square=self._incoming.squares(number, last_fired, square),
-                bias=now[units],
-                selected=site.kind in SELECTIONS,
+            yield (
+                DyingUnits(
+                    site=site.name,
+                    size=site.units,
+                    first=site is report.sites[0],
+                    units=units,
+                    born=site.born_dead[units],
+                    last_fired=last_fired,
+                    silent_from=silent_from,
+                    constant=constant[place][units],
+                    upstream=dead_before[site.name],
+                    peaks=torch.cat([peaks(site, units), site.peak[None, units].float()]),
+                    first_bias=start,
+                    first_square=square,
+                    first_mean=mean,
+                    live_bias=alive,
+                    live_square=self._incoming.squares(number, last_fired, square),
+                    bias=now,
+                    selected=site.kind in SELECTIONS,
+                ),
+                sources[number],
             )
-            yield dying, sources[number]
 
     def _interval(self, site: SiteReport, units: Tensor) -> tuple[Tensor, Tensor]:
         """Tell at which observation each unit fired last, and which came after, shape ``(dying,)``."""

@@ -60,13 +60,16 @@ def test_biases_and_weights_are_those_of_the_window_in_which_a_unit_last_fired(i
         alive = torch.rand(ends[-1]) < 0.4
         fired.append(alive)
         log.close(alive, places, sources, weights, step=10 * window + 9)
-    for number, rows in enumerate(log.biases(places, sources)):
+    asked = [torch.randperm(one.units)[: one.units // 2 + 1] for one in sites]
+    for number, (first, alive, now) in enumerate(log.biases(places, sources, asked)):
         last = [
             max((w for w in range(met[number], WINDOWS) if fired[w][unit]), default=met[number])
             for unit in range(*ends[number : number + 2])
         ]
-        expected = [logs[met[number]][number], torch.stack([logs[w][number][u] for u, w in enumerate(last)])]
-        torch.testing.assert_close(rows, torch.stack([*expected, biases_of(net[number])]), equal_nan=True)
+        lived, units = torch.stack([logs[w][number][u] for u, w in enumerate(last)]), asked[number]
+        torch.testing.assert_close(first, logs[met[number]][number], equal_nan=True)
+        torch.testing.assert_close(alive, lived[units], equal_nan=True)
+        torch.testing.assert_close(now, biases_of(net[number])[units], equal_nan=True)
         steps = torch.tensor([10 * w + 3 for w in last])
         squares = torch.stack([starts[w][number] for w in last])
         torch.testing.assert_close(log.squares(number, steps, float(weights[0, 0, number])), squares)
@@ -82,4 +85,4 @@ def test_of_a_large_layer_a_sample_is_read():
 def test_a_site_that_nothing_feeds():
     log, sites = IncomingWeights(), [Site("relu", False, "relu", (), 2)]
     assert log.read(sites, incoming_of(sites, mlp()), HOST).isnan().all()
-    assert log.biases([slice(0, 2)], [Incoming(2)])[0].isnan().all()
+    assert torch.cat(log.biases([slice(0, 2)], [Incoming(2)], [torch.arange(2)])[0]).isnan().all()
