@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,31 +97,26 @@ def drifted(peaks: Tensor) -> Tensor:
     windows, units = peaks.shape
     if windows <= _DRIFT_WINDOWS:
         return torch.zeros(units, dtype=torch.bool)
-    before, now = peaks[:-1], peaks[-1]
-    fired = before > 0
-    order = torch.arange(1, windows)[:, None]
-    last = (fired * order).amax(0)  # 1 is the first window
-    end = torch.where(last > 0, before.gather(0, (last - 1).clamp(min=0)[None])[0], -math.inf)
-    top = before.amax(0)
-    sunk = (end <= top / 2) & (end - now <= top - end)
-    return sunk & (fired.sum(0) >= _DRIFT_WINDOWS) & peaks.isfinite().all(0)
+    before, now = peaks.numpy()[:-1], peaks.numpy()[-1]
+    end, fired = before[0], np.zeros(units, np.int16)
+    for peak in before:  # to the last one that fired
+        end = np.where(peak > 0, peak, end)
+        fired += peak > 0
+    top = before.max(0)
+    known = np.isfinite(before).all(0) & np.isfinite(now)
+    with np.errstate(invalid="ignore"):
+        sunk = (end <= top / 2) & (end - now <= top - end)
+    return torch.from_numpy(known & sunk & (fired >= _DRIFT_WINDOWS))
 
 
 def together(dying: DyingUnits) -> list[DyingUnits]:
     """Split units where one interval of death ends before the next begins."""
-    parts: list[DyingUnits] = []
-    left = dying
-    while len(left.units):
-        end = int(left.silent_from[left.last_fired.argmin()])
-        while True:  # chained: those who died a little later
-            part = left.last_fired < end
-            further = int(left.silent_from[part].max())
-            if further == end:
-                break
-            end = further
-        parts.append(left.of(part))
-        left = left.of(~part)
-    return parts
+    order = dying.last_fired.argsort(stable=True)
+    ends = dying.silent_from[order].cummax(0).values  # chained: those who died a little later
+    apart = dying.last_fired[order][1:] >= ends[:-1]
+    wave = torch.zeros_like(order)
+    wave[order[1:]] = apart.cumsum(0)
+    return [dying.of(wave == number) for number in range(int(apart.sum()) + 1)] if len(order) else []
 
 
 def are_many(dying: DyingUnits) -> bool:
@@ -139,5 +135,4 @@ def decayed(dying: DyingUnits) -> Tensor:
 
 def median(values: Tensor) -> float:
     """Return the median of what is known; NaN where nothing is."""
-    known = values[values.isfinite()]
-    return float(known.median()) if len(known) else math.nan
+    return float(values.nanmedian())

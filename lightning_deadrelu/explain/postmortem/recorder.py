@@ -215,7 +215,7 @@ class FlightRecorder:
         """Tell at which observation each unit fired last, and which came after, shape ``(dying,)``."""
         start = self._observed[0] if self._observed else 0
         last_fired = site.last_fired[units].long()
-        last_fired = torch.where(last_fired < 0, start, last_fired)
+        last_fired[last_fired < 0] = start
         observed = torch.tensor(self._observed or [start], dtype=torch.int64)
         after = torch.searchsorted(observed, last_fired, right=True).clamp(max=len(observed) - 1)
         return last_fired, observed[after].maximum(last_fired)
