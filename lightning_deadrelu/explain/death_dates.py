@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -58,8 +59,16 @@ class Momentum(NamedTuple):
         return self.square_decay < 1
 
 
-def momentum_of(optimizers: Iterable[Optimizer], parameter: Tensor, dim: int = 0) -> Momentum | None:
+def momentum_of(
+    optimizers: Iterable[Optimizer], parameter: Tensor, dim: int = 0, units: Tensor | None = None
+) -> Momentum | None:
     """Read the momentum of a weight's units.
+
+    Args:
+        optimizers: One of them holds the weight.
+        parameter: The weight.
+        dim: The dimension that the units lie along.
+        units: Numbers of those that are asked for; by default all.
 
     Returns:
         The momentum; None where it would not fade without gradients, as with weight decay inside the gradient, where
@@ -80,10 +89,12 @@ def momentum_of(optimizers: Iterable[Optimizer], parameter: Tensor, dim: int = 0
     how = ParameterGroup.of(optimizer, group)
     if how.weight_decay and not how.decoupled:
         return None
-    return _momentum(optimizer.state.get(parameter, {}), group, parameter, dim)
+    return _momentum(optimizer.state.get(parameter, {}), group, parameter, dim, units)
 
 
-def _momentum(state: Mapping[str, Any], group: Mapping[str, Any], parameter: Tensor, dim: int) -> Momentum | None:
+def _momentum(
+    state: Mapping[str, Any], group: Mapping[str, Any], parameter: Tensor, dim: int, units: Tensor | None
+) -> Momentum | None:
     first, second = state.get("exp_avg", state.get("momentum_buffer")), state.get("exp_avg_sq")
     decays = group.get("betas") if second is not None else (group.get("momentum"), 1.0)
     if not isinstance(decays, (tuple, list)) or not all(isinstance(decay, float) for decay in decays):
@@ -92,13 +103,13 @@ def _momentum(state: Mapping[str, Any], group: Mapping[str, Any], parameter: Ten
         return None
     if len(decays) != 2 or not 0 < decays[0] < decays[1] ** 0.5:
         return None
-    moments = _rows(first, dim)
+    moments = _rows(first, dim, units)
     smallest = torch.finfo(first.dtype).tiny * torch.finfo(first.dtype).eps
     faint = moments.abs().amax(1) < _COARSE * smallest
     if second is None:
         sizes = moments.square().mean(1).log() / 2
         return Momentum(sizes, torch.full_like(sizes, math.nan), faint, decays[0])
-    squares = _rows(second, dim)
+    squares = _rows(second, dim, units)
     ratios = torch.where(squares > 0, moments.square() / squares, math.nan)
     sizes = ratios.nanmean(1).log() / 2
     return Momentum(sizes, squares.mean(1).log(), faint, decays[0], decays[1], int(state.get("step", 0)))
@@ -110,10 +121,11 @@ def _is_like(moment: Any, parameter: Tensor) -> bool:
     return is_tensor and not hasattr(moment, "to_local")
 
 
-def _rows(moment: Tensor, dim: int) -> Tensor:
+def _rows(moment: Tensor, dim: int, units: Tensor | None) -> Tensor:
     """Read some entries of each unit, shape ``(units, entries)``."""
     rows = moment.detach().movedim(dim, 0).flatten(1)
-    return rows[:, :: math.ceil(rows.shape[1] / _ENTRIES)].cpu().double()
+    rows = rows[:, :: math.ceil(rows.shape[1] / _ENTRIES)]
+    return (rows if units is None else rows[units.to(rows.device)]).cpu().double()
 
 
 def live_units(momentum: Momentum) -> Tensor:
@@ -213,16 +225,21 @@ def expected_sizes(momentum: Momentum, norms: Sequence[float] = ()) -> Tensor:
         Shape ``(steps,)``, float64.
     """
     length = len(norms) or min(momentum.steps or momentum.reach, momentum.reach)
-    known = torch.tensor(norms or [1.0] * length, dtype=torch.float64).square()
-    known = torch.where(known > 0, known, known[known > 0].median() if (known > 0).any() else 1.0)  # NaN: not seen
-    decays = torch.tensor([momentum.decay**2, momentum.square_decay], dtype=torch.float64)
-    shares = torch.tensor([(1 - momentum.decay) ** 2, 1 - momentum.square_decay], dtype=torch.float64)
     from_start = 0 < momentum.steps <= length
+    return _followed(tuple(norms) or (1.0,) * length, momentum.decay, momentum.square_decay, from_start)
+
+
+@lru_cache(maxsize=8)  # layers that are trained alike ask the same
+def _followed(norms: tuple[float, ...], decay: float, square_decay: float, from_start: bool) -> Tensor:
+    known = torch.tensor(norms, dtype=torch.float64).square()
+    known = torch.where(known > 0, known, known[known > 0].median() if (known > 0).any() else 1.0)  # NaN: not seen
+    decays = torch.tensor([decay**2, square_decay], dtype=torch.float64)
+    shares = torch.tensor([(1 - decay) ** 2, 1 - square_decay], dtype=torch.float64)
     state = [0.0, 0.0] if from_start else (float(known[0]) * shares / (1 - decays).clamp(min=1e-300)).tolist()
     (keep, keep_square), (add, add_square) = decays.tolist(), shares.tolist()
     followed: list[tuple[float, float]] = []
     for square in known.tolist():
         state = [keep * state[0] + add * square, keep_square * state[1] + add_square * square]
-        followed.append((state[0], state[1] if momentum.is_adaptive else 1.0))
+        followed.append((state[0], state[1] if square_decay < 1 else 1.0))
     first, second = torch.tensor(followed, dtype=torch.float64).unbind(1)
     return (first.log() - second.log()) / 2

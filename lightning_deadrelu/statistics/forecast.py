@@ -124,7 +124,8 @@ class _Ring:
         return min(self.added, len(self._peaks))
 
     def _ago(self, windows: int) -> Array:
-        return self._peaks[(self.added - windows) % len(self._peaks)]
+        row: Array = self._peaks[(self.added - windows) % len(self._peaks)]
+        return row
 
     def add(self, peak: Tensor) -> None:
         oldest, new = self._ago(self.length), peak.float().numpy()

@@ -121,6 +121,13 @@ def test_units_along_another_dimension():
     torch.testing.assert_close(one.sizes, two.sizes)
 
 
+def test_some_units_are_read_as_all_are():
+    weight, optimizer = trained(OPTIMIZERS["AdamW"], [0, 0, 0, 40], 200)
+    all_units, some = (momentum_of([optimizer], weight, 0, units) for units in (None, torch.tensor([3, 1])))
+    for whole, part in zip(all_units[:3], some[:3], strict=True):
+        assert torch.equal(part, whole[[3, 1]])
+
+
 def test_live_units_are_those_with_the_most_momentum_even_if_few():
     weight, optimizer = trained(OPTIMIZERS["AdamW"], [0, 0, *range(100, 120)], 400)
     momentum = momentum_of([optimizer], weight)

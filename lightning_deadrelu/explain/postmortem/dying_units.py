@@ -39,8 +39,8 @@ class DyingUnits(NamedTuple):
         adaptive: Whether the optimizer divides by the size of past gradients, as Adam does.
         momentum: Of an optimizer that does not.
         selected: Whether they have to be more than positive to fire, so that what they were drawn from tells little.
-        died: Step from which on each had no gradient, by the optimizer's momentum; NaN where that does not tell, None
-            where it tells of none.
+        died: Step from which on each had no gradient, by the optimizer's momentum; NaN where that does not tell, or was
+            not read, None where it tells of none.
     """
 
     site: str

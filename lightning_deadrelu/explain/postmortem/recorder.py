@@ -33,6 +33,7 @@ from lightning_deadrelu.statistics import LivenessReport, SiteReport, Totals
 from lightning_deadrelu.warn import warn
 
 _LEAST_ROWS, _MOST_ROWS = 1024, 8192
+_DATED = 256  # of the dying units of a layer, and as many of the live
 _DEATHS = 100
 
 Peaks = Callable[[SiteReport, Tensor], Tensor]
@@ -165,9 +166,10 @@ class FlightRecorder:
         optimizers: Sequence[Optimizer],
     ) -> tuple[DeathEvent, ...]:
         rows = self.steps.read(readings.steps)
+        norms = tuple(rows.column("gradient").tolist())
         dying = [
             units._replace(
-                died=_dated(units, ~report[units.site].silent, source, optimizers, rows),
+                died=_dated(units, ~report[units.site].silent, source, optimizers, rows, norms),
                 **trained(source, optimizers, self.steps.travelled),
             )
             for units, source in self._dying(report, totals.constant(self._watch.layout), readings, peaks)
@@ -271,16 +273,30 @@ def _dead_before(report: LivenessReport, constant: Tensor, layout: Layout) -> di
 
 
 def _dated(
-    dying: DyingUnits, live: Tensor, source: Incoming, optimizers: Sequence[Optimizer], rows: Rows
+    dying: DyingUnits,
+    live: Tensor,
+    source: Incoming,
+    optimizers: Sequence[Optimizer],
+    rows: Rows,
+    norms: Sequence[float],
 ) -> Tensor | None:
-    """Tell since which step each unit has had no gradient, after the last observation that saw it fire."""
+    """Tell of some units since which step each has had no gradient, after the last time that it was seen to fire."""
     if source.weight is None or source.dim is None or not rows.steps:
         return None
-    momentum = momentum_of(optimizers, source.weight, source.dim)
+    dated, living = _some(len(dying.units)), live.nonzero().flatten()
+    asked = torch.cat([dying.units[dated], living[_some(len(living))]])
+    momentum = momentum_of(optimizers, source.weight, source.dim, asked)
     if momentum is None:
         return None
-    ages = steps_without_gradient(momentum, live, rows.column("gradient").tolist())[dying.units]
+    ages = torch.full((len(dying.units),), math.nan, dtype=torch.float64)
+    lives = torch.arange(len(asked)) >= len(ages[dated])
+    ages[dated] = steps_without_gradient(momentum, lives, norms)[~lives]
     steps = torch.tensor(rows.steps, dtype=torch.float64)
     place = (len(steps) - ages).nan_to_num(0.0).clamp(0, len(steps) - 1).long()
     died = steps[place].maximum(dying.last_fired + 1.0).minimum(dying.silent_from.double())
     return died.masked_fill(ages.isnan() | dying.born, math.nan)
+
+
+def _some(number: int) -> slice:
+    """Choose 256 at most, evenly: of their momentum many numbers are read, and told is the median."""
+    return slice(None, None, math.ceil(number / _DATED) or 1)

@@ -14,7 +14,9 @@ from two_ranks import ddp_trainer, on_two_ranks
 
 from lightning_deadrelu import DeadReLUMonitor, LivenessReport, Reset, watch
 from lightning_deadrelu.checkpoint import decode, encode
+from lightning_deadrelu.explain.death_dates import momentum_of
 from lightning_deadrelu.explain.finding import Finding
+from lightning_deadrelu.explain.postmortem import recorder
 from lightning_deadrelu.explain.postmortem.death_events import DeathEvent, described, largest, merged, still_true
 from lightning_deadrelu.explain.postmortem.dying_units import DyingUnits
 from lightning_deadrelu.explain.postmortem.explain import explain
@@ -166,9 +168,9 @@ def test_a_resumed_run_tells_the_same(tmp_path):
     assert len(whole.deaths) == 1
 
 
-def killed(optimizer, step=133, units=6):
+def killed(optimizer, step=133, units=6, width=64):
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 4))
+    net = nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 4))
     optimizer = optimizer(net.parameters())
     with watch(net, optimizer, every_n_steps=100, window=2, min_samples=20) as monitor:
         for now in range(400):
@@ -194,6 +196,15 @@ def test_a_death_between_observations_is_dated_by_the_momentum(optimizer):
     date = f"between steps 100 and 200 (about step {event.estimated_step}, by the optimizer's momentum), "
     assert date in str(event)
     assert event.to_dict()["estimated_step"] == event.estimated_step
+
+
+def test_of_a_wide_layer_few_units_are_read_to_date_its_deaths(monkeypatch):
+    read = []
+    monkeypatch.setattr(recorder, "momentum_of", lambda *asked: read.append(len(asked[-1])) or momentum_of(*asked))
+    (event,) = killed(lambda p: torch.optim.AdamW(p, 1e-3), units=1100, width=3000)
+    assert event.units == (1100,)
+    assert event.estimated_step == pytest.approx(133, abs=5)
+    assert read == [220 + 238]  # of the 1,100 each fifth, and of 1,900 each eighth
 
 
 def test_where_the_momentum_does_not_tell_there_is_no_date():
