@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 
 class Stretch(NamedTuple):
@@ -78,3 +79,8 @@ def storage_of(tensor: Tensor) -> int:
         return int(tensor.untyped_storage()._cdata)
     except (RuntimeError, NotImplementedError, ValueError):  # sparse, under a transform, or without values yet
         return -1
+
+
+def lifetime(tensor: Tensor) -> Any:
+    """Keep the number of a tensor's storage from being given to another one, without keeping its memory."""
+    return None if storage_of(tensor) == -1 else StorageWeakRef(tensor.untyped_storage())

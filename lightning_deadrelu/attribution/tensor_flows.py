@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import weakref
+import itertools
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_deadrelu.attribution.connectivity import Connectivity
 from lightning_deadrelu.attribution.labels import Flow, TracedCall, Weight, unaccounted_reads
-from lightning_deadrelu.attribution.storage import Memory, storage_of
+from lightning_deadrelu.attribution.storage import Memory, lifetime, storage_of
 from lightning_deadrelu.model.parameters import ParameterNames
 from lightning_deadrelu.model.sharding import is_sharded
 from lightning_deadrelu.model.sites import clean
@@ -21,6 +22,35 @@ from lightning_deadrelu.model.torch_calls import TensorTable, node_number
 _MOST_NODES = 10_000
 _OUT_OF_SIGHT = "code out of sight"
 _IN_SIGHT = frozenset({"CheckpointFunctionBackward", "RegisterPostBackwardFunctionBackward"})  # checkpoints, and FSDP2
+
+
+@dataclass(slots=True)
+class _Contents:
+    """What a storage holds, in whatever tensors, also in those that are gone.
+
+    Args:
+        lifetime: As long as it is held, no other storage has the same number.
+        version: Another number after each write in sight, and no other storage's.
+        flows: What flows in it, but for what was given up.
+    """
+
+    lifetime: Any
+    version: int
+    flows: list[Flow] = field(default_factory=list)
+
+
+class _Known(NamedTuple):
+    """What was known of a tensor when it was last made or written to in sight.
+
+    Args:
+        flow: What flows in it.
+        made_plainly: Whether autograd did not know of it then.
+        version: Of what its storage holds.
+    """
+
+    flow: Flow
+    made_plainly: bool
+    version: int
 
 
 class TensorFlows:
@@ -35,8 +65,9 @@ class TensorFlows:
         self._model, self._connectivity = model, connectivity
         self._names = ParameterNames(model)
         self._buffers: dict[int, tuple[Tensor, Flow]] = {}
-        self._known: TensorTable[tuple[Flow, bool]] = TensorTable()  # and whether autograd knew of it then
-        self._stored: dict[int, list[tuple[weakref.ref[Tensor], Flow]]] = {}
+        self._known: TensorTable[_Known] = TensorTable()
+        self._contents: dict[int, _Contents] = {}
+        self._versions = itertools.count()
         self._nodes: dict[int, list[Flow]] = {}
         self._memory = Memory()
         self._first_node = 0
@@ -58,12 +89,12 @@ class TensorFlows:
     def end(self) -> None:
         """Let go of the batch, but for what the model keeps of it."""
         for name, buffer in self._model.named_buffers() if self._known else ():
-            if (entry := self._known.get(buffer)) is not None:  # it was assigned, not written to
-                self._note_kept(entry[0], clean(name))
+            if (known := self._known.get(buffer)) is not None:  # it was assigned, not written to
+                self._note_kept(known.flow, clean(name))
         self._buffers.clear()
         self._names.forget()
         self._known.clear()
-        self._stored.clear()
+        self._contents.clear()
         self._nodes.clear()
         self._memory = Memory()
 
@@ -72,19 +103,18 @@ class TensorFlows:
 
         Args:
             tensor: The tensor.
-            changed: By ``id``, what the call that is looked at has made or written to.
+            changed: By ``id``, what the call that is looked at has written to.
         """
         if (named := self._named(tensor)) is not None:
             return named
-        if (entry := self._known.get(tensor)) is None:
+        if (known := self._known.get(tensor)) is None:
             return self._found(tensor)
-        flow, made_plainly = entry
-        if id(tensor) not in changed:
-            if self._known.writes_to(tensor):
-                return self._changed(tensor, flow)
-            if made_plainly and _is_made_out_of_sight(tensor):
-                return self._emerged(tensor, flow)
-        return flow
+        is_changed = id(tensor) in changed  # by this call, which writes to it once at most
+        if self._known.writes_to(tensor) > is_changed or known.version != self._contents_of(tensor).version:
+            return self._changed(tensor, known.flow)
+        if known.made_plainly and not is_changed and _is_made_out_of_sight(tensor):
+            return self._emerged(tensor, known.flow)
+        return known.flow
 
     def _named(self, tensor: Tensor) -> Flow | None:
         """Look for a tensor among the model's own."""
@@ -97,13 +127,25 @@ class TensorFlows:
 
     def _changed(self, tensor: Tensor, flow: Flow) -> Flow:
         """Give up on what was changed through another view of the same memory."""
-        held = self._stored.get(storage_of(tensor), ())
-        for other in (flow, *(other for ref, other in held if ref() is not None)):  # its place may be another's by now
-            self._connectivity.note_unaccounted(unaccounted_reads(other, "a change in place", "a view of it is read"))
+        self._give_up(self._contents_of(tensor), flow)
         return self._lost(tensor, "it is changed in place")
+
+    def _give_up(self, contents: _Contents, *others: Flow) -> None:
+        """Count all that a storage holds as read: its place may be another's by now."""
+        for flow in (*others, *contents.flows):
+            self._note_read(flow, "a change in place", "a view of it is read")
+        contents.flows.clear()
+
+    def _contents_of(self, tensor: Tensor) -> _Contents:
+        """Look at what a tensor's storage holds."""
+        place = storage_of(tensor)
+        if (contents := self._contents.get(place)) is None:
+            contents = self._contents[place] = _Contents(lifetime(tensor), next(self._versions))
+        return contents
 
     def _found(self, tensor: Tensor) -> Flow:
         """Meet a tensor that no seen function returned: an input, or the work of code out of sight."""
+        self._give_up(self._contents_of(tensor))
         node = _node_of(tensor)
         if self._names.is_gathered(tensor):
             self._name_parameters()
@@ -132,7 +174,7 @@ class TensorFlows:
 
     def _note_hidden(self, flows: Sequence[Flow]) -> None:
         for flow in flows:
-            self._connectivity.note_unaccounted(unaccounted_reads(flow, _OUT_OF_SIGHT, f"{_OUT_OF_SIGHT} reads it"))
+            self._note_read(flow, _OUT_OF_SIGHT, f"{_OUT_OF_SIGHT} reads it")
 
     def _walk(self, node: Any) -> None:
         """Find what code out of sight has read, along the graph of the gradients."""
@@ -159,29 +201,48 @@ class TensorFlows:
         """Note what flows in a tensor; in another network's parameter nothing does, whatever is copied into it."""
         if type(tensor) is nn.Parameter:
             flow = Flow(constant=True)
-        self._known.put(tensor, (flow, (node := _node_of(tensor)) is None))
-        if flow.streams:
-            self._stored.setdefault(storage_of(tensor), []).append((weakref.ref(tensor), flow))
+        contents, node = self._contents_of(tensor), _node_of(tensor)
+        self._known.put(tensor, _Known(flow, node is None, contents.version))
+        if flow.streams or flow.pending:
+            contents.flows.append(flow)
         if node is not None:
             self._nodes.setdefault(node_number(node), []).append(flow)
 
-    def write(self, call: TracedCall) -> None:
-        """Give up on what is written to the model's own memory: there it outlives the batch, out of sight.
+    def written(self, outputs: Sequence[Tensor], in_place: bool) -> list[Tensor]:
+        """List what a call has written to.
 
-        And on what has the same memory and does not count this change, as the tensor behind ``.data``.
+        Args:
+            outputs: What it returned, before anything of the call is looked at.
+            in_place: Whether it is known to write to that; else a tensor's own count of changes tells.
         """
-        for tensor in call.outputs:
-            for ref, flow in self._stored.get(storage_of(tensor), ()):
-                if (other := ref()) is not None and other is not tensor and not self._known.writes_to(other):
-                    self._changed(other, flow)
-        names = sorted(frozenset[str]().union(*map(self._memory.names, call.outputs)))
+        return [one for one in outputs if in_place or self._is_written(one)]
+
+    def _is_written(self, tensor: Tensor) -> bool:
+        return self._known.get(tensor) is not None and self._known.writes_to(tensor) > 0
+
+    def write(self, call: TracedCall, written: Sequence[Tensor]) -> None:
+        """Count changes in place, also for what shares the memory and does not count them, as behind ``.data``.
+
+        What is written to the model's own memory is given up: there it outlives the batch, out of sight.
+
+        Args:
+            call: The call; all that it read was looked at.
+            written: What it has written to.
+        """
+        names = sorted(frozenset[str]().union(*map(self._memory.names, written)))
         for tensor in call.operands if names else ():
             self._note_kept(call.look(tensor), names[0])
+        for tensor in written:
+            self._contents_of(tensor).version = next(self._versions)
 
     def _note_kept(self, flow: Flow, name: str) -> None:
         """Count what a tensor of the model holds of activations as read."""
-        kept = unaccounted_reads(Flow(flow.streams), f"the tensor `{name}`", f"the tensor `{name}` keeps it")
-        self._connectivity.note_unaccounted((*kept, *flow.pending))
+        kept = Flow(flow.streams, pending=flow.pending)
+        self._note_read(kept, f"the tensor `{name}`", f"the tensor `{name}` keeps it")
+
+    def _note_read(self, flow: Flow, before: str, behind: str) -> None:
+        """Count all of a flow as read where it cannot be accounted for."""
+        self._connectivity.note_unaccounted((*unaccounted_reads(flow, before, behind), *flow.pending))
 
 
 def _next_node() -> int:

@@ -152,16 +152,20 @@ class Tracer:
         outputs = [args[0]] if name == "__setitem__" else _tensors(output)
         if not outputs:
             return
-        changed = {id(out) for out in outputs}
+        written = self._flows.written(outputs, writes_in_place(name, kwargs))
+        changed = {id(one) for one in written}
+
+        looked: dict[int, Flow] = {}
 
         def look(value: Any) -> Flow:
-            known = isinstance(value, Tensor) and not nn.parameter.is_lazy(value)  # which nothing may be asked
-            return self._flows.look(value, changed) if known else Flow()
+            if not isinstance(value, Tensor) or nn.parameter.is_lazy(value):  # of which nothing may be asked
+                return Flow()
+            if (flow := looked.get(id(value))) is None:
+                flow = looked[id(value)] = self._flows.look(value, changed)
+            return flow
 
         path, module = frame
         call = TracedCall(plain_name(name), args, kwargs, outputs, func=func, look=look, path=path, module=module)
-        if writes_in_place(name, kwargs):
-            self._flows.write(call)
         outcome = self._rectify(call, *met) if met else self._follow(call)
         trained = any(out.requires_grad for out in outputs) or name == "__setitem__"
         chooses = call.name in CHOICES
@@ -174,6 +178,7 @@ class Tracer:
             kept = [read for read in pending if read.chooses] if call.name in _CARRYING_CHOICES else []
             self.known.note_unaccounted(read for read in pending if read not in kept)
             pending = tuple(kept)
+        self._flows.write(call, written)
         for out, flow in zip(outputs, outcome.flows, strict=True):
             self._flows.remember(out, self._pruned(flow)._replace(pending=pending))
 

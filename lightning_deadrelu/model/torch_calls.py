@@ -22,6 +22,7 @@ from torch import Tensor
 _PLAIN = {"iadd": "add", "radd": "add", "isub": "sub", "subtract": "sub", "imul": "mul", "rmul": "mul"}
 _PLAIN |= {"multiply": "mul", "truediv": "div", "itruediv": "div", "idiv": "div", "divide": "div", "true_divide": "div"}
 _PLAIN |= {"rtruediv": "rdiv", "imatmul": "matmul", "negative": "neg"}
+_FLAGS = frozenset({"requires_grad_", "detach_"})  # they change what autograd knows of a tensor, and nothing in it
 _IN_PLACE = frozenset(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "div", "pow", "mod"))
 
 IGNORED = frozenset({"shape", "dtype", "device", "dim", "size", "ndim", "is_cuda", "requires_grad", "grad_fn", "numel"})
@@ -63,7 +64,7 @@ def writes_in_place(name: str, kwargs: Mapping[str, Any]) -> bool:
         >>> writes_in_place("add_", {}), writes_in_place("__iadd__", {}), writes_in_place("__add__", {})
         (True, True, False)
     """
-    plainly = name.endswith("_") and not name.endswith("__")
+    plainly = name.endswith("_") and not name.endswith("__") and name not in _FLAGS
     return plainly or name == "__setitem__" or name in _IN_PLACE or kwargs.get("out") is not None
 
 

@@ -10,12 +10,13 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 Layer = Callable[["Drawn", str, Tensor], Tensor]
 Move = Callable[[Tensor, Tensor], Tensor]
+Made = Callable[["Register", Tensor], Tensor]
 
 LAYERS: list[Layer] = [
     lambda m, name, x: m.layer(name, lambda: nn.Linear(x.shape[-1], 6))(x),
@@ -130,3 +131,68 @@ def test_no_attribution_is_wrong(blocks: list[Block], shape: tuple[int, ...]) ->
     model, x = Drawn(blocks), torch.randn(shape)
     model(x)  # makes the layers
     oracle.check(model, lambda: model(x.clone().requires_grad_()))
+
+
+MADE: list[Made] = [
+    lambda m, x: m.a(x),
+    lambda m, x: F.relu(m.a(x)),
+    lambda m, x: F.relu(m.d(x)).clone(),
+    lambda m, x: torch.zeros(5, 6),
+]
+SHARED: list[Move] = [
+    lambda x, y: x.view(5, 6),
+    lambda x, y: x[:],
+    lambda x, y: x.detach(),
+    lambda x, y: x.data,
+    lambda x, y: x.contiguous(),
+    lambda x, y: x.t().t(),
+]
+WRITTEN: list[Move] = [
+    lambda x, y: x.mul_(2),
+    lambda x, y: x.neg_(),
+    lambda x, y: x.add_(y),
+    lambda x, y: x.copy_(y),
+    lambda x, y: F.relu_(x),
+    lambda x, y: F.relu(x, inplace=True),
+    lambda x, y: x.t().add_(y.t()),
+    lambda x, y: x.__setitem__((slice(None), slice(3)), y[:, :3]),
+    lambda x, y: x.data.add_(y.detach()),
+    lambda x, y: setattr(x, "data", y),
+    lambda x, y: x.view(-1)[:12].mul_(2),
+]
+COMPUTED: list[Move] = [lambda x, y: F.relu(x), lambda x, y: -x, lambda x, y: x + y]
+
+
+class Register(nn.Module):
+    """Tensors of one size, made, shared, written to and computed; the last two are read by a layer each."""
+
+    def __init__(self, made: list[Made], steps: list[tuple[Move, int, int]]) -> None:
+        super().__init__()
+        self.made, self.steps = made, steps
+        self.a, self.d = nn.Linear(4, 6), nn.Linear(4, 6)
+        self.b, self.c = nn.Linear(6, 2), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        known = [make(self, x) for make in self.made]
+        for step, i, j in self.steps:
+            known.append(step(known[i % len(known)], known[j % len(known)]))
+            known = [one for one in known if one is not None and one.shape == (5, 6)]
+        return self.b(known[-1]) + self.c(known[-2])
+
+
+steps = st.tuples(st.sampled_from(SHARED + WRITTEN + COMPUTED), st.integers(0, 5), st.integers(0, 5))
+
+
+@pytest.mark.slow
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from(MADE), min_size=2, max_size=2), st.lists(steps, min_size=2, max_size=8))
+def test_no_attribution_of_tensors_that_share_memory_is_wrong(
+    made: list[Made], steps: list[tuple[Move, int, int]]
+) -> None:
+    torch.manual_seed(0)
+    model, x = Register(made, steps), torch.randn(5, 4)
+    try:
+        model(x)
+    except RuntimeError:  # torch forbids some changes of what has gradients
+        reject()
+    oracle.check(model, lambda: model(x.clone()))

@@ -147,6 +147,25 @@ def through_a_view(model: Any, x: Tensor) -> Tensor:
     return model.b(z) + view.view(5, 6).sum(-1, keepdim=True)
 
 
+def changed_twice(model: Any, x: Tensor) -> Tensor:
+    z = model.a(x).clone()
+    view, other = z.view(5, 6), z.view(5, 6)
+    F.relu_(view)
+    return model.b(F.relu(other.mul_(-1)))
+
+
+def into_zeros(model: Any, x: Tensor) -> Tensor:
+    zeros, h = torch.zeros(5, 6), F.relu(model.a(x))
+    zeros.data.add_(h.detach())
+    return model.c(h) + model.b(zeros)
+
+
+def through_a_view_that_is_gone(model: Any, x: Tensor) -> Tensor:
+    h, z = F.relu(model.c(x)), model.a(x)
+    h.t().add_(z.t())
+    return model.b(h) + model.d(F.relu(z))
+
+
 def out_of_sight(model: Any, x: Tensor) -> Tensor:
     h = F.relu(model.a(x))
     return model.b(h) + Halve.apply(h).sum(-1, keepdim=True)
@@ -306,6 +325,7 @@ def in_one_storage() -> nn.Module:
 
 
 PAIR = {"a": linear(), "b": linear(6, 2)}
+TWO_READERS = {**PAIR, "c": linear(6, 2)}
 IMAGES = [(2, 4, 6, 6)]
 
 # a net, its inputs, and what is said of each site: names, or a part of the refusal after "!"
@@ -470,6 +490,34 @@ EXPECTED: dict[str, tuple[Callable[[], nn.Module], list[Any], list[tuple[str, st
         net(lambda m, x: ((h := F.relu(m.a(x))).data.add_(1), m.b(h))[1], **PAIR),
         [(5, 4)],
         [("a.weight a.bias", "!a view of it is read")],
+    ),
+    "zeros written to where no change is counted": (
+        net(into_zeros, **TWO_READERS),
+        [(5, 4)],
+        [("a.weight a.bias", "!`add` reads it")],
+    ),
+    "written to by a view that is gone": (
+        net(through_a_view_that_is_gone, **PAIR, c=linear(), d=linear(6, 2)),
+        [(5, 4)],
+        [("c.weight c.bias", "!`add` reads it"), ("!`a.weight` also feeds a change in place", "d.weight")],
+    ),
+    "a changed view is changed again": (
+        net(changed_twice, **PAIR),
+        [(5, 4)],
+        [("!it is changed in place", "!a view of it is read")],
+    ),
+    "given other data": (
+        net(
+            lambda m, x: (setattr(z := torch.zeros(5, 6), "data", h := F.relu(m.a(x))), m.c(h) + m.b(z))[1],
+            **TWO_READERS,
+        ),
+        [(5, 4)],
+        [("a.weight a.bias", "!a view of it is read")],
+    ),
+    "a leaf behind a detach": (
+        net(lambda m, x: m.c((h := F.relu(m.a(x))).detach().requires_grad_()) + m.b(h), **TWO_READERS),
+        [(5, 4)],
+        [("a.weight a.bias", "c.weight b.weight")],
     ),
     "moved by a pad": (
         net(lambda m, x: m.b(F.pad(F.relu(m.a(x)), (-1, 1))), **PAIR),

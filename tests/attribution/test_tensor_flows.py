@@ -1,0 +1,71 @@
+"""What a traced batch costs, and what it says of tensors that share memory."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_deadrelu.observe.watch import Watch
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "itself": lambda h: h,
+    "a view": lambda h: h.view(4, 8),
+    "detached": lambda h: h.detach(),
+    "its data": lambda h: h.data,
+}
+
+
+class Rewritten(nn.Module):
+    """Writes many times to one memory, through tensors that all stay alive."""
+
+    def __init__(self, writes: int, view: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.act, self.b = nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)
+        self.writes, self.view = writes, view
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.a(x)).clone()
+        views = [self.view(h) for _ in range(self.writes)]
+        for view in views:
+            view.mul_(0.5)
+        return self.b(h)
+
+
+def calls_of(function: Callable[[], Any]) -> int:
+    """Count the calls of Python and C functions."""
+    count = 0
+
+    def note(frame: Any, event: str, arg: Any) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    gc.disable()
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+        gc.enable()
+    return count
+
+
+def work(writes: int, view: Callable[[Tensor], Tensor]) -> int:
+    model = Rewritten(writes, view)
+    watch = Watch(model)
+    watch.trace()
+    with watch.probe:
+        count = calls_of(lambda: model(torch.ones(4, 4)))
+    assert watch.probe.failure is None
+    return count
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_the_work_of_writes_to_one_memory_grows_with_their_number(name: str) -> None:
+    _, few, some, many = (work(writes, VIEWS[name]) for writes in (1, 50, 100, 200))  # the first fills caches
+    assert many - some < 2.2 * (some - few)
