@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
     BatchSizeFinder,
+    EMAWeightAveraging,
     GradientAccumulationScheduler,
     LearningRateFinder,
     ModelPruning,
@@ -123,6 +124,7 @@ CASES = {
     "two optimizers": (TwoOptimizers, twenty, {"max_epochs": 2}, []),
     "accumulation by epoch": (Net, twenty, {"max_epochs": 3}, [partial(GradientAccumulationScheduler, {0: 2, 1: 3})]),
     "averaged weights": (normed, twenty, {"max_epochs": 4}, [averaging]),
+    "a moving average": (Net, twenty, {"max_epochs": 3}, [partial(EMAWeightAveraging, decay=0.9)]),
     "a search for the learning rate": (Tuned, None, {}, [partial(LearningRateFinder, num_training_steps=15)]),
     "a search for the batch size": (Tuned, None, {}, [partial(BatchSizeFinder, max_trials=2, steps_per_trial=2)]),
     "few batches again and again": (Net, twenty, {"overfit_batches": 3, "max_epochs": 4}, []),

@@ -16,9 +16,24 @@ from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset
-from toys import EVERYTHING, KEY, WITHIN, Log, Net, Nosy, Verdicts, bare, batches, fit, mlp, run_of, watchers
+from toys import (
+    EVERYTHING,
+    KEY,
+    WITHIN,
+    Log,
+    Net,
+    Nosy,
+    Verdicts,
+    bare,
+    batches,
+    fit,
+    mlp,
+    reports_of,
+    run_of,
+    watchers,
+)
 
-from lightning_deadrelu import DeadReLUMonitor
+from lightning_deadrelu import DeadReLUMonitor, find_dead_units
 
 
 @pytest.mark.parametrize("nosy_first", [True, False])
@@ -53,6 +68,30 @@ def test_log_graph_is_no_observation(tmp_path):
     model.example_input_array = torch.zeros(7, 4)
     fit(model, batches(4), monitor, logger=TensorBoardLogger(tmp_path, log_graph=True))
     assert monitor.report.sites[0].samples == 20
+
+
+class Audited(Net):
+    """Has its own units audited within a training step, between its layers."""
+
+    def training_step(self, batch, batch_idx):
+        hidden = self.net[:2](batch)
+        if self.audits:
+            find_dead_units(self.net, [torch.full((7, 4), 9.0)])
+        loss = (self.net[2:](hidden) - 1).pow(2).mean()
+        self.losses.append(loss.detach())
+        return loss
+
+
+@pytest.mark.parametrize("remedy", [None, "reset", "wake_up"])
+def test_an_audit_within_a_step_changes_nothing(remedy):
+    def train(audits):
+        torch.manual_seed(3)
+        model, monitor = Audited(), Verdicts(**EVERYTHING, remedy=remedy)
+        model.audits = audits
+        fit(model, batches(16), monitor)
+        return reports_of(monitor), model.losses, str(monitor.events)
+
+    assert train(True) == train(False)
 
 
 class Peeking(Callback):
