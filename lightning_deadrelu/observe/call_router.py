@@ -46,7 +46,7 @@ class CallRouter:
         """Who takes the inputs of modules, by path; to be changed by :meth:`subscribe_input`."""
 
     def subscribe_input(self, path: str, take: Callable[[Tensor], None]) -> RemovableHandle:
-        """Have a module's input handed to a function at each call, until the handle is removed.
+        """Have a module's input handed to a function at each call that trains, until the handle is removed.
 
         Args:
             path: Of the module.
@@ -94,8 +94,8 @@ class CallRouter:
         self.call_takers.clear()
 
     def take_input(self, path: str, x: Tensor) -> None:
-        """Hand a module's input on."""
-        for take in self.input_takers.get(path, {}).values():
+        """Hand a module's input on, if it is of a forward that trains, as the calls of rectifiers are."""
+        for take in self.input_takers.get(path, {}).values() if self._trains() else ():
             take(x.detach())
 
     def take_rectified(self, call: Rectified, output: Tensor) -> SiteCall | None:

@@ -70,28 +70,40 @@ def test_log_graph_is_no_observation(tmp_path):
     assert monitor.report.sites[0].samples == 20
 
 
-class Audited(Net):
-    """Has its own units audited within a training step, between its layers."""
+def look_without_gradients(net):
+    with torch.no_grad():
+        net(torch.full((7, 4), 9.0))
+
+
+LOOKS = {
+    "an audit": lambda net: find_dead_units(net, [torch.full((7, 4), 9.0)]),
+    "a forward without gradients": look_without_gradients,
+    "an evaluation": lambda net: (net.eval(), look_without_gradients(net), net.train()),
+}
+
+
+class Looking(Net):
+    """Looks at itself within a training step, between its layers."""
 
     def training_step(self, batch, batch_idx):
         hidden = self.net[:2](batch)
-        if self.audits:
-            find_dead_units(self.net, [torch.full((7, 4), 9.0)])
+        self.look(self.net)
         loss = (self.net[2:](hidden) - 1).pow(2).mean()
         self.losses.append(loss.detach())
         return loss
 
 
+@pytest.mark.parametrize("look", LOOKS)
 @pytest.mark.parametrize("remedy", [None, "reset", "wake_up"])
-def test_an_audit_within_a_step_changes_nothing(remedy):
-    def train(audits):
+def test_a_look_within_a_step_changes_neither_verdicts_nor_repairs(remedy, look):
+    def train(look):
         torch.manual_seed(3)
-        model, monitor = Audited(), Verdicts(**EVERYTHING, remedy=remedy)
-        model.audits = audits
+        model, monitor = Looking(), Verdicts(**EVERYTHING, remedy=remedy)
+        model.look = look
         fit(model, batches(16), monitor)
         return reports_of(monitor), model.losses, str(monitor.events)
 
-    assert train(True) == train(False)
+    assert train(LOOKS[look]) == train(lambda net: None)
 
 
 class Peeking(Callback):
