@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +29,20 @@ _NORM_ROLES = frozenset({"scale", "shift", "mean", "variance"})
 _UNFED = "no layer was seen to feed it directly"
 _UNREAD = "nothing was seen to read it"
 _MIXED = "`{}` also multiplies other things"
+
+
+class _Index(NamedTuple):
+    """What is asked of each site, found without a look at all others.
+
+    Args:
+        sites: Which sites an origin feeds.
+        readers: Which rows read a site.
+        outlets: The outlets met, by name.
+    """
+
+    sites: Mapping[Origin, list[Site]]
+    readers: Mapping[Site, list[Origin]]
+    outlets: Mapping[str, set[Origin]]
 
 
 @dataclass(eq=False)
@@ -155,12 +171,26 @@ class Connectivity:
 
     def attributions(self) -> dict[Site, Attribution]:
         """Attribute every site met."""
-        return {site: self._attribution(site) for site in self.fed}
+        index = self._index()
+        return {site: self._attribution(site, index) for site in self.fed}
 
-    def _attribution(self, site: Site) -> Attribution:
-        incoming, no_incoming = self._incoming(site)
-        outgoing, no_outgoing = self._outgoing(site)
-        outlet, no_outlet = self._outlet(site)
+    def _index(self) -> _Index:
+        index = _Index(defaultdict(list), defaultdict(list), defaultdict(set))
+        for site, fed in self.fed.items():
+            for origin in fed:
+                index.sites[origin].append(site)
+        for rows, reads in self.reads.items():
+            for site in dict.fromkeys(site for read in reads for site, units in read.sites.items() if units):
+                index.readers[site].append(rows)
+        for one in (*self.unaccounted_rows, *index.sites):
+            if one.role == OUTLET:
+                index.outlets[one.name].add(one)
+        return index
+
+    def _attribution(self, site: Site, index: _Index) -> Attribution:
+        incoming, no_incoming = self._incoming(site, index)
+        outgoing, no_outgoing = self._outgoing(site, index.readers[site])
+        outlet, no_outlet = self._outlet(site, index)
         reasons, multiplied = (no_incoming, no_outgoing, no_outlet), site in self.multiplied
         return Attribution(incoming, outgoing, outlet, *reasons, multiplied=multiplied)
 
@@ -169,22 +199,23 @@ class Connectivity:
 
         The last bias or shift is enough; where there is none, or it does not feed all units, others are listed too.
         """
-        return {site: self._read_by(site) for site in self.fed}
+        index = self._index()
+        return {site: self._read_by(site, index) for site in self.fed}
 
-    def _read_by(self, site: Site) -> tuple[Slice, ...]:
+    def _read_by(self, site: Site, index: _Index) -> tuple[Slice, ...]:
         added = [origin for origin in self.fed[site] if origin.role in ("bias", "shift")]
         multiplied = [origin for origin in self.fed[site] if origin.role in ("weight", "scale")]
         missing, chosen = torch.ones(site.units, dtype=torch.bool, device="cpu"), []
         for origin in (*reversed(added), *reversed(multiplied)):
             units = self.fed[site][origin][:, 1]
-            if missing[units].any() and not self._refusal(site, origin):
+            if missing[units].any() and not self._refusal(site, origin, index):
                 missing[units] = False
                 chosen.append(origin)
         return self._slices(site, chosen)
 
-    def _incoming(self, site: Site) -> tuple[tuple[Slice, ...], str]:
+    def _incoming(self, site: Site, index: _Index) -> tuple[tuple[Slice, ...], str]:
         fed = [origin for origin in self.fed[site] if origin.role != OUTLET]
-        refusals = {origin: self._refusal(site, origin) for origin in fed}
+        refusals = {origin: self._refusal(site, origin, index) for origin in fed}
         refused = next(filter(None, refusals.values()), "") or ("" if fed else _UNFED)
         if self.why.get(site) or not refused:
             return self._slices(site, [] if self.why.get(site) else fed), self.why.get(site, "")
@@ -196,7 +227,7 @@ class Connectivity:
     def _slices(self, site: Site, origins: Iterable[Origin]) -> tuple[Slice, ...]:
         return tuple(_slice(origin, *self.fed[site][origin].unbind(1)) for origin in origins)
 
-    def _refusal(self, site: Site, origin: Origin) -> str:
+    def _refusal(self, site: Site, origin: Origin, index: _Index) -> str:
         """Say why the entries that feed a site are not its own."""
         rows = self.fed[site][origin][:, 0]
         if len(rows.unique()) < len(rows):
@@ -204,8 +235,8 @@ class Connectivity:
         for reason, mask in self.unaccounted_rows.get(origin, {}).items():
             if mask[rows].any():
                 return f"`{origin.name}` also feeds {reason}"
-        for other, fed in self.fed.items():
-            if other != site and origin in fed and torch.isin(rows, fed[origin][:, 0]).any():
+        for other in index.sites[origin]:
+            if other != site and torch.isin(rows, self.fed[other][origin][:, 0]).any():
                 return f"`{origin.name}` also feeds `{self.name_of(other)}`"
         return self._conflict(origin.name)
 
@@ -220,14 +251,14 @@ class Connectivity:
             return f"`{name}` is used in several ways (tied weights)"
         return ""
 
-    def _outgoing(self, site: Site) -> tuple[tuple[Slice, ...], str]:
+    def _outgoing(self, site: Site, readers: list[Origin]) -> tuple[tuple[Slice, ...], str]:
         if refused := self.nonzero_when_silent.get(site) or next(iter(self.unaccounted_units.get(site, ())), ""):
             return (), refused
-        slices, idle = [], self._idle_readers(site)
-        for rows, reads in self.reads.items():
-            mine = [read.sites.get(site, ()) for read in reads]
-            if not any(mine) or rows.name in idle:
+        slices, idle = [], self._idle({rows.name for rows in readers})
+        for rows in readers:
+            if rows.name in idle:
                 continue
+            mine = [read.sites.get(site, ()) for read in self.reads[rows]]
             if refused := self._conflict(rows.name):
                 return (), refused
             if not all(_same_units(mine[0], other) for other in mine[1:]):
@@ -235,30 +266,26 @@ class Connectivity:
             slices.append(_reader(rows, mine[0]))
         return tuple(slices), "" if slices else _UNREAD
 
-    def _idle_readers(self, site: Site) -> frozenset[str]:
-        """Name the frozen weights that read a site for nothing: no loss hears of them, and of others one does."""
-        names = {rows.name for rows, reads in self.reads.items() if any(read.sites.get(site) for read in reads)}
-        return frozenset(names & self.frozen - self.reached if names & self.reached else ())
+    def _idle(self, names: set[str]) -> set[str]:
+        """Pick the frozen weights that read a site for nothing: no loss hears of them, and of others one does."""
+        return names & self.frozen - self.reached if names & self.reached else set()
 
-    def _outlet(self, site: Site) -> tuple[Outlet | None, str]:
+    def _outlet(self, site: Site, index: _Index) -> tuple[Outlet | None, str]:
         ends = [origin for origin in self.fed[site] if origin.role == OUTLET]
         if not ends:
             weights = [origin.name for origin in self.fed[site] if origin.role not in ("mean", "variance")]
             return None, _no_outlet(weights[-1]) if weights else self.why.get(site, _UNFED)
         refusals = [
-            self._refusal(site, end) or _no_place(site, self.fed[site][end]) or self._other_layout(end) for end in ends
+            self._refusal(site, end, index)
+            or _no_place(site, self.fed[site][end])
+            or _other_layout(end, index.outlets[end.name])
+            for end in ends
         ]
         good = [end for end, refusal in zip(ends, refusals, strict=True) if not refusal]
         if not good:
             return None, refusals[-1]
         rows, units = self.fed[site][good[-1]].unbind(1)
         return Outlet(good[-1].name, rows[units.argsort()], good[-1].dims[0]), ""
-
-    def _other_layout(self, end: Origin) -> str:
-        """Say so where a module's output has its channels elsewhere in another call."""
-        met = (one for known in (self.unaccounted_rows, *self.fed.values()) for one in known)
-        other = any(one.role == OUTLET and one.name == end.name and one != end for one in met)
-        return f"the output of `{end.name}` has several shapes" if other else ""
 
 
 def _mark(reasons: dict[str, Tensor], read: UnaccountedRead, count: int) -> None:
@@ -272,6 +299,11 @@ def _any(reasons: Mapping[str, Tensor]) -> Tensor:
 
 def _no_outlet(name: str) -> str:
     return f"`{name}` is used by a function, or the output of its module is changed before it gets here"
+
+
+def _other_layout(end: Origin, known: set[Origin]) -> str:
+    """Say so where a module's output has its channels elsewhere in another call."""
+    return f"the output of `{end.name}` has several shapes" if known != {end} else ""
 
 
 def _no_place(site: Site, places: Tensor) -> str:

@@ -2,6 +2,7 @@ import io
 
 import pytest
 import torch
+from counting import calls_of
 from torch import nn
 from toys import mlp
 
@@ -46,14 +47,18 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_what_is_known_outlasts_a_checkpoint(name):
-    model, shape = MODELS[name]
-    tracer, again = Tracer(model), Tracer(model)
-    probe = Probe(model, lambda *call: None)
+def traced(model, shape):
+    tracer, probe = Tracer(model), Probe(model, lambda *call: None)
     probe.router.subscribe_calls(tracer)
     with probe:
         model(torch.randn(shape)).sum().backward()
+    return tracer
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_known_outlasts_a_checkpoint(name):
+    model, shape = MODELS[name]
+    tracer, again = traced(model, shape), Tracer(model)
     torch.save(encode(tracer.state), buffer := io.BytesIO())
     buffer.seek(0)
     again.restore(decode(Connectivity, torch.load(buffer, weights_only=True)))
@@ -63,3 +68,13 @@ def test_what_is_known_outlasts_a_checkpoint(name):
     assert (again.known.used, again.known.order) == (tracer.known.used, tracer.known.order)
     assert again.sole_readers().keys() == tracer.sole_readers().keys()
     assert all(again.known.other_readers(name) == tracer.known.other_readers(name) for name in tracer.known.used)
+
+
+@pytest.mark.parametrize("ask", [Tracer.attributions, Tracer.sole_readers])
+def test_the_work_of_all_answers_grows_with_the_number_of_layers(ask):
+    models = (
+        nn.Sequential(*(part for _ in range(layers) for part in (nn.Linear(4, 4), nn.ReLU())))
+        for layers in (1, 20, 40, 80)
+    )
+    _, few, some, many = (calls_of(lambda tracer=traced(model, (5, 4)): ask(tracer)) for model in models)
+    assert many - some < 2.2 * (some - few)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gc
-import sys
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
+from counting import calls_of
 from torch import Tensor, nn
 
 from lightning_deadrelu.observe.watch import Watch
@@ -35,24 +33,6 @@ class Rewritten(nn.Module):
         for view in views:
             view.mul_(0.5)
         return self.b(h)
-
-
-def calls_of(function: Callable[[], Any]) -> int:
-    """Count the calls of Python and C functions."""
-    count = 0
-
-    def note(frame: Any, event: str, arg: Any) -> None:
-        nonlocal count
-        count += event in ("call", "c_call")
-
-    gc.disable()
-    sys.setprofile(note)
-    try:
-        function()
-    finally:
-        sys.setprofile(None)
-        gc.enable()
-    return count
 
 
 def work(writes: int, view: Callable[[Tensor], Tensor]) -> int:
