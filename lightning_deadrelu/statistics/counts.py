@@ -19,7 +19,7 @@ from lightning_deadrelu.warn import warn
 
 RELU = Rectifier("relu", plain=True)
 _EXACT_IN_FLOAT32 = 2**24
-_FEW_POSITIONS = 16
+_FEW_POSITIONS = 49
 _WIDE = frozenset({torch.float32, torch.float64})
 
 
@@ -162,7 +162,7 @@ def count(
     """
     if x.ndim == len(dims):
         x, out, valid = x[None], out[None], None if valid is None else valid[None]
-    plan = _planned(x.shape, dims, x.is_cpu)
+    plan = _planned(x.shape, dims, x.is_cpu, x.stride(dims[-1]) == 1)
     samples, elements = (plan.samples, plan.elements) if valid is None else (samples_in(valid, dims).sum(), valid.sum())
     padding = None if valid is None else ~valid.reshape([1 if n - x.ndim in dims else s for n, s in enumerate(x.shape)])
     fits = runs_kernels(x) and rectifier.plain and not rectifier.hinge
@@ -272,8 +272,8 @@ class _Plan(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _planned(shape: torch.Size, dims: tuple[int, ...], on_cpu: bool) -> _Plan:
-    """Plan once per shape: for small activations, to plan costs as much as to count."""
+def _planned(shape: torch.Size, dims: tuple[int, ...], on_cpu: bool, side_by_side: bool) -> _Plan:
+    """Plan once per shape, and whether units lie side by side: for small inputs to plan costs as much as to count."""
     over = tuple(dim for dim in range(-len(shape), 0) if dim not in dims)
     images = tuple(dim for dim in over if dim < min(dims))
     positions = tuple(dim for dim in over if dim > min(dims))
@@ -282,7 +282,7 @@ def _planned(shape: torch.Size, dims: tuple[int, ...], on_cpu: bool) -> _Plan:
     stages: tuple[tuple[int, ...], ...] = (over,)
     if on_cpu and images and positions:  # several times faster than both at once
         many = math.prod(shape[dim] for dim in positions) > _FEW_POSITIONS
-        stages = (positions, images) if many else (images, positions)
+        stages = (positions, images) if many or side_by_side else (images, positions)
     return _Plan(over, stages, samples, elements)
 
 
