@@ -91,7 +91,7 @@ def _units(
     was_dead, ever, returned = before.dead.numpy(), before.ever.numpy(), before.revived.numpy()
     nonfinite = totals.nonfinite.numpy()
     fires, sane, proven = totals.last_fired.numpy() >= 0, nonfinite < NAN, totals.proved.numpy() >= 0
-    found = _by_site(totals, before, layout, steps, proven)
+    found = _by_site(totals, before, layout, steps, fires, proven)
     smooth = torch.tensor([site.smooth for site in layout], dtype=torch.bool)  # of no site too
     rated, ran = totals.elements.any(1), totals.samples.any(1)
     silent = _per_unit(ran & ~smooth, layout) & ~fires & sane
@@ -139,29 +139,29 @@ def _per_unit(of_sites: Sequence[bool] | Tensor, layout: Layout) -> Array:
 
 
 def _by_site(
-    totals: Totals, before: UnitHistory, layout: Layout, steps: Sequence[int], proven: Array
+    totals: Totals, before: UnitHistory, layout: Layout, steps: Sequence[int], fires: Array, proven: Array
 ) -> dict[str, Array]:
     """Work out what takes numbers of the site, one site at a time, so that a part stays in the cache."""
     fired, magnitude, number = totals.fired.numpy(), totals.magnitude.numpy(), torch.tensor([-1, *steps]).int()
     elements, samples = totals.elements.sum(1).tolist(), totals.samples.sum(1).tolist()
     counts = np.int32 if max(elements, default=0) < 2**31 else np.int64  # half the bytes to compare
     dtypes = {"fired": counts, "always_on": bool, "rare": bool, "dormancy": magnitude.dtype}
-    dtypes |= {"age": np.int64, "seen": np.int64, "last_fired": np.int32}
+    dtypes |= {"age": np.int64, "seen": np.int64}
     flat = {key: np.empty(layout.units, dtype) for key, dtype in dtypes.items()}
-    since = _since(totals.samples)
+    behind = totals.last_fired.int().add_(1)  # observations until then
+    signs = behind.maximum(totals.proved.int()) if proven.any() else behind
+    last_fired, since = number.index_select(0, behind).numpy(), _since(totals.samples)
+    flat["last_fired"] = np.maximum(last_fired, before.last_fired.numpy(), out=last_fired)
+    age, seen = before.age.numpy(), before.seen.numpy()
     for index, place in enumerate(layout.places):
         so_far = int(before.elements[index]) + elements[index]
         part = {key: values[place] for key, values in flat.items()}
         part["fired"][:] = fired[place]
         _compare(part, elements[index])
         _dormancy(part["dormancy"], magnitude[place])
-        behind = totals.last_fired[place].int().add_(1)  # observations until then
-        signs = behind.maximum(totals.proved[place].int()) if proven[place].any() else behind
-        np.maximum(before.seen[place].numpy(), (behind.numpy() > 0) * so_far, out=part["seen"])
-        np.add(before.age[place].numpy(), samples[index], out=part["age"])
-        np.minimum(part["age"], since[index].index_select(0, signs).numpy(), out=part["age"])
-        torch.index_select(number, 0, behind, out=torch.from_numpy(part["last_fired"]))
-        np.maximum(part["last_fired"], before.last_fired[place].numpy(), out=part["last_fired"])
+        np.maximum(seen[place], fires[place] * so_far, out=part["seen"])
+        np.add(age[place], samples[index], out=part["age"])
+        np.minimum(part["age"], since[index].index_select(0, signs[place]).numpy(), out=part["age"])
     return flat
 
 
