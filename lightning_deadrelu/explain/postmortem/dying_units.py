@@ -11,6 +11,7 @@ from torch import Tensor
 
 SHARE, UNITS = 0.05, 3  # of a site: what dies beside is told without a cause
 _DRIFT_WINDOWS = 4
+_LEFT = 0.8  # of a bias: where decay has left more, it killed nobody
 
 
 class DyingUnits(NamedTuple):
@@ -126,11 +127,13 @@ def are_many(dying: DyingUnits) -> bool:
 
 def decayed(dying: DyingUnits) -> Tensor:
     """Tell who would fire with its first bias, of which decay has taken a good part."""
+    if dying.left > _LEFT:
+        return torch.zeros_like(dying.born)
     first = dying.first_bias[dying.units]
     lost = first - dying.bias
     sunk = dying.peaks.amax(0) - dying.peaks[-1]
     shrunk = (dying.bias < 0.7 * first) & (dying.bias > -0.1 * lost)
-    return shrunk & (dying.peaks[-1] + lost > 0) & (lost >= sunk / 2) & (dying.left <= 0.8)
+    return shrunk & (dying.peaks[-1] + lost > 0) & (lost >= sunk / 2)
 
 
 def median(values: Tensor) -> float:
