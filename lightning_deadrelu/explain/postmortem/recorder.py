@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -216,12 +217,11 @@ class FlightRecorder:
 
     def _interval(self, site: SiteReport, units: Tensor) -> tuple[Tensor, Tensor]:
         """Tell at which observation each unit fired last, and which came after, shape ``(dying,)``."""
-        start = self._observed[0] if self._observed else 0
-        last_fired = site.last_fired[units].long()
-        last_fired[last_fired < 0] = start
-        observed = torch.tensor(self._observed or [start], dtype=torch.int64)
-        after = torch.searchsorted(observed, last_fired, right=True).clamp(max=len(observed) - 1)
-        return last_fired, observed[after].maximum(last_fired)
+        observed = np.array(self._observed or [0])
+        last_fired = site.last_fired.numpy()[units.numpy()].astype(np.int64)
+        last_fired[last_fired < 0] = observed[0]
+        after = observed.searchsorted(last_fired, side="right").clip(max=len(observed) - 1)
+        return torch.from_numpy(last_fired), torch.from_numpy(np.maximum(observed[after], last_fired))
 
     @unless_failed
     def close_window(self, totals: Totals, readings: Readings, deaths: Sequence[DeathEvent]) -> None:
@@ -284,8 +284,8 @@ def _dated(
     """Tell of some units since which step each has had no gradient, after the last time that it was seen to fire."""
     if source.weight is None or source.dim is None or not rows.steps:
         return None
-    dated, living = _some(len(dying.units)), live.nonzero().flatten()
-    asked = torch.cat([dying.units[dated], living[_some(len(living))]])
+    dated, living = _some(len(dying.units)), np.flatnonzero(live.numpy())
+    asked = torch.cat([dying.units[dated], torch.from_numpy(living[_some(len(living))])])
     momentum = momentum_of(optimizers, source.weight, source.dim, asked)
     if momentum is None:
         return None
