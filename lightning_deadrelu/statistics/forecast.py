@@ -128,11 +128,11 @@ class _Ring:
         return row
 
     def add(self, peak: Tensor) -> None:
-        oldest, new = self._ago(self.length), peak.float().numpy()
-        if self.length == len(self._peaks):
+        length, new = self.length, peak.float().numpy()
+        if length == len(self._peaks):
             for later in range(1, _NEAR + 1):
-                self._rises -= (self._ago(self.length - later) > oldest).view(np.uint8)
-        for ago in range(1, min(self.length, _NEAR) + 1):
+                self._rises -= (self._ago(length - later) > self._ago(length)).view(np.uint8)
+        for ago in range(1, min(length, _NEAR) + 1):
             self._rises += (new > self._ago(ago)).view(np.uint8)
         self._ago(0)[:] = new
         self.added += 1

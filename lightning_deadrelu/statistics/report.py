@@ -236,7 +236,7 @@ class LivenessReport:
         """The sites that are being trained, which all totals count."""
         return tuple(site for site in self.sites if site.in_headline)
 
-    @property
+    @cached_property
     def units(self) -> int:
         """Units of the headline sites."""
         return sum(site.units for site in self.headline)

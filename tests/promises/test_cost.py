@@ -23,7 +23,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from toys import Loader, Net, fit
 
-from lightning_deadrelu import DeadReLUMonitor
+from lightning_deadrelu import DeadReLUMonitor, watch
 from lightning_deadrelu.observe.watch import Watch
 
 
@@ -241,6 +241,24 @@ def test_the_way_of_a_torch_call_takes_no_more_python_calls_than_it_did():
         observed = run(True)
     assert watch.probe.failure is None
     assert (observed - run(False)) / (4 * 20) <= 21  # linear, relu, mul and add
+
+
+def test_a_windows_end_takes_no_more_calls_for_each_layer_than_it_did():
+    def calls(layers):
+        made, model = collections.Counter(), nn.Sequential()
+        for _ in range(layers):
+            model.extend([nn.Linear(4, 4), nn.ReLU()])
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+        with watch(model, optimizer, every_n_steps=1, window=2, min_samples=1000) as monitor:
+            for step in range(24):
+                model(torch.randn(5, 4)).sum().backward()
+                optimizer.step()
+                sys.setprofile((lambda frame, event, arg: made.update([event])) if step == 23 else None)
+                monitor.step()
+                sys.setprofile(None)
+        return made["call"] + made["c_call"]
+
+    assert (calls(12) - calls(4)) / 8 <= 400
 
 
 def test_an_unobserved_batch_takes_no_more_python_calls_than_it_did(monkeypatch):

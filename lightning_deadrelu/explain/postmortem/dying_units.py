@@ -78,9 +78,9 @@ class DyingUnits(NamedTuple):
             return self
         names = ("units", "born", "last_fired", "silent_from", "constant", "live_bias", "live_square", "bias")
         kept = chosen.nonzero().flatten()
-        cut: dict[str, Any] = {name: getattr(self, name)[kept] for name in names}
+        cut: dict[str, Any] = {name: getattr(self, name).index_select(0, kept) for name in names}
         cut["died"] = None if self.died is None else self.died[kept]
-        return self._replace(**cut, peaks=self.peaks[:, kept])
+        return self._replace(**cut, peaks=self.peaks.index_select(1, kept))
 
     @property
     def interval(self) -> tuple[int, int]:
