@@ -33,7 +33,7 @@ def contraction(call: Call) -> tuple[list[tuple[Tensor, str]], str] | None:
         x, weight = call.argument(0, "input"), call.argument(1, "weight")
         batch = _BATCH[: x.ndim - 1]
         return [(x, batch + "k"), (weight, "jk"[-weight.ndim :])], batch + "j" * (weight.ndim - 1)
-    factors = call.operands[1:] if call.name == "addmm" else call.operands
+    factors = call.operands[1:] if call.name in ("addmm", "baddbmm") else call.operands
     if len(factors) != 2:
         return None
     return _matrices(*reversed(factors)) if call.name == "rmatmul" else _matrices(*factors)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import lru_cache
@@ -219,25 +218,16 @@ def _convolution_dims(call: Call) -> Dims:
 
 
 def _weight_dims(call: Call, weights: Known) -> Dims:
-    matrix, gathered = next(((w, lineage.dims is None) for w, lineage in weights if w.ndim >= 2), (None, False))
-    if matrix is None or call.output.ndim < 2:
-        return (-1,)
-    if call.name == "einsum":
-        return _einsum_dims(call, matrix)
-    stacked = range(-matrix.ndim, -2) if not gathered and call.name not in LAYERS else ()
-    own = tuple(dim for dim in stacked if -dim <= call.output.ndim and matrix.shape[dim] > 1)
-    left = call.operands[0] is matrix and call.name in {"matmul", "mm", "bmm"}
-    return (*own, -2 if left else -1)
-
-
-def _einsum_dims(call: Call, weight: Tensor) -> Dims:
-    place = next((i for i, operand in enumerate(call.operands) if operand is weight), None)
-    equation = call.args[0] if call.args else None
-    if place is None or not isinstance(equation, str) or "->" not in equation:
-        return (-1,)
-    terms, result = re.sub(r"\s", "", equation).split("->")
-    tail = result.rsplit("...", 1)[-1]
-    return tuple(i - len(tail) for i, letter in enumerate(tail) if letter in terms.split(",")[place])
+    """Say where the dimensions of a weight are in a product; of a stack that an index picked, those of one alone."""
+    terms, result = (contraction(call) if call.name not in LAYERS - {"linear"} else None) or ([], "")
+    for weight, lineage in weights:
+        own = next((letters for operand, letters in terms if operand is weight), "")
+        if weight.ndim > 1 and own:
+            stack = own[:-2] if call.name != "einsum" else ""
+            alike = [x for x, size in zip(stack, weight.shape, strict=False) if lineage.dims is None or size == 1]
+            places = enumerate(result, -len(result))
+            return tuple(i for i, x in places if x in own and x not in alike and -i <= call.output.ndim) or (-1,)
+    return (-1,)
 
 
 def _pass_on(call: Call, weights: Known, activations: Known) -> Provenance:
