@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import itertools
 import json
 import platform
 import sys
 import traceback
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from operator import attrgetter
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim import Optimizer
 
 from lightning_deadrelu.checkpoint import read_checkpoint
 from lightning_deadrelu.explain.autopsy import autopsy
+from lightning_deadrelu.factories import made_data, made_model
 from lightning_deadrelu.observe.audit import find_dead_units
-from lightning_deadrelu.render.names import listed
-from lightning_deadrelu.repair.restore_activations import restore_activations
 from lightning_deadrelu.report import RunReport, summary
 from lightning_deadrelu.report.html_page import to_html
 from lightning_deadrelu.report.json_export import to_json
+from lightning_deadrelu.saved_model import load_weights, saved_optimizers
 from lightning_deadrelu.statistics import LivenessReport
 
 _AUDIT_EPILOG = """
@@ -46,11 +39,6 @@ examples:
 
 exit status: 0, or 2 if the checkpoint holds no optimizer's state, or that of another model.
 """
-_STATES = (
-    "optimizer_states",
-    "optimizer_state_dict",
-    "optimizer",
-)  # where checkpoints have it; Lightning's comes first
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,11 +70,11 @@ def _run_audit(options: argparse.Namespace) -> int:
 
 
 def _run_autopsy(options: argparse.Namespace) -> int:
-    model = _model(options.model)
+    model = made_model(options.model)
     checkpoint = read_checkpoint(
         options.checkpoint, str(options.checkpoint), "add `--trust`", weights_only=not options.trust
     )
-    found = autopsy(model, _saved_optimizers(model, checkpoint, options.checkpoint))
+    found = autopsy(model, saved_optimizers(model, checkpoint, options.checkpoint))
     print(found)
     if options.json:
         _write_text(options.json, json.dumps(found.to_dict()))
@@ -170,9 +158,9 @@ def audit(options: argparse.Namespace) -> LivenessReport:
         ValueError: If they cannot be followed.
     """
     device = _device(options.device)
-    model, data = _model(options.model), _data(options.data)
+    model, data = made_model(options.model), made_data(options.data)
     if options.checkpoint:
-        _load(model, options.checkpoint, options.trust)
+        load_weights(model, options.checkpoint, options.trust)
     else:
         print(f"note: no `--checkpoint`, so the weights are those that `{options.model}` makes.", file=sys.stderr)
     model.train(options.mode == "train").to(device)
@@ -199,183 +187,6 @@ def _write(report: LivenessReport, options: argparse.Namespace) -> None:
 def _write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
-
-
-# -- factories -------------------------------------------------------------------------------------------
-
-
-def _model(spec: str) -> nn.Module:
-    model = _made(spec, nn.Module)
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"`{spec}` made a `{type(model).__name__}`, not a module. Name what returns an `nn.Module`.")
-    return model
-
-
-def _data(spec: str) -> Iterable[Any]:
-    data = _made(spec, ())
-    if not isinstance(data, Iterable):
-        hint = "`train_dataloader` or `val_dataloader`" if hasattr(data, "train_dataloader") else "a `DataLoader`"
-        raise ValueError(f"`--data {spec}` made a `{type(data).__name__}`, which has no batches. Return {hint}.")
-    return data
-
-
-def _made(spec: str, ready: type | tuple[()]) -> object:
-    """Find what is named, and call it unless it is ready to use."""
-    found = _found(spec)
-    if isinstance(found, ready) or not callable(found):
-        return found
-    try:
-        return found()
-    except TypeError as error:
-        raise ValueError(
-            f"`{spec}` could not be called without arguments: {error}. Name a function that takes none, such as"
-            " `def make(): return Net(width=64)`."
-        ) from error
-
-
-def _found(spec: str) -> object:
-    place, colon, name = spec.rpartition(":")
-    if not (place and colon and name):
-        raise ValueError(f"`{spec}`: the name is missing. Try `{spec.rstrip(':')}:make_model`.")
-    module = _module(place)
-    try:
-        return attrgetter(name)(module)
-    except AttributeError as error:
-        public = ", ".join(f"`{each}`" for each in vars(module) if callable(vars(module)[each]) and each[0] != "_")
-        raise ValueError(
-            f"`{spec}`: there is no `{name}` in `{place}`. It has {public or 'nothing to call'}."
-        ) from error
-
-
-def _module(place: str) -> ModuleType:
-    if place.endswith(".py"):
-        return _file(Path(place))
-    if (folder := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, folder)
-    try:
-        return importlib.import_module(place)
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"`{place}` cannot be imported: {error}. Run from the folder that holds it, install it, or give a file as"
-            f" `{place.replace('.', '/')}.py:name`."
-        ) from error
-
-
-def _file(path: Path) -> ModuleType:
-    """Run a file once, with its folder among those that are searched, as Python itself does."""
-    path = path.resolve()
-    loaded = [one for one in sys.modules.values() if getattr(one, "__file__", None) == str(path)]
-    if loaded:
-        return loaded[0]
-    if not path.is_file():
-        raise ValueError(f"`{path}`: there is no such file. Write the path from the folder you are in.")
-    sys.path.insert(0, str(path.parent))
-    name = path.stem if path.stem not in sys.modules else f"{path.stem}_of_{path.parent.name}"  # as `random.py`
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-# -- checkpoints -----------------------------------------------------------------------------------------
-
-
-def _load(model: nn.Module, path: Path, trust: bool) -> None:
-    """Exchange the activations that training did, then load the weights; the model may be a part of the trained one."""
-    checkpoint = read_checkpoint(path, f"--checkpoint {path}", "add `--trust`", weights_only=not trust)
-    weights = checkpoint.get("state_dict", checkpoint)
-    if "callbacks" in checkpoint:
-        restore_activations(model, checkpoint)
-    elif "state_dict" in checkpoint:
-        warnings.warn(f"`{path}` does not tell which activations were exchanged: the rest was not saved.", stacklevel=2)
-    prefix = _prefix(list(model.state_dict()), list(weights), path)
-    missing, unexpected = model.load_state_dict(
-        {key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)}, strict=False
-    )
-    if missing:
-        raise ValueError(f"`--checkpoint {path}` lacks {listed(missing)}. Give the model that was trained.")
-    if unexpected:
-        warnings.warn(f"`{path}` holds what the model has not: {listed(unexpected)}.", stacklevel=2)
-
-
-def _prefix(ours: Sequence[str], theirs: Sequence[str], path: Path) -> str:
-    """Find under which name the checkpoint holds the model: none, or that of the attribute it was."""
-    names = [key[: -len(ours[0])] for key in theirs if ours and f".{key}".endswith(f".{ours[0]}")] or [""]
-    held = set(theirs)
-    fitting = [name for name in names if all(name + key in held for key in ours)]
-    if len(fitting) == 1 or "" in fitting:
-        return "" if "" in fitting else fitting[0]
-    if fitting:
-        raise ValueError(
-            f"`--checkpoint {path}` holds the model {len(fitting)} times, as {listed(fitting)}. Give a file that holds"
-            " it once, or name the whole model that was trained."
-        )
-    missing = [key for key in ours if names[0] + key not in held]
-    raise ValueError(
-        f"`--checkpoint {path}` does not fit the model: it lacks {listed(missing)}, and has {listed(theirs)}. Let"
-        " MODEL_FACTORY build the model that was trained."
-    )
-
-
-def _saved_optimizers(model: nn.Module, checkpoint: Mapping[str, Any], path: Path) -> list[Optimizer]:
-    """Bring the state of the optimizers back, for the parameters that it belongs to."""
-    held = next((checkpoint[key] for key in _STATES if checkpoint.get(key)), None)
-    if held is None:
-        raise ValueError(
-            f"`{path}` holds no state of an optimizer, which tells the dates. Give a checkpoint that a Trainer saved"
-            " with `save_weights_only=False`, or save `optimizer.state_dict()` as `optimizer_state_dict`."
-        )
-    saved: list[dict[str, Any]] = held if isinstance(held, list) else [held]
-    optimizers = _configured(model)
-    if len(optimizers) != len(saved):
-        optimizers = _grouped_alike(model, saved)
-    try:
-        for optimizer, state in zip(optimizers, saved, strict=True):
-            optimizer.load_state_dict(state)
-    except (ValueError, KeyError) as error:
-        raise _misfit(path) from error
-    if not all(map(_fits, optimizers)):
-        raise _misfit(path)
-    return optimizers
-
-
-def _misfit(path: Path) -> ValueError:
-    return ValueError(
-        f"`{path}` holds the optimizer of a model with other parameters, or with these in another order. Let `--model`"
-        " name the LightningModule that was trained: its `configure_optimizers` tells the order."
-    )
-
-
-def _fits(optimizer: Optimizer) -> bool:
-    """Whether each momentum has a number for each of its parameter's."""
-    states = ((state.get(key), p) for p, state in optimizer.state.items() for key in ("exp_avg", "momentum_buffer"))
-    return all(momentum is None or momentum.shape == p.shape for momentum, p in states)
-
-
-def _configured(model: nn.Module) -> list[Optimizer]:
-    """Ask a LightningModule for its optimizers; none where it cannot tell them without a Trainer."""
-    try:
-        return _found_in(model.configure_optimizers())  # type: ignore[operator]
-    except Exception:
-        return []
-
-
-def _found_in(configured: Any) -> list[Optimizer]:
-    if isinstance(configured, Mapping):
-        configured = configured.get("optimizer")
-    if isinstance(configured, (list, tuple)):
-        return [optimizer for one in configured for optimizer in _found_in(one)]
-    return [configured] if isinstance(configured, Optimizer) else []
-
-
-def _grouped_alike(model: nn.Module, saved: Sequence[Mapping[str, Any]]) -> list[Optimizer]:
-    """Share the parameters of a model among as many groups as were saved, in their order."""
-    parameters = iter([parameter for parameter in model.parameters() if parameter.requires_grad])
-    sizes = [[len(group["params"]) for group in state["param_groups"]] for state in saved]
-    groups = [[list(itertools.islice(parameters, size)) for size in one] for one in sizes]
-    return [Optimizer([{"params": group} for group in one], {}) for one in groups]
 
 
 if __name__ == "__main__":

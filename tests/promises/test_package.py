@@ -28,7 +28,7 @@ FLOORS = (
     {"monitor"},
     {"trainer_host"},
     {"callback", "loop"},
-    {"environment"},
+    {"environment", "factories", "saved_model"},
     {"__init__", "__main__"},
 )
 ONLY_IN = {
