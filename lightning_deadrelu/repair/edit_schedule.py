@@ -72,7 +72,7 @@ class EditSchedule:
     @property
     def rectifiers(self) -> dict[str, Rectifier]:
         """By path, what the modules stand for that pass for rectifiers in training batches."""
-        return {edit.path: edit.rectifier for edit in self._of_kind(SlopeRamp)}
+        return {edit.path: edit.rectifier for edit in self._of_kind(SlopeRamp) if edit.is_in_place}
 
     def add(self, edit: ScheduledEdit) -> None:
         """Begin an edit of a site that has none of its kind.

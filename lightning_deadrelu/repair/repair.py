@@ -169,6 +169,8 @@ class Repair:
         if self.refusal or not self.remedies:
             return
         self._loss = loss
+        if self.context.watch.substitutes:
+            self._editor.mark_substitutes()  # others may have exchanged them meanwhile
         self._editor.end_woken_pushes(report)
         requests, events = self.policy.decide(report, self._loss, self._editor.schedule.sites, shares)
         self.sums.restart({name: self.context.site(name).units for name in self.policy.in_review})

@@ -55,6 +55,11 @@ class SlopeRamp(ForwardEdit):
         """What the module in the rectifier's place has to be judged as."""
         return self._substitute.original.rectifier
 
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the rectifier is there still; others may put another module there."""
+        return any(parent._modules.get(name) in (self._module, self._substitute) for parent, name in self._places)
+
     @override
     def update(self) -> None:
         # in place: compiled code looks at the tensor's values, not at what it is

@@ -860,3 +860,19 @@ def test_an_event_of_harm_says_once_what_was_taken_back(parts):
     (harmed,) = [event for event in monitor.events if event.action == "harmed"]
     assert harmed.reason.partition("; ")[2] == TAKEN_BACK[parts]
     assert type(model.net[1]) is nn.ReLU
+
+
+@pytest.mark.parametrize("remedy", ["leaky", LeakySlope(ramp_steps=99), LeakySlope(ramp_steps=None), "gelu"])
+def test_what_others_put_in_a_place_that_was_exchanged_is_judged_as_what_it_is(remedy):
+    class Exchanging(Net):
+        def on_train_batch_start(self, batch, batch_idx):
+            if batch_idx == 9:
+                self.net[1] = nn.GELU()
+
+    monitor, model = DeadReLUMonitor(remedy=remedy, **EAGER), Exchanging(mlp(3))
+    with pytest.warns(UserWarning, match=r"`net\.1` did not run in this window"):
+        fit(model, batches(24, 8), monitor)
+    assert any(event.action == "edited" and event.step < 9 for event in monitor.events)
+    assert type(model.net[1]) is nn.GELU
+    assert monitor.report["net.1"].samples == 0
+    assert monitor.failure is None
