@@ -55,7 +55,9 @@ class Accumulators:
     Example:
         >>> from lightning_deadrelu.model.sites import Site
         >>> accumulators, layout = Accumulators(), Layout((Site("relu", False, "relu", (), 3),))
-        >>> accumulators.lend(layout, 0, 0, torch.ones(2, 3)) is None  # on a CPU no kernel needs it
+        >>> accumulators.lend(layout, 0, 0, torch.ones(2, 3)).reductions.peak
+        tensor([-inf, -inf, -inf])
+        >>> accumulators.lend(layout, 0, 0, torch.ones(2, 3)) is None
         True
     """
 
@@ -65,7 +67,7 @@ class Accumulators:
         self._layout = Layout()
 
     def lend(self, layout: Layout, site: int, observation: int, x: Tensor) -> Accumulator | None:
-        """Lend an accumulator; None if it was lent since all were released, sites were added, or no kernel is to run.
+        """Lend an accumulator; None if it was lent since all were released, or sites were added.
 
         Args:
             layout: All sites.
@@ -73,8 +75,6 @@ class Accumulators:
             observation: Number of the observation.
             x: The input that is to be read.
         """
-        if not runs_kernels(x):
-            return None
         block = self._lent.get(observation)
         if block is None:
             if layout is not self._layout:

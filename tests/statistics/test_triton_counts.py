@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from lightning_deadrelu.model.rectifiers import Rectifier
-from lightning_deadrelu.statistics import UnitLiveness, accumulators, count, counts, triton_counts
+from lightning_deadrelu.statistics import UnitLiveness, count, counts, triton_counts
 from lightning_deadrelu.statistics.triton_counts import reduce_once
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -118,8 +118,7 @@ def test_what_it_cannot_read_in_one_go_is_left_to_others(shape, dtype, dims, eve
 @pytest.fixture
 def kernels(monkeypatch):
     """Count with kernels wherever tensors are."""
-    for module in (counts, accumulators):
-        monkeypatch.setattr(module, "runs_kernels", lambda x: True)
+    monkeypatch.setattr(counts, "runs_kernels", lambda x: True)
     monkeypatch.setattr(counts, "_read_once", counts._ReadOnce())
 
 
@@ -172,8 +171,7 @@ def counted(batches, drops=()):
 @pytest.mark.parametrize("calls", [(0, 1), (0, 1, 0), (1,), (0, 0, 0, 1)])
 def test_batches_are_added_up_in_the_same_room_one_after_another(kernels, monkeypatch, calls, drops):
     told = counted(batches(calls), drops)
-    for module in (counts, accumulators):
-        monkeypatch.setattr(module, "runs_kernels", lambda x: False)
+    monkeypatch.setattr(counts, "runs_kernels", lambda x: False)
     eager = counted(batches(calls), drops)
     for name in (field.name for field in fields(eager)):
         one, other = getattr(told, name).cpu(), getattr(eager, name).cpu()
