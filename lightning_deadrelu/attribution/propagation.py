@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -166,21 +167,24 @@ def _move(call: TracedCall) -> Outcome:
 def _join(call: TracedCall) -> Outcome:
     flows = [call.look(tensor) for tensor in call.operands]
     names = [read for flow in flows for read in unaccounted_reads(flow._replace(streams=()), f"`{call.name}`", "")]
-    labels = [_by_origin(flow) for flow in flows]
-    streams = [
-        Stream(
-            key[0], reshaping.joined(call, [(x, own.get(key)) for x, own in zip(call.operands, labels, strict=True)])
-        )
-        for key in dict.fromkeys(key for own in labels for key in own)
-    ]
+    held: dict[tuple[Origin | Site, int], dict[int, Tensor]] = {}
+    for number, flow in enumerate(flows):
+        for key, labels in _by_origin(flow).items():
+            held.setdefault(key, {})[number] = labels
+    starts = reshaping.starts_of(call)
+    streams = (Stream(origin, reshaping.joined(call, starts, labels)) for (origin, _), labels in held.items())
     constant = all(flow.constant for flow in flows)
     return Outcome((Flow(tuple(streams), first_reason(flows), first_indirect(flows), constant=constant),), tuple(names))
 
 
 def _by_origin(flow: Flow) -> dict[tuple[Origin | Site, int], Tensor]:
     """List the labels by their origin; one that a flow holds several times is numbered."""
-    origins = [stream.origin for stream in flow.streams]
-    return {(one, origins[:n].count(one)): flow.streams[n].labels for n, one in enumerate(origins)}
+    met: Counter[Origin | Site] = Counter()
+    found = {}
+    for origin, labels in flow.streams:
+        found[origin, met[origin]] = labels
+        met[origin] += 1
+    return found
 
 
 _RULES: dict[str, Callable[[TracedCall], Outcome]] = {

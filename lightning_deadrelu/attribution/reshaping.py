@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -249,29 +250,38 @@ def _padded(call: TracedCall, main: Tensor, labels: Tensor) -> list[Tensor]:
     return [torch.nn.functional.pad(labels, own, value=NONE)]
 
 
-def joined(call: TracedCall, parts: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
+def joined(call: TracedCall, starts: Sequence[int], held: Mapping[int, Tensor]) -> Tensor:
     """Put labels side by side as their tensors are; none where a tensor has none.
 
     Args:
         call: A call of ``cat`` or ``stack``.
-        parts: Each tensor and its labels.
+        starts: Where each of its tensors begins in the output, and where the last one ends.
+        held: The labels of some of the tensors, by number.
     """
-    dim = call.argument(1, "dim", call.kwargs.get("axis", 0))
-    dim %= call.output.ndim
-    new = call.name == "stack"
-    sizes = [1] * call.output.ndim
-    whole = []
-    for tensor, labels in parts:
-        if tensor.shape == (0,) and call.output.ndim > 1:  # an old way to begin with nothing
-            continue
-        one = torch.full((1,) * tensor.ndim, NONE, device="cpu") if labels is None else labels
-        one = one.unsqueeze(dim) if new else filled(one, tensor.shape, [dim])
-        sizes = [max(a, b) for a, b in zip(sizes, one.shape, strict=True)]
-        whole.append(one)
-    wide = [one.expand([*sizes[:dim], one.shape[dim], *sizes[dim + 1 :]]) for one in whole]
-    if sum(math.prod(one.shape) for one in wide) > 2**24:
+    dim = _joined_along(call)
+    parts = {number: labels.unsqueeze(dim) if call.name == "stack" else labels for number, labels in held.items()}
+    sizes = [max(part) for part in zip(*(labels.shape for labels in parts.values()), strict=True)]
+    sizes[dim] = starts[-1]
+    if math.prod(sizes) > 2**24:
         raise NotFollowable("it is too large to be followed")
-    return tidy_along(torch.cat(wide, dim), dim)
+    whole = torch.full(sizes, NONE, device="cpu")
+    for number, labels in parts.items():
+        whole.narrow(dim, starts[number], starts[number + 1] - starts[number]).copy_(labels)
+    return tidy_along(whole, dim)
+
+
+def starts_of(call: TracedCall) -> list[int]:
+    """Tell where each tensor of a ``cat`` or ``stack`` begins in the output, and where the last one ends."""
+    dim, ndim = _joined_along(call), call.output.ndim
+    widths = (one.shape[dim] if one.ndim == ndim else int(call.name == "stack") for one in call.operands)
+    starts = [0, *accumulate(widths)]  # a vector without entries, an old way to begin with nothing, takes no place
+    if starts[-1] != call.output.shape[dim]:
+        raise NotFollowable("it is not made of what it is given")
+    return starts
+
+
+def _joined_along(call: TracedCall) -> int:
+    return int(call.argument(1, "dim", call.kwargs.get("axis", 0))) % call.output.ndim
 
 
 def tidy_along(labels: Tensor, dim: int) -> Tensor:

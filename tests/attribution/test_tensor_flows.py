@@ -1,4 +1,4 @@
-"""What a traced batch costs, and what it says of tensors that share memory."""
+"""What a traced batch costs."""
 
 from __future__ import annotations
 
@@ -35,8 +35,18 @@ class Rewritten(nn.Module):
         return self.b(h)
 
 
-def work(writes: int, view: Callable[[Tensor], Tensor]) -> int:
-    model = Rewritten(writes, view)
+class Joined(nn.Module):
+    """Joins what many rectifiers put out."""
+
+    def __init__(self, parts: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 8) for _ in range(parts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([layer(x).relu() for layer in self.layers], -1)
+
+
+def work(model: nn.Module) -> int:
     watch = Watch(model)
     watch.trace()
     with watch.probe:
@@ -47,5 +57,11 @@ def work(writes: int, view: Callable[[Tensor], Tensor]) -> int:
 
 @pytest.mark.parametrize("name", VIEWS)
 def test_the_work_of_writes_to_one_memory_grows_with_their_number(name: str) -> None:
-    _, few, some, many = (work(writes, VIEWS[name]) for writes in (1, 50, 100, 200))  # the first fills caches
+    models = (Rewritten(writes, VIEWS[name]) for writes in (1, 50, 100, 200))
+    _, few, some, many = map(work, models)  # the first fills caches
+    assert many - some < 2.2 * (some - few)
+
+
+def test_the_work_of_a_join_grows_with_the_number_of_its_parts() -> None:
+    _, few, some, many = (work(Joined(parts)) for parts in (1, 25, 50, 100))
     assert many - some < 2.2 * (some - few)
