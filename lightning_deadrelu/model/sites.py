@@ -105,19 +105,33 @@ def names_of(sites: Iterable[Site]) -> list[str]:
         >>> names_of([Site("block", True, "relu", ("block.fc.weight",), 8)])
         ['block-relu']
     """
-    seen: Counter[str] = Counter()
-    taken: set[str] = set()
-    names = []
-    for site in sites:
+    given = SiteNames()
+    return [given.add(site) for site in sites]
+
+
+class SiteNames:
+    """Names given to sites one by one, each of which goes by those before it.
+
+    Example:
+        >>> given, site = SiteNames(), Site("block", True, "relu", ("block.fc.weight",), 8)
+        >>> given.add(site), given.add(site._replace(source=("block.out.weight",)))
+        ('block-relu', 'block-relu-1')
+    """
+
+    def __init__(self) -> None:
+        self._seen: Counter[str] = Counter()
+        self._taken: set[str] = set()
+
+    def add(self, site: Site) -> str:
+        """Name a further site."""
         base = own_name(site)
-        name = f"{base}-{seen[base]}" if seen[base] else base
-        while name in taken:
-            seen[base] += 1
-            name = f"{base}-{seen[base]}"
-        seen[base] += 1
-        taken.add(name)
-        names.append(name)
-    return names
+        name = f"{base}-{self._seen[base]}" if self._seen[base] else base
+        while name in self._taken:
+            self._seen[base] += 1
+            name = f"{base}-{self._seen[base]}"
+        self._seen[base] += 1
+        self._taken.add(name)
+        return name
 
 
 def is_selected(name: str, kind: str, smooth: bool, include: Sequence[str], exclude: Sequence[str]) -> bool:

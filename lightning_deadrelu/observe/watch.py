@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_deadrelu.attribution import Attributions, Tracer, merged
 from lightning_deadrelu.model.layout import Layout
 from lightning_deadrelu.model.rectifiers import SELECTIONS, WATCHPOINT, Rectifier, is_rectifier_module
-from lightning_deadrelu.model.sites import Site, clean, is_selected, own_name, plain_path, unmatched
+from lightning_deadrelu.model.sites import Site, SiteNames, clean, is_selected, own_name, plain_path, unmatched
 from lightning_deadrelu.observe.compiled import Compiled, Seen
 from lightning_deadrelu.observe.padding_mask import over_rows
 from lightning_deadrelu.observe.probe import Probe
@@ -96,6 +96,7 @@ class Watch:
         self._wants = partial(_wants, self._include, self._exclude)
         self._unit_dims = dict(unit_dims or {})
         self._places: dict[Site, int] = {}
+        self._names = SiteNames()
         self._window, self._rules, self._blind = window, rules, blind
         self.device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
         self.liveness = self._new_liveness()
@@ -234,7 +235,7 @@ class Watch:
         return own_name(site) if place is None else self.layout.names[place]
 
     def _add(self, site: Site) -> int:
-        name = Layout((*self.layout, site)).names[-1]
+        name = self._names.add(site)
         selected = self._wants(name, site)
         if self._blind and selected:
             self.probe.unwatched[name] = self._blind
@@ -245,9 +246,10 @@ class Watch:
         """Move the counts to another layout, which has all sites of the present one and perhaps more."""
         old = self.liveness
         old.flush()
-        self.liveness = self._new_liveness()
+        self.liveness, self._names = self._new_liveness(), SiteNames()
         self.liveness.observation = old.observation
         for site in layout:
+            self._names.add(site)
             self.liveness.add_site(site)
         self._places = {site: place for place, site in enumerate(self.sites)}
         for place, site in enumerate(old.layout):
