@@ -112,15 +112,20 @@ def names_of(sites: Iterable[Site]) -> list[str]:
 class SiteNames:
     """Names given to sites one by one, each of which goes by those before it.
 
+    Args:
+        sites: The first ones.
+
     Example:
         >>> given, site = SiteNames(), Site("block", True, "relu", ("block.fc.weight",), 8)
         >>> given.add(site), given.add(site._replace(source=("block.out.weight",)))
         ('block-relu', 'block-relu-1')
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sites: Iterable[Site] = ()) -> None:
         self._seen: Counter[str] = Counter()
         self._taken: set[str] = set()
+        for site in sites:
+            self.add(site)
 
     def add(self, site: Site) -> str:
         """Name a further site."""

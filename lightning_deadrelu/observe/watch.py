@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -95,8 +95,7 @@ class Watch:
         self._include, self._exclude = tuple(include), tuple(exclude)
         self._wants = partial(_wants, self._include, self._exclude)
         self._unit_dims = dict(unit_dims or {})
-        self._places: dict[Site, int] = {}
-        self._names = SiteNames()
+        self._places, self._names = dict[Site, int](), SiteNames()
         self._window, self._rules, self._blind = window, rules, blind
         self.device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
         self.liveness = self._new_liveness()
@@ -242,16 +241,13 @@ class Watch:
             selected = False
         return self.liveness.add_site(site if selected else site._replace(units=0))
 
-    def adopt(self, layout: Iterable[Site]) -> None:
+    def adopt(self, layout: Collection[Site]) -> None:
         """Move the counts to another layout, which has all sites of the present one and perhaps more."""
         old = self.liveness
         old.flush()
-        self.liveness, self._names = self._new_liveness(), SiteNames()
+        self.liveness, self._names = self._new_liveness(), SiteNames(layout)
         self.liveness.observation = old.observation
-        for site in layout:
-            self._names.add(site)
-            self.liveness.add_site(site)
-        self._places = {site: place for place, site in enumerate(self.sites)}
+        self._places = {site: self.liveness.add_site(site) for site in layout}
         for place, site in enumerate(old.layout):
             self.liveness.copy_site(old, place, self._places[site])
         self.liveness.take_batch(old, [self._places[site] for site in old.layout])
