@@ -93,16 +93,15 @@ class FlightRecorder:
         self._observed: deque[int] = deque(maxlen=_LEAST_ROWS)  # the step of each observation
         self._known_sites = 0
         self._off_centre: Tensor | None = None
-        self._sources: list[Incoming] = []  # what feeds the sites, in the order of the counts, at the last look
 
     @property
     def deaths(self) -> tuple[DeathEvent, ...]:
         """Events of death, the latest last; 100 at most, the largest of all and the latest."""
         return (*self._closed, *self._open)
 
-    def _look(self) -> list[Incoming]:
-        self._sources = incoming_of(self._watch.sites, self._model)
-        return self._sources
+    def _sources(self) -> list[Incoming]:
+        """Find what feeds the sites, in the order of the counts: anew each time, as shards are freed in between."""
+        return incoming_of(self._watch.sites, self._model)
 
     # -- at each step ------------------------------------------------------------------------------------
 
@@ -111,7 +110,7 @@ class FlightRecorder:
         """Log the gradients; and for sites met for the first time, what feeds their units."""
         sites = self._watch.sites
         if len(sites) != self._known_sites:
-            self._incoming.meet(sites, self._look())
+            self._incoming.meet(sites, self._sources())
             self._known_sites = len(sites)
         self.steps.note_gradients(optimizer)
 
@@ -143,7 +142,7 @@ class FlightRecorder:
 
     @unless_failed
     def _read(self, device: torch.device) -> Readings:
-        weights = self._incoming.read(self._watch.sites, self._look(), device)
+        weights = self._incoming.read(self._watch.sites, self._sources(), device)
         centre = torch.tensor(math.nan) if self._off_centre is None else self._off_centre
         return Readings(self.steps.ring, weights, centre.reshape(1))
 
@@ -183,7 +182,7 @@ class FlightRecorder:
         self, report: LivenessReport, constant: Tensor, readings: Readings, peaks: Peaks
     ) -> Iterator[tuple[DyingUnits, Incoming]]:
         """Gather what is known of the newly dead, by site in the order of execution, with what feeds them."""
-        layout, sources = self._watch.layout, self._sources
+        layout, sources = self._watch.layout, self._sources()
         dead_before = _dead_before(report, constant, layout)
         chosen = {layout.number(site.name): site for site in report.headline if site.newly_dead.any()}
         places = [layout.place(number) for number in chosen]
@@ -227,7 +226,7 @@ class FlightRecorder:
     def close_window(self, totals: Totals, readings: Readings, deaths: Sequence[DeathEvent]) -> None:
         """End a window, in which :meth:`explain` has found some deaths."""
         fired, places = totals.last_fired >= 0, self._watch.layout.places
-        self._incoming.close(fired, places, self._sources, readings.weights, self._observed[-1])
+        self._incoming.close(fired, places, self._sources(), readings.weights, self._observed[-1])
         self._closed = largest(merged([*self._closed, *deaths]), _DEATHS)
         self._open = ()
 
