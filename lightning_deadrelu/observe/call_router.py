@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -128,19 +128,38 @@ class CallRouter:
         finally:
             set_grad_enabled(before)
 
-    def take_call(self, function: TorchFunction, call: tuple[str, Any, Any, Any, Any], found: Rectified | None) -> None:
-        """Take the call of a function, and hand it on, as a site's if it was a rectifier's.
+    def take(
+        self,
+        function: TorchFunction,
+        func: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        output: Any,
+        found: Rectified | None,
+    ) -> None:
+        """Take a call that has run; most are like one before.
 
         Args:
             function: What was called.
-            call: As :meth:`CallTaker.see` takes it: name, function, arguments and output.
+            func: The same, as Python calls it.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+            output: All it returned.
             found: What of it a rectifier is; None for any other function.
         """
-        met = self._take(function, call, found)
+        if found is not None or self.call_takers:
+            self._take_call(function, (function.name, func, args, kwargs, output), found)
+        elif not self._resolver.origins.repeat(function, args, kwargs, output):
+            self._resolver.follow(function, args, kwargs, output)
+
+    def _take_call(
+        self, function: TorchFunction, call: tuple[str, Any, Any, Any, Any], found: Rectified | None
+    ) -> None:
+        met = self._rectified(function, call, found)
         if self.call_takers:
             self.hand_on(call, (*met, found.x) if met and found else None)
 
-    def _take(
+    def _rectified(
         self, function: TorchFunction, call: tuple[str, Any, Any, Any, Any], found: Rectified | None
     ) -> SiteCall | None:
         *_, args, kwargs, output = call

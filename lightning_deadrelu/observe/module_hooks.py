@@ -14,6 +14,7 @@ from lightning_deadrelu.guarded import guarded
 from lightning_deadrelu.model.sites import plain_path
 from lightning_deadrelu.observe.call_router import CallRouter
 from lightning_deadrelu.observe.call_stack import ModuleCall, may_be_fused
+from lightning_deadrelu.observe.leaf_modules import Leaf, leaf_of
 from lightning_deadrelu.observe.site_resolver import Rectified, SiteResolver
 from lightning_deadrelu.observe.substitutes import Substitutes
 from lightning_deadrelu.observe.torch_modes import recomputes, tracing_state, unseen_by_modes
@@ -29,6 +30,7 @@ class ModuleHooks:
         keep_fused: Whether to look away where PyTorch fuses a whole encoder layer.
         passes_over: Asked whether a forward that starts is none to look at.
         look: Called with False when functions are not to be looked at for a while, and with True when they are again.
+        pop: Does as with False if nobody else has to look first, and tells whether it did.
         fail: Called with an error of ours.
     """
 
@@ -39,10 +41,11 @@ class ModuleHooks:
         keep_fused: bool,
         passes_over: Callable[[], bool],
         look: Callable[[bool], None],
+        pop: Callable[[], bool],
         fail: Callable[[Exception], None],
     ) -> None:
         self._router, self._resolver, self._keep_fused = router, resolver, keep_fused
-        self._passes_over, self._look, self._fail = passes_over, look, fail
+        self._passes_over, self._look, self._pop, self._fail = passes_over, look, pop, fail
         self.substitutes = Substitutes({})
         """The modules that stand for a rectifier."""
         self.entered: set[str] = set()
@@ -53,6 +56,7 @@ class ModuleHooks:
         self._thread = 0  # the hooks are called on every thread, a mode on its own alone
         self._ids: set[int] = set()  # of the model's modules in this batch, once a module was met that is not known
         self._passed: nn.Module | None = None  # running, and to be looked at neither by the mode nor by hooks
+        self._leaf: Leaf | None = None  # what that one calls, if it is of those that call one function
 
     def add(self) -> None:
         """Put the hooks in place, for what runs on this thread."""
@@ -70,7 +74,7 @@ class ModuleHooks:
 
     def forget(self) -> None:
         """Forget what was running."""
-        self._passed = None
+        self._passed = self._leaf = None
         self._ids.clear()
         self.substitutes.forget()
 
@@ -97,6 +101,13 @@ class ModuleHooks:
             if not isinstance(module, nn.MultiheadAttention):  # which has no rectifier inside
                 self._resolver.unwatched[plain_path(path)] = "it runs without gradients as one fused kernel"
             self._pass(module)
+        elif not self._router.call_takers and (leaf := leaf_of(module, args)):
+            self._enter_leaf(module, leaf)
+
+    def _enter_leaf(self, module: nn.Module, leaf: Leaf) -> None:
+        """Look away from what a module calls if that is known, and would be seen."""
+        if self.substitutes.running is None and not recomputes() and self._pop():
+            self._passed, self._leaf = module, leaf
 
     def _look_for(self, module: nn.Module) -> tuple[nn.Module, str] | None:
         """Look at the model anew if a module is new in it, and return that with its path."""
@@ -122,6 +133,8 @@ class ModuleHooks:
         if self.substitutes.running is not None and (substitute := self.substitutes.leave(module)) is not None:
             with guarded(self._fail), unseen_by_modes():
                 self._leave_substitute(module, substitute, output)
+        if self._leaf is not None and self._passed is module:
+            self._leave_leaf(module, args, output)
         stack = self._resolver.stack
         call = stack.pop() if stack and stack[-1].module is module else stack.leave(module)
         if call is None:
@@ -135,6 +148,19 @@ class ModuleHooks:
             self._look(True)
         if not self._resolver.origins.is_of(output):
             self._resolver.follow_module(call.path, module, output)
+
+    def _leave_leaf(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Take the one call that a module has made, unless it failed."""
+        leaf, self._leaf, self._passed = self._leaf, None, None
+        if leaf is not None and isinstance(output, Tensor) and self._resolver.stack[-1].module is module:
+            func, function, operands = leaf.func, leaf.function, (*args, *module._parameters.values())
+            try:  # not `guarded`, which would take longer than what it guards
+                with unseen_by_modes():
+                    found = self._resolver.find(function, operands, {}) if function.may_rectify else None
+                    self._router.take(function, func, operands, {}, output, found)
+            except Exception as error:
+                self._fail(error)
+        self._look(True)
 
     def _leave_substitute(self, module: nn.Module, call: Rectified, output: Any) -> None:
         """Take the call of the whole module for the rectifier's."""

@@ -9,6 +9,7 @@ Compiled code, which neither mode nor hooks could see, runs eagerly meanwhile, o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from lightning_deadrelu.observe.torch_modes import (
     EagerCompiler,
     backward_number,
     holds_another,
+    pop_mode,
     push_mode,
     recomputes,
     remove_mode,
@@ -84,11 +86,16 @@ class Probe(TorchFunctionMode):
         self._resolver = SiteResolver(self.model, self.unit_dims, wants=wants)
         self.router = CallRouter(self._resolver, sink, self.trains)
         """Hands on what the probe sees, to whoever subscribes."""
-        self._call_takers = self.router.call_takers
-        self._repeat = self._resolver.origins.repeat
+        self._take = self.router.take
         self._functions = MetFunctions()
         self._hooks = ModuleHooks(
-            self.router, self._resolver, keep_fused, self.passes_over, self._look_at_functions, self._fail
+            self.router,
+            self._resolver,
+            keep_fused,
+            self.passes_over,
+            self._look_at_functions,
+            partial(pop_mode, self),
+            self._fail,
         )
         self._compiler = EagerCompiler()
         self.compiled: InCompiled | None = None
@@ -136,7 +143,7 @@ class Probe(TorchFunctionMode):
     @property
     def is_subscribed(self) -> bool:
         """Whether somebody wants more than calls of rectifiers."""
-        return bool(self._call_takers or self.router.wants_inputs or self.on_backward)
+        return bool(self.router.call_takers or self.router.wants_inputs or self.on_backward)
 
     def passes_over(self) -> bool:
         """Whether a forward that starts now is none that trains."""
@@ -257,10 +264,7 @@ class Probe(TorchFunctionMode):
             with unseen_by_modes():  # another probe would take it for the model's
                 if found is None and function.selects:
                     found = self._resolver.select(function, args, kwargs, output)
-                if found is not None or self._call_takers:
-                    self.router.take_call(function, (function.name, func, args, kwargs, output), found)
-                elif not self._repeat(function, args, kwargs, output):
-                    self._resolver.follow(function, args, kwargs, output)
+                self._take(function, func, args, kwargs, output, found)
         except Exception as error:
             self.failure = error
         return output

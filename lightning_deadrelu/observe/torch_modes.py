@@ -175,6 +175,15 @@ def remove_mode(mode: TorchFunctionMode) -> None:
         _push_mode(other)
 
 
+def pop_mode(mode: TorchFunctionMode) -> bool:
+    """Take a mode off the stack if it is the last that was pushed, and tell whether it was."""
+    if not torch._C._len_torch_function_stack():
+        return False
+    if (top := _pop_mode()) is not mode:
+        _push_mode(top)
+    return top is mode
+
+
 def holds_another(kind: type[TorchFunctionMode]) -> bool:
     """Tell within a mode whether one of a kind is still to see the call that is being made."""
     if not torch._C._len_torch_function_stack():  # as at almost every call; to list them takes longer
