@@ -153,6 +153,7 @@ def _by_site(
     last_fired, since = number.index_select(0, behind).numpy(), _since(totals.samples)
     flat["last_fired"] = np.maximum(last_fired, before.last_fired.numpy(), out=last_fired)
     age, seen = before.age.numpy(), before.seen.numpy()
+    age = age * ~proven if proven.any() else age  # who had a gradient before the window's first observation, too
     for index, place in enumerate(layout.places):
         so_far = int(before.elements[index]) + elements[index]
         part = {key: values[place] for key, values in flat.items()}
