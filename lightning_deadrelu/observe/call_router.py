@@ -39,7 +39,7 @@ class CallRouter:
         """Whether the call that is handed on is of a forward that trains."""
         self.observes: Callable[[], bool] = lambda: True
         """Asked whether the loop's own step is running: what a callback computes is handed to nobody."""
-        self._resolver, self._trains = resolver, trains
+        self._resolver, self._trains, self._repeat = resolver, trains, resolver.origins.repeat
         self.call_takers: OrderedDict[int, CallTaker] = OrderedDict()
         """Who takes the calls of all functions."""
         self.input_takers: dict[str, OrderedDict[int, Callable[[Tensor], None]]] = {}
@@ -147,15 +147,11 @@ class CallRouter:
             output: All it returned.
             found: What of it a rectifier is; None for any other function.
         """
-        if found is not None or self.call_takers:
-            self._take_call(function, (function.name, func, args, kwargs, output), found)
-        elif not self._resolver.origins.repeat(function, args, kwargs, output):
-            self._resolver.follow(function, args, kwargs, output)
-
-    def _take_call(
-        self, function: TorchFunction, call: tuple[str, Any, Any, Any, Any], found: Rectified | None
-    ) -> None:
-        met = self._rectified(function, call, found)
+        if found is None and not self.call_takers and self._repeat(function, args, kwargs, output):
+            return
+        call = function.name, func, args, kwargs, output
+        plain = found is not None and type(output) is Tensor and not found.rectifier.fused  # as a rule
+        met = self.take_rectified(found, output) if found and plain else self._rectified(function, call, found)
         if self.call_takers:
             self.hand_on(call, (*met, found.x) if met and found else None)
 
@@ -164,8 +160,6 @@ class CallRouter:
     ) -> SiteCall | None:
         *_, args, kwargs, output = call
         if found is not None and not found.rectifier.fused:
-            if type(output) is Tensor:
-                return self.take_rectified(found, output)
             outputs = activations_in(output)
             return self.take_rectified(found, outputs[0]) if outputs else None
         outputs = self._resolver.follow(function, args, kwargs, output)

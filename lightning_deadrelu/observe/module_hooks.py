@@ -17,7 +17,7 @@ from lightning_deadrelu.observe.call_stack import ModuleCall, may_be_fused
 from lightning_deadrelu.observe.leaf_modules import Leaf, leaf_of
 from lightning_deadrelu.observe.site_resolver import Rectified, SiteResolver
 from lightning_deadrelu.observe.substitutes import Substitutes
-from lightning_deadrelu.observe.torch_modes import recomputes, tracing_state, unseen_by_modes
+from lightning_deadrelu.observe.torch_modes import backward_number, recomputes, tracing_state, unseen_by_modes
 from lightning_deadrelu.observe.watchpoint import Watchpoint
 
 
@@ -101,13 +101,10 @@ class ModuleHooks:
             if not isinstance(module, nn.MultiheadAttention):  # which has no rectifier inside
                 self._resolver.unwatched[plain_path(path)] = "it runs without gradients as one fused kernel"
             self._pass(module)
-        elif not self._router.call_takers and (leaf := leaf_of(module, args)):
-            self._enter_leaf(module, leaf)
-
-    def _enter_leaf(self, module: nn.Module, leaf: Leaf) -> None:
-        """Look away from what a module calls if that is known, and would be seen."""
-        if self.substitutes.running is None and not recomputes() and self._pop():
-            self._passed, self._leaf = module, leaf
+        elif not (self._router.call_takers or self.substitutes.running) and backward_number() == -1:
+            leaf = leaf_of(module, args)
+            if leaf is not None and self._pop():
+                self._passed, self._leaf = module, leaf
 
     def _look_for(self, module: nn.Module) -> tuple[nn.Module, str] | None:
         """Look at the model anew if a module is new in it, and return that with its path."""

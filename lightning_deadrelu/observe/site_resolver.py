@@ -227,7 +227,7 @@ class SiteResolver:
         key = (self.stack.paths, known, selects), call.rectifier, values.shape, values.dtype, values.is_meta
         found = self._site_calls.get(key)
         if found is not None:
-            site_call = found[0] if self._holds(found[1]) else None
+            site_call = found[0] if not found[1].inside or self._holds(found[1]) else None
         elif _holds_data(values):
             site_call = self._settle(key, call.rectifier, known, values)
         else:

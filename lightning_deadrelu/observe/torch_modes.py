@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
 """What ``torch.no_grad()`` calls, without what it does around it."""
@@ -106,6 +106,11 @@ def no_caching_modes() -> AbstractContextManager[Any]:
     return _disable_current_modes() if caching else nullcontext()
 
 
+is_transformed: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
+"""Tells whether a tensor is one of ``torch.func``'s, whose values stand for a whole batch's; its type is `Tensor`."""
+push_mode: Callable[[TorchFunctionMode], None] = torch._C._push_on_torch_function_stack
+"""Puts a mode on the stack; a ``with`` statement would take it off in order, and others may be entered meanwhile."""
+_pop_mode: Callable[[], TorchFunctionMode] = torch._C._pop_torch_function_stack
 backward_number: Callable[[], int] = torch._C._current_graph_task_id
 """Numbers the backward that is running, -1 if none is; autograd tells it to nobody else."""
 tracing_state: Callable[[], Any] = torch._C._get_tracing_state
@@ -120,11 +125,6 @@ def recomputes() -> bool:
 def is_scripting() -> bool:
     """Tell whether ``torch.jit.trace`` runs the model, for which sizes are tensors and all that is computed is code."""
     return tracing_state() is not None
-
-
-def is_transformed(tensor: Tensor) -> bool:
-    """Tell whether a tensor is one of ``torch.func``'s, whose values stand for those of a whole batch."""
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))  # its type is `Tensor` all the same
 
 
 def shares_memory(tensor: Tensor, other: Tensor) -> bool:
@@ -160,11 +160,6 @@ class WithoutGradients:
         set_grad_enabled(self._before)
 
 
-def push_mode(mode: TorchFunctionMode) -> None:
-    """Put a mode on the stack; a ``with`` statement would take it off in order, and others may be entered meanwhile."""
-    _push_mode(mode)
-
-
 def remove_mode(mode: TorchFunctionMode) -> None:
     """Take a mode off the stack, wherever others were entered meanwhile."""
     above = []
@@ -172,7 +167,7 @@ def remove_mode(mode: TorchFunctionMode) -> None:
         if (top := _pop_mode()) is not mode:
             above.append(top)
     for other in reversed(above):
-        _push_mode(other)
+        push_mode(other)
 
 
 def pop_mode(mode: TorchFunctionMode) -> bool:
@@ -180,7 +175,7 @@ def pop_mode(mode: TorchFunctionMode) -> bool:
     if not torch._C._len_torch_function_stack():
         return False
     if (top := _pop_mode()) is not mode:
-        _push_mode(top)
+        push_mode(top)
     return top is mode
 
 
