@@ -88,15 +88,8 @@ class Probe(TorchFunctionMode):
         """Hands on what the probe sees, to whoever subscribes."""
         self._take = self.router.take
         self._functions = MetFunctions()
-        self._hooks = ModuleHooks(
-            self.router,
-            self._resolver,
-            keep_fused,
-            self.passes_over,
-            self._look_at_functions,
-            partial(pop_mode, self),
-            self._fail,
-        )
+        look, pop = self._look_at_functions, partial(pop_mode, self)
+        self._hooks = ModuleHooks(self.router, self._resolver, keep_fused, self.passes_over, look, pop, self._fail)
         self._compiler = EagerCompiler()
         self.compiled: InCompiled | None = None
         """Watches compiled code where it can; without, observed code runs eagerly."""
