@@ -172,11 +172,11 @@ def remove_mode(mode: TorchFunctionMode) -> None:
 
 def pop_mode(mode: TorchFunctionMode) -> bool:
     """Take a mode off the stack if it is the last that was pushed, and tell whether it was."""
-    if not torch._C._len_torch_function_stack():
+    size = torch._C._len_torch_function_stack()
+    if not size or torch._C._get_function_stack_at(size - 1) is not mode:
         return False
-    if (top := _pop_mode()) is not mode:
-        push_mode(top)
-    return top is mode
+    _pop_mode()
+    return True
 
 
 def holds_another(kind: type[TorchFunctionMode]) -> bool:
