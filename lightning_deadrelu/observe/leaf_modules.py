@@ -44,6 +44,7 @@ _LEAVES: dict[type[nn.Module], Leaf] = {
     nn.ReLU: _leaf(functional.relu, default=("inplace", False)),
     nn.GELU: _leaf(functional.gelu),
 }
+_FORWARDS = {kind: kind.forward for kind in _LEAVES}  # for a class may be given another
 
 
 def leaf_of(module: nn.Module, args: Any) -> Leaf | None:
@@ -57,8 +58,15 @@ def leaf_of(module: nn.Module, args: Any) -> Leaf | None:
         >>> leaf_of(nn.Linear(3, 4), (torch.ones(2, 3),)).function.plain
         'linear'
     """
-    leaf = _LEAVES.get(type(module))
-    if leaf is None or len(args) != 1 or "forward" in module.__dict__ or module._forward_pre_hooks:
+    kind = type(module)
+    leaf = _LEAVES.get(kind)
+    if (
+        leaf is None
+        or kind.forward is not _FORWARDS[kind]
+        or len(args) != 1
+        or "forward" in module.__dict__
+        or module._forward_pre_hooks
+    ):
         return None
     if leaf.default is not None and module.__dict__.get(leaf.default[0]) != leaf.default[1]:
         return None

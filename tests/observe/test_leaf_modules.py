@@ -79,3 +79,11 @@ def test_what_a_users_own_hook_computes_is_seen():
     with Probe(model, lambda site, *call: seen.append((site.owner, site.source))):
         model(torch.randn(2, 4))
     assert seen == [("1", ("0.bias", "0.weight"))]
+
+
+def test_a_class_of_torch_that_was_given_another_forward_is_looked_into(monkeypatch):
+    forward, seen = nn.Linear.forward, []
+    monkeypatch.setattr(nn.Linear, "forward", lambda module, x: F.relu(forward(module, x)))
+    with Probe(nn.Linear(4, 6), lambda site, *call: seen.append((site.owner, site.source))) as probe:
+        probe.model(torch.randn(2, 4))
+    assert seen == [("", ("bias", "weight"))]
