@@ -9,7 +9,6 @@ Compiled code, which neither mode nor hooks could see, runs eagerly meanwhile, o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -88,7 +87,7 @@ class Probe(TorchFunctionMode):
         """Hands on what the probe sees, to whoever subscribes."""
         self._take = self.router.take
         self._functions = MetFunctions()
-        look, pop = self._look_at_functions, partial(pop_mode, self)
+        look, pop = self._look_at_functions, self._pop
         self._hooks = ModuleHooks(self.router, self._resolver, keep_fused, self.passes_over, look, pop, self._fail)
         self._compiler = EagerCompiler()
         self.compiled: InCompiled | None = None
@@ -184,6 +183,9 @@ class Probe(TorchFunctionMode):
         elif not self._rests:
             push_mode(self)
 
+    def _pop(self) -> bool:
+        return self.failure is None and pop_mode(self)
+
     def _displace(self) -> None:
         """Go on eagerly, because somebody else needs compiled code to run so."""
         if self._in_compiled and self.compiled:
@@ -232,7 +234,7 @@ class Probe(TorchFunctionMode):
         self._resolver.forget()
 
     def _fail(self, error: Exception) -> None:
-        self.failure = error
+        self.failure = self.failure or error
 
     # -- functions
 

@@ -148,15 +148,19 @@ def test_a_copy_is_not_counted_as_the_model() -> None:
 
 
 def test_an_error_in_the_sink_stops_the_probe_and_not_the_model() -> None:
-    def sink(*args: Any) -> None:
-        raise RuntimeError("full")
+    said: list[str] = []
 
-    model, x = mlp(), torch.randn(5, 4)
+    def sink(*args: Any) -> None:
+        said.append("full" if not said else "called again")
+        raise RuntimeError(said[-1])
+
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.ReLU()), torch.randn(5, 4)
     expected = model(x)
     probe = Probe(model, sink)
     with probe:
         assert torch.equal(model(x), expected)
     assert str(probe.failure) == "full"
+    assert said == ["full"]
     probe.arm()
     assert not probe.armed
 
