@@ -119,7 +119,7 @@ class Totals:
         for number, (site, place) in enumerate(zip(layout, layout.places, strict=True)):
             if latest[number] < 2:
                 continue
-            with np.errstate(invalid="ignore"):  # where all inputs were infinite
+            with np.errstate(invalid="ignore", over="ignore"):  # where inputs were infinite, or nearly so
                 np.equal(peak[place] + depth[place], 0, out=found[place].numpy())
             if math.isfinite(site.cap):
                 always = self.magnitude[place] >= _AT_THE_CAP * site.cap * float(self.elements[number].sum())

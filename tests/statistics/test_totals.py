@@ -56,6 +56,13 @@ def test_a_unit_that_meets_its_cap_now_and_then_is_not_frozen():
     assert frozen([low, high], [high, high], cap=6.0) == [True, False]
 
 
+def test_inputs_at_the_end_of_the_floats_are_no_constant():
+    far = torch.tensor([[3e38, 3e38], [-3e38, 3e38]])
+    metric = UnitLiveness({"act": 2}, peak_dtype=torch.float32)
+    metric.update(far)
+    assert metric.report().sites[0].frozen.tolist() == [False, True]
+
+
 def test_not_a_number_is_no_constant():
     nan = torch.tensor([[1.0, torch.nan]])
     assert frozen([nan], [ONE]) == frozen([ONE, ONE], [nan, ONE]) == [True, False]

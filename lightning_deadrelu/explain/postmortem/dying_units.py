@@ -105,7 +105,7 @@ def drifted(peaks: Tensor) -> Tensor:
         fired += peak > 0
     top = before.max(0)
     known = np.isfinite(before).all(0) & np.isfinite(now)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
         sunk = (end <= top / 2) & (end - now <= top - end)
     return torch.from_numpy(known & sunk & (fired >= _DRIFT_WINDOWS))
 
@@ -137,5 +137,5 @@ def decayed(dying: DyingUnits) -> Tensor:
 
 
 def median(values: Tensor) -> float:
-    """Return the median of what is known; NaN where nothing is."""
-    return float(values.nanmedian())
+    """Return the median of what is finite; NaN where nothing is."""
+    return float(values.where(values.isfinite(), math.nan).nanmedian())

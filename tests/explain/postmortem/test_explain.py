@@ -321,12 +321,20 @@ def test_a_gradient_that_spikes_after_too_large_steps_is_no_cause_of_its_own():
     assert calm.cause == "gradient_spike"
 
 
+def test_gradients_that_overflowed_do_not_tell_how_large_steps_were():
+    square, gradient = torch.full((20,), 0.01), torch.ones(200)
+    gradient[80:] = torch.inf  # steps that a scaler of mixed precision skips
+    (event,) = explain([dying(live_square=square, fan_in=20)], rows(gradient=gradient, rates=[0.05] * 200))
+    assert event.cause == "unknown"
+
+
 def test_sinking_over_windows_is_a_drift_and_a_fall_is_not():
     sinking = ((8.0,), (6.0,), (5.0,), (3.0,), (1.0,), (-0.5,))
     falling = ((8.0,), (8.0,), (8.0,), (7.0,), (8.0,), (-0.5,))
     plunging = ((8.0,), (6.0,), (5.0,), (3.0,), (1.0,), (-50.0,))
-    kinds = [explain([dying(peaks=peaks)], rows())[0].kind for peaks in (sinking, falling, plunging)]
-    assert kinds == ["drift", "shock", "shock"]
+    to_the_end = ((3.3e38,), (3e38,), (2e38,), (1e38,), (1e38,), (-3.3e38,))
+    kinds = [explain([dying(peaks=peaks)], rows())[0].kind for peaks in (sinking, falling, plunging, to_the_end)]
+    assert kinds == ["drift", "shock", "shock", "shock"]
 
 
 def fitted(burst, low=0.001):
