@@ -171,7 +171,8 @@ class TensorOrigins:
                 form.append(tuple(arg))
             else:
                 return None
-        if not follows and any(known):  # of weights alone, which lie in memory as they do
+        of_weights = not follows and any(known)  # alone, which lie in memory as they do
+        if of_weights or (function.weighs and known[1:2] == [None]):  # or whose module tells of a weight
             return None
         return function.plain, shape, output.dtype, tuple(known), () if steady or alike else tuple(form)
 

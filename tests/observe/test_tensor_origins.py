@@ -124,3 +124,26 @@ def test_no_call_is_followed_twice(monkeypatch, name):
     with probe:
         model(x)
     assert len(followed) <= 2 < first, followed  # what reads the model's input, or returns several tensors
+
+
+class Hidden(torch.autograd.Function):
+    """Computes a weight where nobody looks."""
+
+    @staticmethod
+    def forward(ctx, weight):
+        return torch.from_numpy(weight.detach().numpy() * 2)
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return F.relu(F.linear(x.flatten(1), Hidden.apply(self.weight).contiguous().to(x.dtype, copy=True)))
+
+
+def test_of_a_weight_computed_out_of_sight_the_module_tells_at_each_call():
+    model, seen = nn.Sequential(Scaled(4, 6, bias=False), Scaled(6, 6, bias=False)), []
+    probe = Probe(model, lambda site, *call: seen.append((site.owner, site.source)))
+    for _ in range(2):
+        with probe:
+            model(torch.randn(3, 4))
+    assert probe.failure is None
+    assert seen == 2 * [("0", ("0.weight",)), ("1", ("1.weight",))]
