@@ -30,7 +30,7 @@ class ModuleHooks:
         keep_fused: Whether to look away where PyTorch fuses a whole encoder layer.
         passes_over: Asked whether a forward that starts is none to look at.
         look: Called with False when functions are not to be looked at for a while, and with True when they are again.
-        pop: Does as with False if nobody else has to look first and nothing has failed, and tells whether it did.
+        pop: Does as with False if nobody else has to look first, and tells whether it did.
         fail: Called with an error of ours.
     """
 
@@ -77,6 +77,10 @@ class ModuleHooks:
         self._passed = self._leaf = None
         self._ids.clear()
         self.substitutes.forget()
+
+    def give_up(self) -> None:
+        """Tell nothing from a module any more."""
+        self._pop = lambda: False
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         if threading.get_ident() != self._thread or tracing_state() is not None:

@@ -9,6 +9,7 @@ Compiled code, which neither mode nor hooks could see, runs eagerly meanwhile, o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ class Probe(TorchFunctionMode):
         """Hands on what the probe sees, to whoever subscribes."""
         self._take = self.router.take
         self._functions = MetFunctions()
-        look, pop = self._look_at_functions, self._pop
+        look, pop = self._look_at_functions, partial(pop_mode, self)
         self._hooks = ModuleHooks(self.router, self._resolver, keep_fused, self.passes_over, look, pop, self._fail)
         self._compiler = EagerCompiler()
         self.compiled: InCompiled | None = None
@@ -183,9 +184,6 @@ class Probe(TorchFunctionMode):
         elif not self._rests:
             push_mode(self)
 
-    def _pop(self) -> bool:
-        return self.failure is None and pop_mode(self)
-
     def _displace(self) -> None:
         """Go on eagerly, because somebody else needs compiled code to run so."""
         if self._in_compiled and self.compiled:
@@ -235,6 +233,7 @@ class Probe(TorchFunctionMode):
 
     def _fail(self, error: Exception) -> None:
         self.failure = self.failure or error
+        self._hooks.give_up()
 
     # -- functions
 
@@ -261,14 +260,14 @@ class Probe(TorchFunctionMode):
                     found = self._resolver.select(function, args, kwargs, output)
                 self._take(function, func, args, kwargs, output, found)
         except Exception as error:
-            self.failure = error
+            self._fail(error)
         return output
 
     def _find(self, function: TorchFunction, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rectified | None:
         try:
             return self._resolver.find(function, args, kwargs)
         except Exception as error:
-            self.failure = error
+            self._fail(error)
             return None
 
     def _call_unwatched(self, function: TorchFunction, backends: list[Any], func: Any, args: Any, kwargs: Any) -> Any:
