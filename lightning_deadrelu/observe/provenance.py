@@ -63,8 +63,7 @@ STEADY = ANY_CONVOLUTION | NORMS | {"linear"}
 """Functions for which the provenance of all operands, known or not, and the output's shape settle the output's."""
 SHAPING = (CONTRACTIONS | PERMUTES | RESHAPES | GATHERS | JOINS) - STEADY
 """Functions that may move units about although the shape stays."""
-WEIGHTED = LAYERS | ANY_CONVOLUTION
-"""Functions whose second operand is a weight."""
+_WEIGHTED = LAYERS | ANY_CONVOLUTION
 _REGROUPINGS = RESHAPES | JOINS | {"pad"}
 
 
@@ -128,7 +127,7 @@ def _sorted_out(call: Call, known: Known) -> tuple[Known, Known]:
 
 
 def _is_layer(call: Call) -> bool:
-    return call.name in WEIGHTED
+    return call.name in _WEIGHTED
 
 
 def _is_among(tensor: Tensor, known: Known) -> bool:

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from lightning_deadrelu.model.rectifiers import SELECTIONS, Rectifier, is_rectifier_module, rectifier_of
 from lightning_deadrelu.model.sites import Site, base_name, clean, count_units, guess_dims, matches, plain_parameter
-from lightning_deadrelu.model.torch_calls import Call, tensors_in
+from lightning_deadrelu.model.torch_calls import ANY_CONVOLUTION, LAYERS, Call, tensors_in
 from lightning_deadrelu.observe.call_stack import CallStack, in_forward
 from lightning_deadrelu.observe.provenance import Provenance, activated, of_module, parameter
 from lightning_deadrelu.observe.selections import Selections
 from lightning_deadrelu.observe.tensor_origins import TensorOrigins
 from lightning_deadrelu.observe.torch_function import TorchFunction
 
+_WEIGHTED = LAYERS | ANY_CONVOLUTION
 _UNKNOWN = Provenance()
 _MOST_WIDTHS = 4  # a site whose number of units differs between calls more often has no units
 
@@ -171,7 +172,7 @@ class SiteResolver:
             call = Call(function.plain, args, kwargs, outputs)
             self.origins.note_zeros(call)
             known = [self.provenance(x) for x in call.operands]
-            if function.weighs and len(known) > 1 and known[1] is None:
+            if call.name in _WEIGHTED and len(known) > 1 and known[1] is None:
                 known[1] = self._weight_of_module()
             key = self.origins.key(function, args, kwargs, output)
             for call.place, tensor in enumerate(outputs):

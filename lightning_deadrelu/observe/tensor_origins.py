@@ -171,8 +171,7 @@ class TensorOrigins:
                 form.append(tuple(arg))
             else:
                 return None
-        of_weights = not follows and any(known)  # alone, which lie in memory as they do
-        if of_weights or (function.weighs and known[1:2] == [None]):  # or whose module tells of a weight
+        if not follows:  # of weights alone, which lie in memory as they do; or of what the module that runs may tell
             return None
         return function.plain, shape, output.dtype, tuple(known), () if steady or alike else tuple(form)
 
@@ -181,7 +180,7 @@ class TensorOrigins:
         key = self.key(function, args, kwargs, output)
         if key is None:
             return False
-        found = self._derived.get(key, _UNSEEN) if any(key[3]) else None
+        found = self._derived.get(key, _UNSEEN)
         if found is _UNSEEN:
             return False
         self._known[id(output)] = weakref.ref(output), found

@@ -17,7 +17,7 @@ from lightning_deadrelu.model.torch_calls import (
     writes_in_place,
 )
 from lightning_deadrelu.observe.compiled_operators import is_operator
-from lightning_deadrelu.observe.provenance import SHAPING, STEADY, WEIGHTED
+from lightning_deadrelu.observe.provenance import SHAPING, STEADY
 
 _SELECTING = frozenset({"scatter", "scatter_", "mul", "multiply", "where", "masked_fill", "masked_fill_"})
 _SELECTING |= CHOICES | RESHAPES | IDENTITIES
@@ -36,7 +36,6 @@ class TorchFunction(NamedTuple):
         steady: Whether what is known of all operands, and the output's shape, settle what is known of the output.
         shapes: Whether units may move about although the shape stays; of others, steady or not, the same holds where
             all operands and the output have one shape.
-        weighs: Whether its second operand is a weight, of which the module that runs tells where nothing else does.
         repeats: Whether what is known of an output may be that of the call before; not where it may be all zeros.
         selects: Whether selections of activations are made of it, by its full name.
         operator: Whether it is an operator that takes functions (``torch.cond``).
@@ -50,7 +49,6 @@ class TorchFunction(NamedTuple):
     in_place: bool
     steady: bool
     shapes: bool
-    weighs: bool
     repeats: bool
     selects: bool
     operator: bool
@@ -76,7 +74,6 @@ def torch_function(func: Callable[..., Any]) -> TorchFunction:
         writes_in_place(name, {}),
         plain in STEADY,
         plain in SHAPING,
-        plain in WEIGHTED,
         not may_make_zeros(plain),
         name in _SELECTING,
         is_operator(func),

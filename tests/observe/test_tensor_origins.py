@@ -139,6 +139,22 @@ class Scaled(nn.Linear):
         return F.relu(F.linear(x.flatten(1), Hidden.apply(self.weight).contiguous().to(x.dtype, copy=True)))
 
 
+class Stretch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        return F.relu(x.flatten(1) * self.scale)
+
+
+def test_of_a_parameter_that_another_tensor_stands_in_for_the_module_tells():
+    model, other, seen = nn.Sequential(Stretch(), nn.Linear(4, 2)), Stretch(), []
+    with Probe(model, lambda site, *call: seen.append((site.owner, site.source))):
+        torch.func.functional_call(model, {"0.scale": other.scale.clone()}, torch.randn(3, 4))
+    assert seen == [("0", ("0.scale",))]
+
+
 def test_of_a_weight_computed_out_of_sight_the_module_tells_at_each_call():
     model, seen = nn.Sequential(Scaled(4, 6, bias=False), Scaled(6, 6, bias=False)), []
     probe = Probe(model, lambda site, *call: seen.append((site.owner, site.source)))
