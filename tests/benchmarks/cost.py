@@ -104,11 +104,17 @@ class Cost(NamedTuple):
     took: float
 
 
-def observation(build: Build, repeats: int) -> Cost:
-    """Time the counting of one observation, without the forward that it watches: the median of some."""
+def observation(build: Build, repeats: int, *, rates: bool) -> Cost:
+    """Time the counting of one observation, without the forward that it watches: the median of some.
+
+    Args:
+        build: Makes the model and a batch.
+        repeats: How many to time.
+        rates: Whether it is one of the two of each window that read more than peaks.
+    """
     torch.manual_seed(0)
     model, batch = build()
-    watch, inside, size = Watch(model, window=repeats + 2), 0.0, 0
+    watch, inside, size = Watch(model, window=repeats + 4), 0.0, 0
     take = watch.probe.router.sink
 
     def timed(*call: object) -> None:
@@ -119,7 +125,8 @@ def observation(build: Build, repeats: int) -> Cost:
         size += call[2].nbytes  # type: ignore[attr-defined]
 
     watch.probe.router.sink, taken = timed, []
-    for _ in range(repeats + 2):
+    for number in range(1, repeats + 3):
+        watch.liveness.observation = 0 if rates else number
         inside, size = 0.0, 0
         with watch.probe, torch.no_grad():
             model(batch)
@@ -142,12 +149,14 @@ def line(costs: list[Cost]) -> tuple[float, float, float]:
 
 
 def print_linear(models: dict[str, Callable[..., tuple[nn.Module, Tensor]]], repeats: int, console: Console) -> None:
-    table = Table("model", "MiB read", "ms per observation", "ms per MiB", "fixed, ms", "R^2")
+    table = Table("model", "reads", "MiB", "ms per observation", "ms per MiB", "fixed, ms", "R^2")
     for name, build in models.items():
-        costs = [observation(partial(build, scale), repeats) for scale in (1, 2, 4)]
-        slope, fixed, fit = line(costs)
-        size, took = (" / ".join(f"{value:.1f}" for value in values) for values in zip(*costs, strict=True))
-        table.add_row(name, size, took, f"{slope:.3f}", f"{fixed:.2f}", f"{fit:.3f}")
+        for rates in (False, True):
+            costs = [observation(partial(build, scale), repeats, rates=rates) for scale in (1, 2, 4)]
+            slope, fixed, fit = line(costs)
+            size, took = (" / ".join(f"{value:.1f}" for value in values) for values in zip(*costs, strict=True))
+            reads = "rates" if rates else "peaks"
+            table.add_row(name, reads, size, took, f"{slope:.3f}", f"{fixed:.2f}", f"{fit:.3f}")
     console.print("One observation: counting what it reads, and adding it up; batch x1, x2, x4", table, sep="\n")
 
 

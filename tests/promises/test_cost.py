@@ -87,13 +87,14 @@ def test_the_interval_of_the_median_holds_it_in_95_of_100_cases():
 
 
 @pytest.mark.timing
-def test_an_observation_costs_in_proportion_to_what_it_reads():
+@pytest.mark.parametrize("rates", [False, True])
+def test_an_observation_costs_in_proportion_to_what_it_reads(rates):
     def build(scale):
-        return nn.Sequential(nn.Linear(8, 1024), nn.ReLU()), torch.randn(512 * scale, 8)
+        return nn.Sequential(nn.Linear(8, 1024), nn.ReLU()), torch.randn(2048 * scale, 8)
 
     def ratio():
-        small, large = (cost.observation(partial(build, scale), 9) for scale in (1, 2))
-        assert (small.size, large.size) == (2, 4)  # MiB
+        small, large = (cost.observation(partial(build, scale), 9, rates=rates) for scale in (1, 2))
+        assert (small.size, large.size) == (8, 16)  # MiB, neither of which the caches hold
         return large.took / small.took
 
     assert any(ratio() < 2.5 for _ in range(5))  # other programs may disturb one of them
