@@ -145,7 +145,7 @@ class CallRouter:
             args: Its positional arguments.
             kwargs: Its keyword arguments.
             output: All it returned.
-            found: What of it a rectifier is; None for any other function.
+            found: The call of a rectifier that it is; None for any other function.
         """
         if found is None and not self.call_takers and self._repeat(function, args, kwargs, output):
             return

@@ -1,7 +1,8 @@
 """See every rectifier call of a model while armed; leave nothing behind when not.
 
 The probe is a :class:`~torch.overrides.TorchFunctionMode` plus two global module hooks, all of them in
-place only between :meth:`Probe.arm` and :meth:`Probe.disarm`. Nothing is attached to the model, so it can
+place only between :meth:`Probe.arm` and :meth:`Probe.disarm`. The mode is taken off while one of torch's own layers
+runs: what that calls, the layer tells. Nothing is attached to the model, so it can
 be copied, pickled, compiled and exported at any time.
 Compiled code, which neither mode nor hooks could see, runs eagerly meanwhile, or in a version that counts by itself.
 """

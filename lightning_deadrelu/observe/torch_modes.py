@@ -114,17 +114,15 @@ _pop_mode: Callable[[], TorchFunctionMode] = torch._C._pop_torch_function_stack
 backward_number: Callable[[], int] = torch._C._current_graph_task_id
 """Numbers the backward that is running, -1 if none is; autograd tells it to nobody else."""
 tracing_state: Callable[[], Any] = torch._C._get_tracing_state
-"""Returns the state of ``torch.jit.trace``, None if that does not run; the official way takes two calls more."""
+"""Returns the state of ``torch.jit.trace``, to which all that is computed is code; None if that does not run.
+
+The official way takes two calls more.
+"""
 
 
 def recomputes() -> bool:
     """Tell whether this is a forward that is run again within backward."""
     return backward_number() != -1
-
-
-def is_scripting() -> bool:
-    """Tell whether ``torch.jit.trace`` runs the model, for which sizes are tensors and all that is computed is code."""
-    return tracing_state() is not None
 
 
 def shares_memory(tensor: Tensor, other: Tensor) -> bool:

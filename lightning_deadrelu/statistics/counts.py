@@ -152,7 +152,7 @@ def count(
         valid: Boolean, True for data and False for padding, of the shape of ``x`` without the units, or None.
         rates: Whether more is wanted than the peak.
         redundancy: Whether, where rates are wanted, what concerns the whole layer is wanted too.
-        room: Where a kernel may add it up.
+        room: Where a kernel adds it up; by default in memory of its own.
 
     Example:
         >>> x = torch.tensor([[1.0, -1.0], [2.0, -3.0]])
