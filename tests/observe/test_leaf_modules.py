@@ -87,3 +87,22 @@ def test_a_class_of_torch_that_was_given_another_forward_is_looked_into(monkeypa
     with Probe(nn.Linear(4, 6), lambda site, *call: seen.append((site.owner, site.source))) as probe:
         probe.model(torch.randn(2, 4))
     assert seen == [("", ("bias", "weight"))]
+
+
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_what_torch_puts_before_a_module_with_backward_hooks_is_seen(monkeypatch, register, everywhere):
+    model, seen = nn.Sequential(nn.Linear(4, 6), nn.ReLU()), []
+    monkeypatch.setattr(nn.modules.module, "_global_is_full_backward_hook", None)  # which registering sets for good
+    add = (
+        getattr(nn.modules.module, register.replace("_full", "_module_full"))
+        if everywhere
+        else getattr(model[1], register)
+    )
+    handle = add(lambda *args: None)
+    try:
+        with Probe(model, lambda site, *call: seen.append((site.owner, site.source))):
+            model(torch.randn(2, 4, requires_grad=True)).sum().backward()
+    finally:
+        handle.remove()
+    assert seen == [("1", ("0.bias", "0.weight"))]
