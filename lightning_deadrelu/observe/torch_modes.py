@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
@@ -136,7 +137,7 @@ def plain_tensor(x: Tensor) -> Tensor | None:
         return None
     if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
         return x.as_subclass(Tensor) if type(x).__torch_dispatch__ is Tensor.__torch_dispatch__ else None
-    return x
+    return x if forward_ad._current_level < 0 else x.detach()  # of its tangent
 
 
 class WithoutGradients:

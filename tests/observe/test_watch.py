@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from lightning_deadrelu import find_dead_units
 from lightning_deadrelu.observe.audit import trace
@@ -247,3 +248,13 @@ def test_what_is_exchanged_between_observations_is_known_from_the_first_on(chang
     assert observe(watch) == observe(watch) == before | after
     assert watch.probe.failure is None
     assert (before == after) == (change in ("no change", "another activation module"))
+
+
+def test_tangents_of_forward_mode_are_not_counted():
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+    watch = Watch(model)
+    with watch.probe, forward_ad.dual_level():
+        out = model(forward_ad.make_dual(torch.ones(5, 4), torch.ones(5, 4)))
+        assert forward_ad.unpack_dual(out).tangent is not None
+    assert watch.probe.failure is None
+    assert watch.liveness.report().sites[0].samples == 5
