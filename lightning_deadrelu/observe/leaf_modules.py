@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.nn.modules.module import _global_backward_hooks, _global_backward_pre_hooks
 
 from lightning_deadrelu.observe.torch_function import TorchFunction, torch_function
+from lightning_deadrelu.observe.torch_modes import backward_hooks, backward_pre_hooks
 
 
 class Leaf(NamedTuple):
@@ -69,8 +69,8 @@ def leaf_of(module: nn.Module, args: Any) -> Leaf | None:
         or module._forward_pre_hooks
         or module._backward_hooks  # for which torch wraps the input
         or module._backward_pre_hooks
-        or _global_backward_hooks
-        or _global_backward_pre_hooks
+        or backward_hooks
+        or backward_pre_hooks
     ):
         return None
     if leaf.default is not None and module.__dict__.get(leaf.default[0]) != leaf.default[1]:

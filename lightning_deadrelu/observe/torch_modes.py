@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.modules import module
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
@@ -114,6 +115,10 @@ push_mode: Callable[[TorchFunctionMode], None] = torch._C._push_on_torch_functio
 _pop_mode: Callable[[], TorchFunctionMode] = torch._C._pop_torch_function_stack
 backward_number: Callable[[], int] = torch._C._current_graph_task_id
 """Numbers the backward that is running, -1 if none is; autograd tells it to nobody else."""
+backward_hooks: Mapping[int, Any] = module._global_backward_hooks
+"""Backward hooks that are there for all modules."""
+backward_pre_hooks: Mapping[int, Any] = module._global_backward_pre_hooks
+"""The same of those that run before a module's backward."""
 tracing_state: Callable[[], Any] = torch._C._get_tracing_state
 """Returns the state of ``torch.jit.trace``, to which all that is computed is code; None if that does not run.
 
