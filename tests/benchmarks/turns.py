@@ -71,7 +71,7 @@ class Turns(Callback):
         self._order = [name for _ in range(rounds + 1) for name in shuffled.sample([*callbacks], len(callbacks))]
         self.steps = len(self._order) * block
         self.now = ""
-        self.inside = 0.0
+        self.inside, self._is_inside = 0.0, False
         self._start: Any = None
         self._taken: list[tuple[str, Any, Any, float]] = []
         for name, callback in self._callbacks.items():
@@ -84,13 +84,17 @@ class Turns(Callback):
         return lambda *args: timed(*args) if self.now == name else None
 
     def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Add up the time spent in functions that do not call each other."""
+        """Add up the time spent in functions, once where one calls another."""
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            start = trackers.clock()
-            result = function(*args, **kwargs)
-            self.inside += trackers.clock() - start
-            return result
+            if self._is_inside:
+                return function(*args, **kwargs)
+            self._is_inside, start = True, trackers.clock()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.inside += trackers.clock() - start
+                self._is_inside = False
 
         return timed
 

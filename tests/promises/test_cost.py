@@ -46,6 +46,21 @@ def test_in_the_table_of_costs_all_callbacks_take_turns_and_see_their_own_steps_
     assert len(callbacks["Composer ActivationMonitor"].told) == 2 * (5 + 1)  # layers, and all of them together
 
 
+def test_time_inside_is_counted_once_where_one_function_calls_another(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(trackers, "clock", lambda: now[0])
+    run = turns.Turns({}, 1, 1)
+
+    def wait(seconds, then=lambda: None):
+        now[0] += seconds
+        then()
+
+    inner = run.around(lambda: wait(1.0))
+    run.around(lambda: wait(2.0, inner))()
+    inner()
+    assert run.inside == 4.0
+
+
 def test_the_table_of_costs_has_a_row_for_each_callback():
     rows = cost.rows(_small, rounds=1)
     assert [row[0] for row in rows] == list(cost.contestants())
