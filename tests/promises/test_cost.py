@@ -11,6 +11,7 @@ from pathlib import Path
 
 import cost
 import cost_gpu
+import cost_small
 import pytest
 import torch
 import trackers
@@ -113,6 +114,13 @@ def test_an_observation_costs_in_proportion_to_what_it_reads(rates):
         return large.took / small.took
 
     assert any(ratio() < 2.5 for _ in range(5))  # other programs may disturb one of them
+
+
+@pytest.mark.parametrize("name", cost_small.MODELS)
+def test_steps_of_small_operations_are_timed(name):
+    least, median = cost_small.longer(*cost_small.MODELS[name](), steps=2)
+    assert 0.5 < least < 20
+    assert 0.5 < median < 20
 
 
 @pytest.mark.slow
