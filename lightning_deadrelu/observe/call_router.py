@@ -29,7 +29,7 @@ class CallRouter:
 
     Args:
         resolver: Tells which call is of which site.
-        sink: Called once for each call of a rectifier, with plain tensors, under ``no_grad``.
+        sink: Called once for each call of a rectifier, with detached tensors, under ``no_grad``.
         trains: Asked at each call whether it is of a forward that trains.
     """
 

@@ -49,7 +49,7 @@ class Probe(TorchFunctionMode):
 
     Args:
         model: The model to watch. It is never changed.
-        sink: Called once for each call of a rectifier, with plain tensors, under ``no_grad``.
+        sink: Called once for each call of a rectifier, with detached tensors, under ``no_grad``.
         unit_dims: The dimension that holds the units, by pattern over site names, where the producers
             tell it wrongly or not at all.
         keep_fused: Look away where PyTorch fuses a whole encoder layer, which it would not do under a probe,

@@ -213,7 +213,7 @@ class SiteResolver:
         Args:
             call: What ran.
             output: What it returned.
-            plain: Returns a tensor without wrappers; None where that cannot be done.
+            plain: Returns a tensor without autograd and wrappers; None where that cannot be done.
         """
         known = self.origins.of(call.x) or self.provenance(call.x) or _UNKNOWN
         self.origins.remember(output, activated(known))

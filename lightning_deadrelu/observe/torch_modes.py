@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn.modules import module
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
@@ -137,12 +136,14 @@ def shares_memory(tensor: Tensor, other: Tensor) -> bool:
 
 
 def plain_tensor(x: Tensor) -> Tensor | None:
-    """Return a tensor that is what it seems to be, of no class of its own; None for nested, sparse and wrapped ones."""
+    """Detach a tensor that is what it seems to be; None for nested, sparse and otherwise wrapped ones."""
     if x.is_nested or x.layout is not torch.strided or is_transformed(x):
         return None
     if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
-        return x.as_subclass(Tensor) if type(x).__torch_dispatch__ is Tensor.__torch_dispatch__ else None
-    return x if forward_ad._current_level < 0 else x.detach()  # of its tangent
+        if type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            return None
+        x = x.as_subclass(Tensor)
+    return x.detach()
 
 
 class WithoutGradients:

@@ -88,7 +88,7 @@ class Watchpoint(nn.Module):
             >>> Watchpoint(4).read(torch.ones(2, 3), "codes")
             'its last dimension holds 3 units, and `Watchpoint(4)` expects 4'
         """
-        x = plain_tensor(output.detach()) if isinstance(output, Tensor) else None
+        x = plain_tensor(output) if isinstance(output, Tensor) else None
         if x is None:
             return "it is passed no plain tensor"
         site = Site(path, False, WATCHPOINT, (), self.units, traced=False)

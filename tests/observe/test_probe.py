@@ -35,7 +35,8 @@ class Log:
         self.calls: list[tuple[Any, ...]] = []
 
     def __call__(self, site: Any, rectifier: Any, x: Tensor, out: Tensor, dims: tuple[int, ...]) -> None:
-        assert not torch.is_grad_enabled()
+        assert not x.requires_grad
+        assert not out.requires_grad
         over = [dim for dim in range(-x.ndim, 0) if dim not in dims]
         self.calls.append((site, dims, (x > rectifier.hinge).sum(over)))
 
