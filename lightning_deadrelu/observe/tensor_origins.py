@@ -38,7 +38,7 @@ class TensorOrigins:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        there = (buffer for buffer in model.buffers() if not nn.parameter.is_lazy(buffer))
+        there = (buffer for buffer in model.buffers() if not is_lazy(buffer))
         zeros = (buffer for buffer in there if buffer.numel() == 1 and not buffer.any())
         self._zero_buffers = [(buffer, version_of(buffer)) for buffer in zeros]
         self._derived: dict[Key, Provenance | None] = {}

@@ -21,7 +21,6 @@ from lightning_deadrelu.observe.probe import Probe
 from lightning_deadrelu.observe.subscribers import RectifierTaker, subscribed
 from lightning_deadrelu.observe.watchpoint import Watchpoint
 from lightning_deadrelu.statistics import Counts, Rules, UnitLiveness, count
-from lightning_deadrelu.statistics.accumulators import runs_kernels
 from lightning_deadrelu.statistics.counts import count_indices
 
 ONLY_WATCHED = "it is a watchpoint, which is watched and never repaired"
@@ -169,11 +168,11 @@ class Watch:
             x, out, rectifier = _without(self.offsets[place], x, dims, rectifier)
         wanted = self.liveness.wants_rates(place), self.liveness.rules.redundancy
         chose = count_indices(x, site.units, valid, wanted[1]) if rectifier.indexed else None
-        lend, in_kernel = self.liveness.accumulators.lend, trains and runs_kernels(x)
+        lend, in_kernel = self.liveness.accumulators.lend, trains and x.is_cuda
         room = lend(self.layout, place, self.liveness.observation, x) if in_kernel else None
         self._add_counts(place, chose or count(x, out, dims, rectifier, valid, *wanted, room), trains)
         for taker in self._takers.values():
-            taker(place, rectifier, x.detach(), dims, valid)
+            taker(place, rectifier, x, dims, valid)
 
     def _add_counts(self, place: int, counts: Counts, trains: bool) -> None:
         if trains:

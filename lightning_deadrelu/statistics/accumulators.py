@@ -44,11 +44,6 @@ class Accumulator(NamedTuple):
     reductions: Reductions
 
 
-def runs_kernels(x: Tensor) -> bool:
-    """Tell whether a tensor is where kernels of ours run."""
-    return x.is_cuda
-
-
 class Accumulators:
     """An accumulator for each site and observation; those of one observation lie end to end.
 

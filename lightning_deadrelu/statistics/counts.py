@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_deadrelu.model.layout import Layout
 from lightning_deadrelu.model.rectifiers import Rectifier
-from lightning_deadrelu.statistics.accumulators import Accumulator, Reductions, runs_kernels
+from lightning_deadrelu.statistics.accumulators import Accumulator, Reductions
 from lightning_deadrelu.statistics.redundancy import projection, projection_of_choices, samples_in, silent_samples
 from lightning_deadrelu.warn import warn
 
@@ -225,6 +225,11 @@ def _redundancy(
 def _may_look(x: Tensor) -> bool:
     """Whether to look at a number waits for nothing."""
     return x.is_cpu
+
+
+def runs_kernels(x: Tensor) -> bool:
+    """Tell whether a tensor is where kernels of ours run."""
+    return x.is_cuda
 
 
 class _ReadOnce:
